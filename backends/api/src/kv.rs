@@ -1,0 +1,115 @@
+//! How keys and values lie in pages: described from the graph, never assumed.
+
+use mainstay_models::graph::Graph;
+
+/// Tokens in a page, on every backend.
+pub const PAGE_TOKENS: usize = 32;
+
+/// A page's number inside its group. Number 0 is never given out: padding points at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct PageId(pub u32);
+
+/// A page of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageRef {
+    /// Index into [`KvLayout::groups`].
+    pub group: u32,
+    /// The page.
+    pub page: PageId,
+}
+
+/// Names one batch of page copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+/// The payload of one page in the order of [`Group`].
+pub type PageBytes = Box<[u8]>;
+
+/// A finished batch of page copies.
+#[derive(Debug)]
+pub struct CopyDone {
+    /// The batch.
+    pub ticket: Ticket,
+    /// The pages that were read, in the order asked for; empty after a write.
+    pub bytes: Vec<PageBytes>,
+    /// Whether the device did it.
+    pub result: Result<(), crate::StepError>,
+}
+
+/// Element type of stored keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvDType {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes, rounded to nearest even when stored.
+    BF16,
+}
+
+impl KvDType {
+    /// Bytes of one element.
+    pub fn size_bytes(self) -> usize {
+        match self {
+            KvDType::F32 => 4,
+            KvDType::BF16 => 2,
+        }
+    }
+}
+
+/// One kind of row that a layer keeps per token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// `k` or `v`.
+    pub name: &'static str,
+    /// Heads.
+    pub rows: usize,
+    /// Elements of a head.
+    pub width: usize,
+    /// Element type.
+    pub dtype: KvDType,
+}
+
+/// Layers whose pages are given out together. The payload of a page is `[layer][part][row][token][width]`,
+/// little-endian; slots of tokens not yet computed are unspecified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Layer indices, ascending.
+    pub layers: Vec<usize>,
+    /// What each layer keeps; equal for all layers of a group.
+    pub parts: Vec<Part>,
+}
+
+impl Group {
+    /// Bytes of one layer in a page.
+    pub fn layer_bytes(&self) -> usize {
+        self.parts.iter().map(|p| p.rows * p.width * p.dtype.size_bytes() * PAGE_TOKENS).sum()
+    }
+
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.layer_bytes() * self.layers.len()
+    }
+}
+
+/// How a model's keys and values lie in pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// The groups.
+    pub groups: Vec<Group>,
+}
+
+impl KvLayout {
+    /// The layout of a graph: layers of equal [`mainstay_models::graph::KvSpec`] shape share a group. Windows do
+    /// not split groups yet: a page keeps all its layers until the sequence lets it go.
+    pub fn of(graph: &Graph, dtype: KvDType) -> Self {
+        let mut groups: Vec<Group> = Vec::new();
+        for (layer, spec) in graph.kv.iter().enumerate() {
+            let part = |name| Part { name, rows: spec.heads, width: spec.head_dim, dtype };
+            let parts = vec![part("k"), part("v")];
+            match groups.iter_mut().find(|g| g.parts == parts) {
+                Some(group) => group.layers.push(layer),
+                None => groups.push(Group { layers: vec![layer], parts }),
+            }
+        }
+        Self { groups }
+    }
+}

@@ -1,0 +1,166 @@
+//! What goes into the engine and what comes out of it.
+
+use std::sync::Arc;
+
+/// One generation request, already tokens.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Whose it is; pages are never shared between tenants.
+    pub tenant: Arc<str>,
+    /// The prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// How many independent continuations to draw; they share the prompt's pages.
+    pub choices: u32,
+    /// Draws; `seed` and the penalties of every choice. `choice`, `bias` and `history` are filled in by the engine.
+    pub sampling: SamplingRequest,
+    /// When a choice ends.
+    pub stop: StopRule,
+    /// Report the log-probability of generated tokens and this many alternatives.
+    pub logprobs: Option<usize>,
+    /// Report the log-probability of prompt tokens and this many alternatives; such a request takes no prefix hit.
+    pub prompt_logprobs: Option<usize>,
+}
+
+/// How to draw, as the client asked; see [`mainstay_backend_api::Sampling`] for the meaning of each number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingRequest {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: usize,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 drops none.
+    pub min_p: f32,
+    /// 1 does nothing.
+    pub repetition_penalty: f32,
+    /// 0 does nothing.
+    pub presence_penalty: f32,
+    /// 0 does nothing.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The seed of all draws of the request.
+    pub seed: u64,
+}
+
+/// When a choice ends. Stop strings are text and belong to the server, which ends a choice by `Handle::stop`.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct StopRule {
+    /// Most tokens to generate; at least 1, or 0 if only prompt log-probabilities are wanted.
+    pub max_tokens: usize,
+    /// Tokens that end the choice: end-of-text tokens of the model (unless ignored) and the client's own.
+    pub tokens: Vec<u32>,
+    /// None of `tokens` may be drawn before this many tokens were generated.
+    pub min_tokens: usize,
+}
+
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A token of [`StopRule::tokens`] was drawn; it is the last token reported.
+    Stop(u32),
+    /// [`StopRule::max_tokens`] or the context was reached.
+    Length,
+    /// The server ended it.
+    Stopped,
+}
+
+/// A token's log-probability and the alternatives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm, under the raw logits.
+    pub logprob: f32,
+    /// Most probable tokens, most probable first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What a request's owner hears, in order. Dropping the receiver cancels the request.
+#[derive(Debug)]
+pub enum Event {
+    /// The first step with this request's tokens is about to run.
+    Started {
+        /// Prompt tokens whose keys and values were found, and are not computed again.
+        cached_tokens: usize,
+    },
+    /// Log-probabilities of all prompt tokens but the first, once, before any token.
+    Prompt(Vec<Score>),
+    /// A generated token.
+    Token {
+        /// The choice's index.
+        choice: u32,
+        /// The token; the log-probability is present if asked for.
+        token: u32,
+        /// Its score.
+        score: Option<Score>,
+    },
+    /// A choice ended. After the last choice the channel closes.
+    Finished {
+        /// The choice's index.
+        choice: u32,
+        /// Why.
+        reason: FinishReason,
+    },
+    /// The request failed; nothing follows.
+    Failed(RequestError),
+}
+
+/// Why a request was not served. The client can act on each.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// Prompt and wanted tokens do not fit.
+    #[error("the prompt has {prompt} tokens; the context holds {context}, of which at least one must be left")]
+    ContextLength {
+        /// Tokens in the prompt.
+        prompt: usize,
+        /// The engine's context.
+        context: usize,
+    },
+    /// No room in the queue.
+    #[error("{waiting} sequences wait already; try again later")]
+    Busy {
+        /// The limit that was reached.
+        waiting: usize,
+    },
+    /// A field has a value that the engine cannot take.
+    #[error("{field}: {what}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// Expected and found.
+        what: String,
+    },
+    /// The device failed under this request.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// The engine is shutting down.
+    #[error("the server is shutting down")]
+    Shutdown,
+}
+
+/// Counters for metrics, read at any time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Sequences that have pages.
+    pub running: usize,
+    /// Sequences not yet started.
+    pub waiting: usize,
+    /// Pages referenced by a sequence.
+    pub pages_used: usize,
+    /// Pages not referenced that still hold a known prefix.
+    pub pages_cached: usize,
+    /// All pages that can be given out.
+    pub pages_total: usize,
+    /// Prompt tokens computed or found since start.
+    pub prompt_tokens: u64,
+    /// Of these, found.
+    pub cached_tokens: u64,
+    /// Tokens generated since start.
+    pub generated_tokens: u64,
+    /// Sequences preempted since start.
+    pub preemptions: u64,
+    /// Steps since start.
+    pub steps: u64,
+}

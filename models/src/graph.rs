@@ -1,0 +1,465 @@
+//! The model as data: a graph of blocks of ops over matrices of rows x width.
+//!
+//! Every value is a matrix `[rows, width]` of f32. There are no reshapes and no broadcasts: heads are a
+//! *reading* of the width inside [`Op::Rope`], [`Op::RmsNorm`] and [`Op::Attend`]. Batch structure lives in the
+//! step that an executor is given, never here. A family builds a `Graph` from its configuration; a backend turns
+//! a `Graph` and its [`crate::Weights`] into an executor.
+
+use std::sync::Arc;
+
+use crate::LoadError;
+use crate::weights::Weights;
+
+/// The index of an op in its block; each op yields exactly one value.
+pub type Value = usize;
+
+/// A whole model. Its program is `prologue`, then every layer's block in order, then `epilogue`.
+#[derive(Clone, Debug)]
+pub struct Graph {
+    /// The `model_type` of the checkpoint, for messages and metrics.
+    pub family: &'static str,
+    /// Token ids to hidden rows: begins with [`Op::Embed`], yields `[tokens, hidden]`.
+    pub prologue: Block,
+    /// Each distinct layer program once; its first op is [`Op::Input`], its last value is `[tokens, hidden]`.
+    pub blocks: Vec<Block>,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// Hidden rows to logits: begins with [`Op::Input`], holds one [`Op::SelectRows`], yields `[outputs, vocab]`.
+    pub epilogue: Block,
+    /// What each layer keeps per token, by layer index.
+    pub kv: Vec<KvSpec>,
+    /// Width of the rows between blocks.
+    pub hidden: usize,
+    /// Width of the logits.
+    pub vocab: usize,
+    /// Longest sequence, in tokens, that the model was made for.
+    pub context: usize,
+}
+
+/// A straight line of ops. An op reads only values of lower index; the last op's value is the block's.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Block {
+    /// The ops in order of evaluation.
+    pub ops: Vec<Op>,
+}
+
+/// A block with its own weights.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Index into [`Graph::blocks`].
+    pub block: usize,
+    /// Put before every weight name of the block, such as `model.layers.3.`.
+    pub prefix: String,
+}
+
+/// Keys and values of one layer: `heads` rows of K and of V, each `head_dim` wide, for every token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvSpec {
+    /// Key/value heads.
+    pub heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// How many positions back a token sees, itself included; `None` is unlimited.
+    pub window: Option<usize>,
+}
+
+/// A weight matrix `[rows, cols]`, row-major: one output feature a row. Several checkpoint tensors may be stacked
+/// by rows, so that QKV and gate/up are one product each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Checkpoint tensors in stacking order, with the rows that each must have. Names are relative to the layer.
+    pub parts: Vec<(String, usize)>,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl Matrix {
+    /// A matrix that is one checkpoint tensor.
+    pub fn one(name: impl Into<String>, rows: usize, cols: usize) -> Self {
+        Self { parts: vec![(name.into(), rows)], cols }
+    }
+
+    /// Several checkpoint tensors of equal width, stacked by rows.
+    pub fn stacked(parts: &[(&str, usize)], cols: usize) -> Self {
+        Self { parts: parts.iter().map(|&(n, r)| (n.to_owned(), r)).collect(), cols }
+    }
+
+    /// Output features of all parts together.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(|p| p.1).sum()
+    }
+}
+
+/// A weight vector, possibly several checkpoint tensors end to end. Names are relative to the layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vector {
+    /// Checkpoint tensors in order, with the length that each must have.
+    pub parts: Vec<(String, usize)>,
+}
+
+impl Vector {
+    /// A vector that is one checkpoint tensor.
+    pub fn one(name: impl Into<String>, len: usize) -> Self {
+        Self { parts: vec![(name.into(), len)] }
+    }
+
+    /// Several checkpoint tensors end to end.
+    pub fn stacked(parts: &[(&str, usize)]) -> Self {
+        Self { parts: parts.iter().map(|&(n, l)| (n.to_owned(), l)).collect() }
+    }
+
+    /// Number of elements.
+    pub fn width(&self) -> usize {
+        self.parts.iter().map(|p| p.1).sum()
+    }
+}
+
+/// Element-wise functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x * sigmoid(x)
+    Silu,
+    /// The tanh approximation of GELU.
+    GeluTanh,
+    /// GELU by the error function.
+    GeluErf,
+    /// max(x, 0)
+    Relu,
+    /// tanh(x)
+    Tanh,
+}
+
+/// Which pairs of a head are rotated together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// (i, i + dim/2): Llama in the Hugging Face layout, Qwen, Gemma.
+    Half,
+    /// (2i, 2i + 1): GPT-J, DeepSeek.
+    Interleaved,
+}
+
+/// Rotary position embedding: pair `i` of position `p` turns by the angle `p * inv_freq[i]`, and is multiplied by
+/// `scale` (attention scaling of YaRN and LongRoPE; 1 otherwise).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Alternatives of `dim / 2` inverse frequencies in radians per token; a chunk picks one by index.
+    pub tables: Vec<Arc<[f32]>>,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// How many leading elements of a head are rotated (even, at most `head_dim`).
+    pub dim: usize,
+    /// Pairing.
+    pub layout: RopeLayout,
+    /// Multiplier of sine and cosine.
+    pub scale: f32,
+}
+
+/// Causal attention over a layer's pages: K and V of this step's rows are appended first, then every row attends
+/// to its own sequence up to itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attend {
+    /// Queries `[tokens, heads * head_dim]`.
+    pub q: Value,
+    /// Keys `[tokens, kv_heads * head_dim]`.
+    pub k: Value,
+    /// Values `[tokens, kv_heads * head_dim]`.
+    pub v: Value,
+    /// Query heads; a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Multiplies q . k.
+    pub scale: f32,
+    /// Positions visible to a row, itself included; `None` is unlimited.
+    pub window: Option<usize>,
+    /// Scores pass through `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+}
+
+/// One operation. Shapes: `T` rows are the tokens of the step, `O` rows are its output rows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// The rows entering the block, `[T, hidden]`.
+    Input,
+    /// Rows of the embedding table for the step's token ids, `[T, cols]`.
+    Embed {
+        /// `[vocab, hidden]`
+        weight: Matrix,
+    },
+    /// `x W^T + bias`, `[T, rows of W]`.
+    Linear {
+        /// `[T, cols of W]`
+        input: Value,
+        /// `[out, in]`
+        weight: Matrix,
+        /// `[out]`
+        bias: Option<Vector>,
+    },
+    /// Root mean square norm over groups of `weight.width()` elements: the whole row, or each head (q/k norm).
+    RmsNorm {
+        /// The value to normalise; its width is a multiple of the weight's.
+        input: Value,
+        /// Multiplies the normalised group.
+        weight: Vector,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `a + b`, same shapes.
+    Add {
+        /// Left.
+        a: Value,
+        /// Right.
+        b: Value,
+    },
+    /// `x * factor`.
+    Scale {
+        /// The value to scale.
+        input: Value,
+        /// The factor.
+        factor: f32,
+    },
+    /// `cap * tanh(x / cap)`.
+    Softcap {
+        /// The value to cap.
+        input: Value,
+        /// The bound.
+        cap: f32,
+    },
+    /// Columns `start .. start + width`: a view of a stacked product.
+    Slice {
+        /// The stacked value.
+        input: Value,
+        /// First column.
+        start: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// Element-wise function.
+    Activate {
+        /// The value to map.
+        input: Value,
+        /// The function.
+        f: Activation,
+    },
+    /// `f(gate) * up`; the input is `[gate, up]` side by side, the result half as wide.
+    GatedActivate {
+        /// `[T, 2 * width]`
+        input: Value,
+        /// The function on the gate.
+        f: Activation,
+    },
+    /// Rotary position embedding of every head in the row.
+    Rope {
+        /// `[T, heads * head_dim]`
+        input: Value,
+        /// The rotation.
+        rope: Rope,
+    },
+    /// Attention, `[T, heads * head_dim]`.
+    Attend(Attend),
+    /// Keeps the step's output rows, `[O, width]`.
+    SelectRows {
+        /// `[T, width]`
+        input: Value,
+    },
+}
+
+impl Op {
+    /// The op's name as it stands in messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Input => "Input",
+            Op::Embed { .. } => "Embed",
+            Op::Linear { .. } => "Linear",
+            Op::RmsNorm { .. } => "RmsNorm",
+            Op::Add { .. } => "Add",
+            Op::Scale { .. } => "Scale",
+            Op::Softcap { .. } => "Softcap",
+            Op::Slice { .. } => "Slice",
+            Op::Activate { .. } => "Activate",
+            Op::GatedActivate { .. } => "GatedActivate",
+            Op::Rope { .. } => "Rope",
+            Op::Attend(_) => "Attend",
+            Op::SelectRows { .. } => "SelectRows",
+        }
+    }
+
+    /// The values that the op reads, in order.
+    pub fn inputs(&self) -> Vec<Value> {
+        match self {
+            Op::Input | Op::Embed { .. } => vec![],
+            Op::Linear { input, .. }
+            | Op::RmsNorm { input, .. }
+            | Op::Scale { input, .. }
+            | Op::Softcap { input, .. }
+            | Op::Slice { input, .. }
+            | Op::Activate { input, .. }
+            | Op::GatedActivate { input, .. }
+            | Op::Rope { input, .. }
+            | Op::SelectRows { input } => vec![*input],
+            Op::Add { a, b } => vec![*a, *b],
+            Op::Attend(a) => vec![a.q, a.k, a.v],
+        }
+    }
+}
+
+impl Block {
+    /// Appends an op and returns its value.
+    pub fn push(&mut self, op: Op) -> Value {
+        self.ops.push(op);
+        self.ops.len() - 1
+    }
+
+    /// The width of every value, given the width of the rows that enter.
+    ///
+    /// # Errors
+    /// `LoadError::Graph` where an op reads a later value or widths do not fit.
+    pub fn widths(&self, input_width: usize) -> Result<Vec<usize>, LoadError> {
+        let mut widths: Vec<usize> = Vec::with_capacity(self.ops.len());
+        for (i, op) in self.ops.iter().enumerate() {
+            let wrong = |what: String| LoadError::Graph { op: i, name: op.name(), what };
+            if let Some(v) = op.inputs().into_iter().find(|&v| v >= i) {
+                return Err(wrong(format!("reads value {v}, which is not computed before it")));
+            }
+            let fit = |ok: bool, what: &dyn Fn() -> String| if ok { Ok(()) } else { Err(wrong(what())) };
+            let width = match op {
+                Op::Input => input_width,
+                Op::Embed { weight } => weight.cols,
+                Op::Linear { input, weight, bias } => {
+                    let w = widths[*input];
+                    fit(w == weight.cols, &|| format!("expected input width {}, found {w}", weight.cols))?;
+                    if let Some(b) = bias {
+                        fit(b.width() == weight.rows(), &|| {
+                            format!("expected a bias of {}, found {}", weight.rows(), b.width())
+                        })?;
+                    }
+                    weight.rows()
+                }
+                Op::RmsNorm { input, weight, .. } => {
+                    let (w, n) = (widths[*input], weight.width());
+                    fit(n > 0 && w % n == 0, &|| format!("width {w} is no multiple of the weight's {n}"))?;
+                    w
+                }
+                Op::Add { a, b } => {
+                    let (l, r) = (widths[*a], widths[*b]);
+                    fit(l == r, &|| format!("widths {l} and {r} differ"))?;
+                    l
+                }
+                Op::Slice { input, start, width } => {
+                    let w = widths[*input];
+                    fit(start + width <= w, &|| {
+                        format!("columns {start}..{} are outside width {w}", start + width)
+                    })?;
+                    *width
+                }
+                Op::GatedActivate { input, .. } => {
+                    let w = widths[*input];
+                    fit(w % 2 == 0, &|| format!("width {w} is odd"))?;
+                    w / 2
+                }
+                Op::Rope { input, rope } => {
+                    let w = widths[*input];
+                    fit(rope.head_dim > 0 && w % rope.head_dim == 0, &|| {
+                        format!("width {w} is no multiple of the head's {}", rope.head_dim)
+                    })?;
+                    let halves = rope.tables.iter().all(|t| t.len() * 2 == rope.dim);
+                    fit(rope.dim <= rope.head_dim && halves && !rope.tables.is_empty(), &|| {
+                        format!("tables do not hold half of {} angles", rope.dim)
+                    })?;
+                    w
+                }
+                Op::Attend(a) => {
+                    let want = (a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim);
+                    let found = (widths[a.q], widths[a.k], widths[a.v]);
+                    fit(want == found, &|| format!("expected widths {want:?} of q, k, v, found {found:?}"))?;
+                    fit(a.kv_heads > 0 && a.heads % a.kv_heads == 0, &|| {
+                        format!("{} heads are no multiple of {} kv heads", a.heads, a.kv_heads)
+                    })?;
+                    want.0
+                }
+                Op::Scale { input, .. }
+                | Op::Softcap { input, .. }
+                | Op::Activate { input, .. }
+                | Op::SelectRows { input } => widths[*input],
+            };
+            widths.push(width);
+        }
+        Ok(widths)
+    }
+
+    /// The matrices and vectors that the block names.
+    fn weights(&self) -> impl Iterator<Item = WeightUse<'_>> {
+        self.ops.iter().flat_map(|op| {
+            let (matrix, vector) = match op {
+                Op::Embed { weight } => (Some(weight), None),
+                Op::Linear { weight, bias, .. } => (Some(weight), bias.as_ref()),
+                Op::RmsNorm { weight, .. } => (None, Some(weight)),
+                _ => (None, None),
+            };
+            matrix.map(WeightUse::Matrix).into_iter().chain(vector.map(WeightUse::Vector))
+        })
+    }
+}
+
+enum WeightUse<'a> {
+    Matrix(&'a Matrix),
+    Vector(&'a Vector),
+}
+
+impl Graph {
+    /// Proves that the program is well formed and that every weight it names is in `weights` with the shape that
+    /// it needs, so that nothing of this kind can fail later.
+    ///
+    /// # Errors
+    /// [`LoadError::Graph`], [`LoadError::MissingTensor`] or [`LoadError::Shape`], naming the culprit.
+    pub fn check(&self, weights: &Weights) -> Result<(), LoadError> {
+        let wrong = |what: String| LoadError::Graph { op: 0, name: "Graph", what };
+        let ends = |block: &Block, name: &str, input: usize, want: usize| match block.widths(input)?.last() {
+            Some(&w) if w == want => Ok(()),
+            found => Err(wrong(format!("{name} should yield width {want}, found {found:?}"))),
+        };
+        ends(&self.prologue, "prologue", 0, self.hidden)?;
+        ends(&self.epilogue, "epilogue", self.hidden, self.vocab)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            ends(block, &format!("block {i}"), self.hidden, self.hidden)?;
+        }
+        if self.kv.len() != self.layers.len() {
+            return Err(wrong(format!("{} layers but {} KV descriptions", self.layers.len(), self.kv.len())));
+        }
+        check_weights(&self.prologue, "", weights)?;
+        check_weights(&self.epilogue, "", weights)?;
+        for layer in &self.layers {
+            let block = self
+                .blocks
+                .get(layer.block)
+                .ok_or_else(|| wrong(format!("layer {} names block {}", layer.prefix, layer.block)))?;
+            check_weights(block, &layer.prefix, weights)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of all weights as they are stored, each tensor counted once.
+    pub fn weight_bytes(&self, weights: &Weights) -> u64 {
+        weights.names().filter_map(|n| weights.tensor(n).ok()).map(|t| t.bytes.len() as u64).sum()
+    }
+}
+
+fn check_weights(block: &Block, prefix: &str, weights: &Weights) -> Result<(), LoadError> {
+    for used in block.weights() {
+        match used {
+            WeightUse::Matrix(m) => {
+                for (name, rows) in &m.parts {
+                    weights.expect(&format!("{prefix}{name}"), &[*rows, m.cols])?;
+                }
+            }
+            WeightUse::Vector(v) => {
+                for (name, len) in &v.parts {
+                    weights.expect(&format!("{prefix}{name}"), &[*len])?;
+                }
+            }
+        }
+    }
+    Ok(())
+}

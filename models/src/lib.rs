@@ -1,0 +1,12 @@
+//! What a model is: its graph, weights, tokenizer and chat template. No arithmetic, no devices, no HTTP.
+
+pub mod error;
+pub mod graph;
+pub mod model;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::LoadError;
+pub use model::{Generation, Model};
+pub use weights::Weights;
