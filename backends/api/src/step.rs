@@ -128,8 +128,8 @@ impl Sampling {
 pub struct StepOutput {
     /// The drawn token, or the scored one.
     pub tokens: Vec<u32>,
-    /// Natural-log probability of that token under the raw logits (before bias, penalties and temperature); 0 where
-    /// [`OutputRow::top_logprobs`] is `None`.
+    /// Natural-log probability of that token under the raw logits (before bias, penalties and temperature); 0 for
+    /// a drawn token where [`OutputRow::top_logprobs`] is `None`.
     pub logprobs: Vec<f32>,
     /// The most probable tokens under the raw logits, most probable first, lowest id among equals.
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
@@ -138,6 +138,18 @@ pub struct StepOutput {
 }
 
 impl StepOutput {
+    /// Makes room for this many output rows, keeps the memory, and empties the lists and the logits. A backend then
+    /// fills tokens, log-probabilities and lists by index, on several threads if it likes.
+    pub fn reset(&mut self, rows: usize) {
+        self.tokens.clear();
+        self.tokens.resize(rows, 0);
+        self.logprobs.clear();
+        self.logprobs.resize(rows, 0.0);
+        self.top_logprobs.resize_with(rows, Vec::new);
+        self.top_logprobs.iter_mut().for_each(Vec::clear);
+        self.logits.clear();
+    }
+
     /// Empties all vectors and keeps their memory.
     pub fn clear(&mut self) {
         self.tokens.clear();
