@@ -1,1 +1,16 @@
-//! server
+//! The HTTP side: OpenAI's API over the engine. Text stops here; below this crate there are only tokens.
+//!
+//! The way of a request: `routes/chat.rs` reads the body (`openai/chat.rs`), renders and tokenizes it (`prompt.rs`),
+//! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text
+//! (`detokenize.rs`, `stop.rs`). `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
+
+mod auth;
+mod error;
+mod registry;
+mod serve;
+mod shutdown;
+
+pub use auth::{ApiKey, ApiKeyError};
+pub use registry::{Registry, ServedModel};
+pub use serve::{ServerOptions, serve};
+pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

@@ -1,0 +1,120 @@
+//! Bearer keys: which tenant a request speaks for.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::http::{HeaderMap, header};
+
+use crate::error::ApiError;
+
+/// A key and the tenant it belongs to. Only the key's hash is kept.
+#[derive(Clone)]
+pub struct ApiKey {
+    tenant: Arc<str>,
+    hash: blake3::Hash,
+}
+
+/// Why a key was not accepted. Never shows the key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("API key: expected `KEY` or `TENANT:KEY` of visible ASCII characters, found {0}")]
+pub struct ApiKeyError(&'static str);
+
+/// Whose requests are when no key says otherwise.
+pub(crate) const DEFAULT_TENANT: &str = "default";
+
+impl FromStr for ApiKey {
+    type Err = ApiKeyError;
+
+    /// Parses `key`, which belongs to the tenant `default`, or `tenant:key`.
+    fn from_str(text: &str) -> Result<Self, ApiKeyError> {
+        let (tenant, key) = text.split_once(':').unwrap_or((DEFAULT_TENANT, text));
+        if tenant.is_empty() {
+            return Err(ApiKeyError("an empty tenant"));
+        }
+        if key.is_empty() {
+            return Err(ApiKeyError("an empty key"));
+        }
+        if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(ApiKeyError("a space, a control character or a character outside ASCII"));
+        }
+        Ok(Self { tenant: tenant.into(), hash: blake3::hash(key.as_bytes()) })
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiKey").field("tenant", &self.tenant).finish_non_exhaustive()
+    }
+}
+
+/// Who is asking.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tenant(pub(crate) Arc<str>);
+
+/// The tenant of a request; with no keys configured everyone is the default tenant.
+///
+/// Time does not depend on where a presented key differs: hashes are compared, all of them, each in constant time.
+pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenant, ApiError> {
+    if keys.is_empty() {
+        return Ok(Tenant(DEFAULT_TENANT.into()));
+    }
+    let Some(presented) = headers.get(header::AUTHORIZATION) else {
+        return Err(ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found none"));
+    };
+    let Some(presented) = bearer(presented.as_bytes()) else {
+        return Err(ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found another scheme"));
+    };
+    let hash = blake3::hash(presented);
+    let mut found = None;
+    for key in keys {
+        if key.hash == hash {
+            found = Some(Tenant(key.tenant.clone()));
+        }
+    }
+    found.ok_or_else(|| ApiError::unauthorized("the API key is not known here"))
+}
+
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, rest) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| rest.trim_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(texts: &[&str]) -> Vec<ApiKey> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn ask(keys: &[ApiKey], authorization: Option<&str>) -> Option<String> {
+        let mut headers = HeaderMap::new();
+        if let Some(value) = authorization {
+            headers.insert(header::AUTHORIZATION, value.parse().unwrap());
+        }
+        authenticate(keys, &headers).ok().map(|tenant| tenant.0.to_string())
+    }
+
+    #[test]
+    fn a_key_names_its_tenant() {
+        let keys = keys(&["sk-a", "acme:sk-b", "acme:sk:with:colons"]);
+        assert_eq!(ask(&keys, Some("Bearer sk-a")).as_deref(), Some("default"));
+        assert_eq!(ask(&keys, Some("bearer  sk-b")).as_deref(), Some("acme"));
+        assert_eq!(ask(&keys, Some("Bearer sk:with:colons")).as_deref(), Some("acme"));
+        for wrong in ["Bearer sk-", "Bearer sk-ab", "Bearer ", "Bearer", "Basic sk-a", "sk-a", "Bearer acme:sk-b"] {
+            assert_eq!(ask(&keys, Some(wrong)), None, "{wrong}");
+        }
+        assert_eq!(ask(&keys, None), None);
+        assert_eq!(ask(&[], None).as_deref(), Some("default"));
+    }
+
+    #[test]
+    fn a_malformed_key_is_refused_and_never_shown() {
+        for wrong in ["", ":k", "t:", "has space", "tab\t", "é"] {
+            assert!(wrong.parse::<ApiKey>().is_err(), "{wrong:?}");
+        }
+        let key: ApiKey = "acme:secret".parse().unwrap();
+        assert!(!format!("{key:?}").contains("secret"));
+    }
+}

@@ -1,0 +1,154 @@
+//! What a client hears when a request is not served: OpenAI's error object and its status.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use mainstay_engine::RequestError;
+use serde_json::{Value, json};
+
+/// A refused or failed request.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<String>,
+    message: String,
+    retry_after_s: Option<u64>,
+}
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after_s: None }
+    }
+
+    fn code(mut self, code: &'static str) -> Self {
+        self.code = Some(code);
+        self
+    }
+
+    fn param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after_s = Some(seconds);
+        self
+    }
+
+    /// 400: the body as a whole is wrong.
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, INVALID, message)
+    }
+
+    /// 400: a field is wrong. `message` says what was expected and what was found.
+    pub(crate) fn field(param: impl Into<String>, message: impl AsRef<str>) -> Self {
+        let param = param.into();
+        let message = format!("{param}: {}", message.as_ref());
+        Self::bad_request(message).param(param)
+    }
+
+    /// 400: a field that exists in the API and that this server does not know how to honour.
+    pub(crate) fn unsupported(param: impl Into<String>, message: impl AsRef<str>) -> Self {
+        Self::field(param, message).code("unsupported_parameter")
+    }
+
+    /// 400: the prompt, or the prompt and the tokens asked for, do not fit.
+    pub(crate) fn context_length(message: impl Into<String>, param: &'static str) -> Self {
+        Self::bad_request(message).param(param).code("context_length_exceeded")
+    }
+
+    /// 401.
+    pub(crate) fn unauthorized(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, INVALID, message).code("invalid_api_key")
+    }
+
+    /// 404: no route.
+    pub(crate) fn no_route(method: &str, path: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, format!("unknown route: {method} {path}")).code("unknown_url")
+    }
+
+    /// 404: no such model.
+    pub(crate) fn no_model(id: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, format!("the model `{id}` does not exist"))
+            .param("model")
+            .code("model_not_found")
+    }
+
+    /// 405.
+    pub(crate) fn method(method: &str, path: &str) -> Self {
+        let message = format!("the method {method} is not allowed on {path}");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, message).code("method_not_allowed")
+    }
+
+    /// 408: the body did not arrive.
+    pub(crate) fn slow_body() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "the body of the request did not arrive in time")
+            .code("request_timeout")
+    }
+
+    /// 413.
+    pub(crate) fn too_large(limit_bytes: usize) -> Self {
+        let message = format!("the body is larger than the limit of {limit_bytes} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, message).code("request_too_large")
+    }
+
+    /// 503: come back later.
+    pub(crate) fn unavailable(message: impl Into<String>, code: &'static str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, message).code(code).retry_after(1)
+    }
+
+    /// 504: the request ran into the server's time limit.
+    pub(crate) fn timeout(seconds: f64) -> Self {
+        let message = format!("the request did not finish within {seconds} s, the limit of this server");
+        Self::new(StatusCode::GATEWAY_TIMEOUT, SERVER, message).code("request_timeout")
+    }
+
+    /// 500.
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, message).code("internal_error")
+    }
+
+    /// The body, also the payload of an error event inside a stream.
+    pub(crate) fn body(&self) -> Value {
+        json!({"error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }})
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        let message = error.to_string();
+        match error {
+            RequestError::ContextLength { .. } => Self::context_length(message, "messages"),
+            RequestError::Busy { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("queue_full").retry_after(1)
+            }
+            RequestError::Invalid { field, .. } => Self::bad_request(message).param(field),
+            RequestError::Device(_) => Self::internal(message),
+            RequestError::Shutdown => Self::unavailable(message, "shutting_down"),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        if let Some(seconds) = self.retry_after_s {
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

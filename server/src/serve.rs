@@ -1,0 +1,140 @@
+//! Connections: accepting, header timeouts, draining.
+
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::auth::ApiKey;
+use crate::registry::Registry;
+use crate::routes;
+use crate::shutdown::{ShutdownSignal, ShutdownStage};
+
+/// What the operator decided.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Keys that open the API; none leaves it open to everyone who can connect.
+    pub api_keys: Vec<ApiKey>,
+    /// Largest request body.
+    pub body_limit_bytes: usize,
+    /// Longest wait for a request's headers, and for the next piece of its body.
+    pub header_timeout: Duration,
+    /// Longest time from a request's arrival to its last token.
+    pub request_timeout: Option<Duration>,
+    /// Longest wait for a request's first step.
+    pub queue_timeout: Option<Duration>,
+    /// Tokens to generate where the request does not say; the rest of the context without it.
+    pub max_tokens_default: Option<usize>,
+    /// Longest wait for running requests after [`ShutdownStage::Drain`].
+    pub drain: Duration,
+    /// Shows `/metrics` without a key.
+    pub public_metrics: bool,
+    /// Whether only this machine can connect; `/metrics` needs no key then.
+    pub loopback: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            api_keys: Vec::new(),
+            body_limit_bytes: 32 << 20,
+            header_timeout: Duration::from_secs(30),
+            request_timeout: None,
+            queue_timeout: None,
+            max_tokens_default: None,
+            drain: Duration::from_secs(30),
+            public_metrics: false,
+            loopback: true,
+        }
+    }
+}
+
+/// Pause after a failed `accept`, so that running out of file descriptors does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until the shutdown signal has been followed to its end.
+///
+/// The listener may be served before any model is ready. On [`ShutdownStage::Drain`] new requests and `/health` are
+/// answered 503, running requests may finish within `options.drain`; on [`ShutdownStage::Now`] all connections end.
+///
+/// # Errors
+/// Never for a connection; reserved for a listener that is not usable at all.
+pub async fn serve(
+    listener: TcpListener,
+    registry: Registry,
+    options: ServerOptions,
+    shutdown: ShutdownSignal,
+) -> std::io::Result<()> {
+    listener.local_addr()?;
+    let (drain, header_timeout) = (options.drain, options.header_timeout);
+    let app = routes::app(registry, options, shutdown.clone());
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
+    let mut connections = JoinSet::new();
+    let graceful = GracefulShutdown::new();
+    loop {
+        tokio::select! {
+            stream = accept(&listener) => {
+                let connection = builder.serve_connection(TokioIo::new(stream), service(&app));
+                let watched = graceful.watch(connection);
+                connections.spawn(async move { report(watched.await) });
+            }
+            Some(_) = connections.join_next() => {}
+            () = shutdown.reached(ShutdownStage::Drain) => break,
+        }
+    }
+    // Still answered while draining, so that a load balancer hears 503 and not a refused connection.
+    builder.keep_alive(false);
+    let finished = graceful.shutdown();
+    let deadline = tokio::time::sleep(drain);
+    tokio::pin!(finished, deadline);
+    loop {
+        tokio::select! {
+            stream = accept(&listener) => {
+                let connection = builder.serve_connection(TokioIo::new(stream), service(&app));
+                connections.spawn(async move { report(connection.await) });
+            }
+            Some(_) = connections.join_next() => {}
+            () = &mut finished => break,
+            () = &mut deadline => {
+                tracing::warn!("requests were still running when the time to drain was over");
+                break;
+            }
+            () = shutdown.reached(ShutdownStage::Now) => break,
+        }
+    }
+    Ok(())
+}
+
+fn service(app: &Router) -> TowerToHyperService<Router> {
+    TowerToHyperService::new(app.clone())
+}
+
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                // Tokens are small; without this they wait for the acknowledgement of the one before.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "TCP_NODELAY");
+                }
+                return stream;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn report(result: Result<(), hyper::Error>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
