@@ -1,0 +1,388 @@
+//! Models from a hub: the files of `org/name[@revision]`, fetched once into the cache that other hub clients share.
+//!
+//! The layout is that of the hub's own clients: `blobs/<etag>`, `snapshots/<commit>/<file>` linking to a blob,
+//! `refs/<revision>` naming a commit, and `blobs/<etag>.incomplete` for what was interrupted, which is continued
+//! with a range request. Endpoint, token and cache directory follow HF_ENDPOINT, HF_TOKEN, HF_HOME.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use futures_util::StreamExt;
+use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeModel};
+use hf_hub::{HFClient, HFError};
+use sha2::{Digest, Sha256};
+
+use crate::progress::Progress;
+
+/// How often a broken transfer of one file is taken up again without a single new byte.
+const TRIES_WITHOUT_PROGRESS: u32 = 3;
+
+/// A model on a hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HubId {
+    pub(crate) owner: String,
+    pub(crate) name: String,
+    pub(crate) revision: String,
+}
+
+impl HubId {
+    /// Reads `org/name` or `org/name@revision`; `None` if the text is no such thing.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let (owner, name) = id.split_once('/')?;
+        let word = |s: &str, extra: &str| {
+            let fits = |c: char| c.is_ascii_alphanumeric() || extra.contains(c);
+            !s.is_empty() && s.chars().all(fits) && !s.starts_with(['.', '-']) && !s.contains("..")
+        };
+        (word(owner, "._-") && word(name, "._-") && word(revision, "._-/")).then(|| Self {
+            owner: owner.into(),
+            name: name.into(),
+            revision: revision.into(),
+        })
+    }
+
+    /// `org/name`.
+    pub(crate) fn id(&self) -> String {
+        format!("{}/{}", self.owner, self.name)
+    }
+
+    fn cache_dir(&self) -> PathBuf {
+        hf_hub::resolve_cache_dir().join(format!("models--{}--{}", self.owner, self.name))
+    }
+}
+
+/// A file of a repository at one commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct RemoteFile {
+    path: String,
+    /// 0 where the hub did not tell.
+    size: u64,
+    /// Names the content: SHA-256 of large files, a git blob's id of small ones.
+    etag: String,
+}
+
+/// The directory of a snapshot that holds every file a model needs, after fetching what is missing.
+///
+/// # Errors
+/// Says what the hub answered and what to do about it. If the hub cannot be reached and a snapshot of the revision is
+/// in the cache, that one is used with a warning instead.
+pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
+    let client = HFClient::new().map_err(|e| explain(hub, &e))?;
+    let repo = client.model(&hub.owner, &hub.name);
+    let cache = hub.cache_dir();
+    let info = match repo.info().revision(hub.revision.clone()).send().await {
+        Ok(info) => info,
+        Err(error) => match cached_snapshot(&cache, &hub.revision) {
+            Some(snapshot) if unreachable(&error) => {
+                tracing::warn!("{}; using the copy in {}", explain(hub, &error), snapshot.display());
+                return Ok(snapshot);
+            }
+            _ => bail!(explain(hub, &error)),
+        },
+    };
+    let commit = info.sha.with_context(|| format!("{}: the hub names no commit", hub.id()))?;
+    ensure!(file_name(&commit), "{}: the hub names the commit `{commit}`", hub.id());
+    let names = info.siblings.unwrap_or_default().into_iter().map(|s| s.rfilename).collect();
+    let snapshot = cache.join("snapshots").join(&commit);
+    let files = missing(list(hub, &repo, &commit, names).await?, &snapshot);
+    for file in &files {
+        let blob = fetch_blob(hub, &repo, &commit, file).await?;
+        link(&blob, &snapshot.join(&file.path))?;
+    }
+    let reference = cache.join("refs").join(&hub.revision);
+    if hub.revision != commit {
+        write_whole(&reference, commit.as_bytes())?;
+    }
+    Ok(snapshot)
+}
+
+/// The snapshot that the cache holds for a revision.
+fn cached_snapshot(cache: &Path, revision: &str) -> Option<PathBuf> {
+    let commit = fs::read_to_string(cache.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
+    let snapshot = cache.join("snapshots").join(commit.trim());
+    snapshot.join("config.json").exists().then_some(snapshot)
+}
+
+fn missing(files: Vec<RemoteFile>, snapshot: &Path) -> Vec<RemoteFile> {
+    files.into_iter().filter(|f| !snapshot.join(&f.path).exists()).collect()
+}
+
+/// Whether a model is opened by this file: configuration, tokenizer, template, weights. Other formats of the same
+/// weights lie in directories of their own or under other names.
+fn needed(path: &str) -> bool {
+    let weights = path.starts_with("model") && path.ends_with(".safetensors");
+    file_name(path) && (weights || path.ends_with(".json") || path.ends_with(".jinja"))
+}
+
+/// Whether the text can be one component of a path and nothing else.
+fn file_name(text: &str) -> bool {
+    !text.is_empty() && !text.starts_with('.') && !text.contains(['/', '\\', '\0'])
+}
+
+/// The needed files with sizes and etags: of the tree, or where a hub has no trees, by asking for each name.
+async fn list(
+    hub: &HubId,
+    repo: &HFRepository<RepoTypeModel>,
+    commit: &str,
+    names: Vec<String>,
+) -> Result<Vec<RemoteFile>> {
+    let mut files = match tree(repo, commit).await {
+        Ok(files) => files,
+        Err(_) if !names.is_empty() => {
+            let mut files = Vec::new();
+            for path in names.into_iter().filter(|n| needed(n)) {
+                let asked = repo.get_file_metadata().filepath(path.clone()).revision(commit).send().await;
+                let found = asked.map_err(|e| explain(hub, &e))?;
+                files.push(RemoteFile { path, size: found.file_size, etag: found.etag });
+            }
+            files
+        }
+        Err(error) => bail!(explain(hub, &error)),
+    };
+    files.retain(|f| needed(&f.path));
+    for name in ["config.json", "tokenizer.json"] {
+        ensure!(files.iter().any(|f| f.path == name), "{}: the repository has no {name}", hub.id());
+    }
+    ensure!(
+        files.iter().any(|f| f.path.ends_with(".safetensors")),
+        "{}: the repository has no model*.safetensors (other formats are not supported yet)",
+        hub.id()
+    );
+    if let Some(odd) = files.iter().find(|f| !file_name(&f.etag)) {
+        bail!("{}: {}: the hub's etag `{}` is no file name", hub.id(), odd.path, odd.etag);
+    }
+    files.sort_by(|a, b| a.size.cmp(&b.size).then_with(|| a.path.cmp(&b.path)));
+    Ok(files)
+}
+
+async fn tree(repo: &HFRepository<RepoTypeModel>, commit: &str) -> Result<Vec<RemoteFile>, HFError> {
+    let entries = repo.list_tree().revision(commit.to_owned()).send()?;
+    let mut entries = std::pin::pin!(entries);
+    let mut files = Vec::new();
+    while let Some(entry) = entries.next().await {
+        if let RepoTreeEntry::File { oid, size, path, lfs, .. } = entry? {
+            let etag = lfs.map(|l| l.oid).filter(|o| !o.is_empty()).unwrap_or(oid);
+            files.push(RemoteFile { path, size, etag });
+        }
+    }
+    Ok(files)
+}
+
+/// The blob of a file, fetched unless the cache has it. What an interrupted run left is continued; while a transfer
+/// breaks off but brings new bytes it is taken up again.
+async fn fetch_blob(
+    hub: &HubId,
+    repo: &HFRepository<RepoTypeModel>,
+    commit: &str,
+    file: &RemoteFile,
+) -> Result<PathBuf> {
+    let blob = hub.cache_dir().join("blobs").join(&file.etag);
+    let partial = blob.with_file_name(format!("{}.incomplete", file.etag));
+    create_parent(&blob)?;
+    let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&partial);
+    let mut out = open.with_context(|| format!("{}", partial.display()))?;
+    // another process may be fetching the same file; it renames the file that both hold open
+    out.lock().with_context(|| format!("{}", partial.display()))?;
+    if blob.exists() {
+        let _ = fs::remove_file(&partial);
+        return Ok(blob);
+    }
+    let mut progress = Progress::start(format!("fetching {}", file.path), file.size);
+    progress.advance(out.metadata()?.len().min(file.size));
+    let mut fruitless = 0;
+    while let Transfer::BrokenOff { why, fruitful } = transfer(hub, repo, (commit, file), &mut out, &mut progress).await? {
+        fruitless = if fruitful { 0 } else { fruitless + 1 };
+        ensure!(
+            fruitless < TRIES_WITHOUT_PROGRESS,
+            "{}: {}: {why}; what was fetched is kept, the same command continues it",
+            hub.id(),
+            file.path
+        );
+        tracing::warn!("{}: {}: {why}; continuing", hub.id(), file.path);
+    }
+    drop(progress);
+    if let Err(error) = verify(&mut out, file) {
+        fs::remove_file(&partial).with_context(|| format!("{}", partial.display()))?;
+        return Err(error).with_context(|| format!("{}: {}", hub.id(), file.path));
+    }
+    out.sync_all()?;
+    fs::rename(&partial, &blob).with_context(|| format!("{}", blob.display()))?;
+    Ok(blob)
+}
+
+/// How one transfer ended.
+enum Transfer {
+    Complete,
+    /// The connection failed before the end; `fruitful` if it brought new bytes.
+    BrokenOff {
+        why: String,
+        fruitful: bool,
+    },
+}
+
+/// Appends to `out` what it lacks of the file. Only what cannot get better by trying again is an error.
+async fn transfer(
+    hub: &HubId,
+    repo: &HFRepository<RepoTypeModel>,
+    (commit, file): (&str, &RemoteFile),
+    out: &mut File,
+    progress: &mut Progress,
+) -> Result<Transfer> {
+    let mut start = out.seek(SeekFrom::End(0))?;
+    if start > file.size {
+        restart(out)?;
+        start = 0;
+    }
+    if start == file.size && start > 0 {
+        return Ok(Transfer::Complete);
+    }
+    let range = (start > 0).then_some(start..file.size);
+    let request = repo.download_file_stream().filename(file.path.clone()).revision(commit.to_owned());
+    let mut stream = match request.maybe_range(range).send().await {
+        Ok((_, stream)) => stream,
+        Err(error) if unreachable(&error) => {
+            return Ok(Transfer::BrokenOff { why: explain(hub, &error), fruitful: false });
+        }
+        Err(error) => bail!(explain(hub, &error)),
+    };
+    let mut end = start;
+    while let Some(piece) = stream.next().await {
+        let bytes = match piece {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                return Ok(Transfer::BrokenOff { why: explain(hub, &error), fruitful: end > start });
+            }
+        };
+        end += bytes.len() as u64;
+        if file.size > 0 && end > file.size {
+            ensure!(start > 0, "expected {} bytes, found more", file.size);
+            restart(out)?;
+            let why = "the server sent the whole file where the rest was asked for".to_owned();
+            return Ok(Transfer::BrokenOff { why, fruitful: false });
+        }
+        out.write_all(&bytes)?;
+        progress.advance(bytes.len() as u64);
+    }
+    if file.size > 0 && end < file.size {
+        let why = format!("{end} of {} bytes came", file.size);
+        return Ok(Transfer::BrokenOff { why, fruitful: end > start });
+    }
+    Ok(Transfer::Complete)
+}
+
+fn restart(out: &mut File) -> Result<()> {
+    out.set_len(0)?;
+    out.seek(SeekFrom::Start(0))?;
+    Ok(())
+}
+
+/// Compares the content with the etag where that is a SHA-256; others name a git blob and are checked by size alone.
+fn verify(out: &mut File, file: &RemoteFile) -> Result<()> {
+    let sha256 = file.etag.len() == 64 && file.etag.bytes().all(|b| b.is_ascii_hexdigit());
+    if !sha256 {
+        return Ok(());
+    }
+    out.seek(SeekFrom::Start(0))?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match out.read(&mut buffer)? {
+            0 => break,
+            n => hash.update(&buffer[..n]),
+        }
+    }
+    let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    ensure!(found.eq_ignore_ascii_case(&file.etag), "expected SHA-256 {}, found {found}", file.etag);
+    Ok(())
+}
+
+/// Makes `pointer` lead to `blob`, relatively where the system has links, so that the cache can be moved.
+fn link(blob: &Path, pointer: &Path) -> Result<()> {
+    create_parent(pointer)?;
+    // a link that leads nowhere does not exist for its readers and would still stand in the way
+    let _ = fs::remove_file(pointer);
+    let wrong = || format!("{}", pointer.display());
+    #[cfg(unix)]
+    {
+        let name = blob.file_name().with_context(wrong)?;
+        // snapshots/<commit>/<file> -> ../../blobs/<etag>
+        std::os::unix::fs::symlink(Path::new("../../blobs").join(name), pointer).with_context(wrong)
+    }
+    #[cfg(not(unix))]
+    fs::copy(blob, pointer).map(|_| ()).with_context(wrong)
+}
+
+fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().context("a path in the cache has a parent")?;
+    fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    create_parent(path)?;
+    fs::write(path, bytes).with_context(|| format!("{}", path.display()))
+}
+
+/// Whether no answer came, or one that says to try later.
+fn unreachable(error: &HFError) -> bool {
+    match error {
+        HFError::Request { .. } | HFError::RateLimited { .. } => true,
+        HFError::Http { context } => context.status.is_server_error(),
+        _ => false,
+    }
+}
+
+/// What the hub's answer means to the operator.
+fn explain(hub: &HubId, error: &HFError) -> String {
+    let id = hub.id();
+    match error {
+        HFError::AuthRequired { .. } => format!(
+            "{id}: the hub wants a token (401): the model is private, gated or does not exist; set HF_TOKEN to one that may read it"
+        ),
+        HFError::Forbidden { .. } => {
+            format!("{id}: the token may not read this model (403); ask for access on its page")
+        }
+        HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => {
+            format!("{id}: the hub has no such model with revision `{}` (404)", hub.revision)
+        }
+        HFError::EntryNotFound { path, .. } => format!("{id}: the hub has no file {path} (404)"),
+        HFError::Request { source, .. } => format!("{id}: the hub cannot be reached: {}", root_cause(source)),
+        other => format!("{id}: {other}"),
+    }
+}
+
+/// The innermost reason, which says more than the layers around it.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_told_from_paths() {
+        let id = |o: &str, n: &str, r: &str| HubId { owner: o.into(), name: n.into(), revision: r.into() };
+        assert_eq!(HubId::parse("org/name"), Some(id("org", "name", "main")));
+        assert_eq!(HubId::parse("a-b/c.d_e@v1.0"), Some(id("a-b", "c.d_e", "v1.0")));
+        assert_eq!(HubId::parse("o/n@refs/pr/3"), Some(id("o", "n", "refs/pr/3")));
+        for no in ["name", "/abs/dir", "./rel/dir", "a/b/c", "a/", "../up", "a/..", "o/n@", "o/n@../../x", "o/na me"] {
+            assert_eq!(HubId::parse(no), None, "{no}");
+        }
+    }
+
+    #[test]
+    fn only_files_of_the_model_are_needed() {
+        for yes in ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "chat_template.jinja"] {
+            assert!(needed(yes), "{yes}");
+        }
+        for no in ["pytorch_model.bin", "consolidated.safetensors", "onnx/config.json", "README.md", "../x.json", ".x.json"] {
+            assert!(!needed(no), "{no}");
+        }
+    }
+}
