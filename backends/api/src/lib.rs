@@ -1,5 +1,6 @@
 //! The seam between the engine and the devices: a backend compiles a graph, an executor runs its steps.
 
+pub mod echo;
 pub mod kv;
 pub mod sample;
 pub mod step;
@@ -78,7 +79,8 @@ pub trait Backend: Send + Sync {
     ///
     /// # Errors
     /// [`LoadError::Unsupported`], [`LoadError::Resources`], or what [`Graph::check`] finds.
-    fn load(&self, graph: &Graph, weights: &Weights, limits: &Limits) -> Result<Box<dyn Executor>, LoadError>;
+    fn load(&self, graph: &Graph, weights: &Weights, limits: &Limits)
+    -> Result<Box<dyn Executor>, LoadError>;
 }
 
 /// One loaded model on one device. It knows chunks and pages; it does not know sequences, sessions or text.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::Limits;
 use crate::kv::{PAGE_TOKENS, PageId, PageRef};
 
 /// Tokens of several sequences to compute together.
@@ -23,6 +24,47 @@ pub struct Step {
     pub history: Vec<u32>,
     /// Also return the raw logits of every output row (tests and parity only).
     pub return_logits: bool,
+}
+
+impl Step {
+    /// Empties all vectors and keeps their memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.chunks.clear();
+        self.page_table.clear();
+        self.copies.clear();
+        self.outputs.clear();
+        self.biases.clear();
+        self.history.clear();
+    }
+
+    /// What every executor relies on: the step stays inside the limits and its parts fit each other. Allocates
+    /// nothing.
+    ///
+    /// # Panics
+    /// With both numbers, where it does not: such a step is a bug of the caller.
+    pub fn assert_within(&self, limits: &Limits) {
+        let at_most = |what: &str, n: usize, max: usize| assert!(n <= max, "{what}: {n}, limit {max}");
+        at_most("tokens in a step", self.tokens.len(), limits.tokens_per_step);
+        at_most("chunks in a step", self.chunks.len(), limits.chunks);
+        at_most("output rows in a step", self.outputs.len(), limits.output_rows);
+        let mut end = 0;
+        for chunk in &self.chunks {
+            let range = &chunk.tokens;
+            assert!(range.start == end && range.end > end, "chunk {range:?} does not follow token {end}");
+            end = range.end;
+            at_most("tokens in a sequence", chunk.position + range.len(), limits.context);
+            let (found, expected) = (chunk.pages.len(), chunk.page_count() * limits.pages.len());
+            assert_eq!(found, expected, "pages of a chunk up to token {}", chunk.position + range.len());
+            for (group, &pages) in limits.pages.iter().enumerate() {
+                let outside = chunk.table(self, group).iter().find(|p| p.0 as usize >= pages);
+                assert_eq!(outside, None, "a page of group {group}, which has {pages}");
+            }
+        }
+        assert_eq!(end, self.tokens.len(), "tokens of all chunks");
+        let rows = || self.outputs.iter().map(|o| o.row);
+        assert!(rows().is_sorted() && rows().all(|r| r < end), "output rows do not ascend below {end}");
+    }
 }
 
 /// A run of one sequence's tokens.

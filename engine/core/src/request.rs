@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out of it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// One generation request, already tokens.
@@ -9,7 +10,8 @@ pub struct Request {
     pub tenant: Arc<str>,
     /// The prompt, at least one token.
     pub prompt: Vec<u32>,
-    /// How many independent continuations to draw; they share the prompt's pages.
+    /// How many independent continuations to draw; they share the prompt's pages. Each is what a lone request with
+    /// that choice's index in its draws would give.
     pub choices: u32,
     /// Draws; `seed` and the penalties of every choice. `choice`, `bias` and `history` are filled in by the engine.
     pub sampling: SamplingRequest,
@@ -44,10 +46,17 @@ pub struct SamplingRequest {
     pub seed: u64,
 }
 
+impl SamplingRequest {
+    /// Whether draws depend on the tokens before them in another way than through the model.
+    pub(crate) fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
 /// When a choice ends. Stop strings are text and belong to the server, which ends a choice by `Handle::stop`.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct StopRule {
-    /// Most tokens to generate; at least 1, or 0 if only prompt log-probabilities are wanted.
+    /// Most tokens to generate; 0 computes the prompt only (for its log-probabilities, or to warm its pages).
     pub max_tokens: usize,
     /// Tokens that end the choice: end-of-text tokens of the model (unless ignored) and the client's own.
     pub tokens: Vec<u32>,
@@ -111,7 +120,9 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum RequestError {
     /// Prompt and wanted tokens do not fit.
-    #[error("the prompt has {prompt} tokens; the context holds {context}, of which at least one must be left")]
+    #[error(
+        "the prompt has {prompt} tokens; the context holds {context}, of which at least one must be left"
+    )]
     ContextLength {
         /// Tokens in the prompt.
         prompt: usize,
@@ -138,6 +149,73 @@ pub enum RequestError {
     /// The engine is shutting down.
     #[error("the server is shutting down")]
     Shutdown,
+}
+
+/// What a request must keep to.
+pub(crate) struct Bounds {
+    /// Tokens of a sequence.
+    pub(crate) context: usize,
+    pub(crate) vocab: usize,
+    pub(crate) choices: usize,
+}
+
+/// No logit may become infinite by a penalty or a bias, or one request would fail the step of all.
+const NUMBER_MAX: f32 = 1e4;
+
+impl Request {
+    /// Finds what the engine could not serve.
+    pub(crate) fn check(&self, bounds: &Bounds) -> Result<(), RequestError> {
+        let prompt = self.prompt.len();
+        require("prompt", prompt > 0, || "expected at least one token, found none".to_owned())?;
+        if prompt > bounds.context || prompt == bounds.context && self.stop.max_tokens > 0 {
+            return Err(RequestError::ContextLength { prompt, context: bounds.context });
+        }
+        check_ids("prompt", self.prompt.iter(), bounds.vocab)?;
+        let choices = self.choices as usize;
+        require("choices", (1..=bounds.choices).contains(&choices), || {
+            format!("expected 1 to {}, found {choices}", bounds.choices)
+        })?;
+        self.sampling.check(bounds.vocab)?;
+        let banned: HashSet<u32> = self.stop.tokens.iter().copied().collect();
+        require("min_tokens", self.stop.min_tokens == 0 || banned.len() < bounds.vocab, || {
+            "every token is a stop token, so none could be drawn before".to_owned()
+        })
+    }
+}
+
+impl SamplingRequest {
+    fn check(&self, vocab: usize) -> Result<(), RequestError> {
+        let numbers = [
+            ("temperature", self.temperature, 0.0..=NUMBER_MAX),
+            ("top_p", self.top_p, 0.0..=1.0),
+            ("min_p", self.min_p, 0.0..=1.0),
+            ("repetition_penalty", self.repetition_penalty, 1.0 / NUMBER_MAX..=NUMBER_MAX),
+            ("presence_penalty", self.presence_penalty, -NUMBER_MAX..=NUMBER_MAX),
+            ("frequency_penalty", self.frequency_penalty, -NUMBER_MAX..=NUMBER_MAX),
+        ];
+        let biases = self.logit_bias.iter().map(|&(_, bias)| ("logit_bias", bias, -NUMBER_MAX..=NUMBER_MAX));
+        for (field, number, range) in numbers.into_iter().chain(biases) {
+            // A NaN is in no range.
+            require(field, range.contains(&number), || {
+                format!("expected {} to {}, found {number}", range.start(), range.end())
+            })?;
+        }
+        check_ids("logit_bias", self.logit_bias.iter().map(|(id, _)| id), vocab)
+    }
+}
+
+fn require(field: &'static str, holds: bool, what: impl FnOnce() -> String) -> Result<(), RequestError> {
+    if holds { Ok(()) } else { Err(RequestError::Invalid { field, what: what() }) }
+}
+
+fn check_ids<'a>(
+    field: &'static str,
+    mut ids: impl Iterator<Item = &'a u32>,
+    vocab: usize,
+) -> Result<(), RequestError> {
+    let wrong = ids.find(|&&id| id as usize >= vocab);
+    let what = |id| format!("expected token ids below {vocab}, found {id}");
+    wrong.map_or(Ok(()), |id| Err(RequestError::Invalid { field, what: what(id) }))
 }
 
 /// Counters for metrics, read at any time.

@@ -1,0 +1,111 @@
+//! The engine's thread: takes messages in, drives the executor step by step, sends events out.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use mainstay_backend_api::{Executor, Step, StepOutput};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::error::TryRecvError;
+
+use crate::pool::KvPool;
+use crate::scheduler::Scheduler;
+use crate::sequence::{Sequence, SequenceId};
+use crate::stats::Counters;
+use crate::{Event, RequestError};
+
+/// What the engine is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// Queue this.
+    Submit(Box<Sequence>),
+    /// End this choice.
+    Stop(SequenceId),
+    /// Finish what was accepted, then end.
+    Shutdown,
+}
+
+/// Everything that the thread owns, all by value: nothing here is shared but the counters.
+pub(crate) struct Engine {
+    pub(crate) executor: Box<dyn Executor>,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) pool: KvPool,
+    pub(crate) inbox: UnboundedReceiver<Message>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// Ends the process if the engine panics: its books can no longer be trusted, and whoever waits for an event would
+/// wait forever.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = writeln!(std::io::stderr(), "the engine panicked (see above); the process ends");
+            std::process::abort();
+        }
+    }
+}
+
+impl Engine {
+    /// Runs until shutdown, or until nobody is left to send a message.
+    pub(crate) fn run(mut self) {
+        let _guard = AbortOnPanic;
+        let (mut step, mut out) = (Step::default(), StepOutput::default());
+        let mut open = true;
+        self.count();
+        while self.receive(&mut open) {
+            self.scheduler.plan(&mut self.pool, &mut step);
+            self.count();
+            self.scheduler.send_events();
+            if !step.chunks.is_empty() {
+                self.compute(&step, &mut out);
+                // Counters first: who hears that a request has finished finds it counted.
+                self.count();
+                self.scheduler.send_events();
+            }
+        }
+        drop(self.executor);
+        // Requests that were on their way when the end was decided; later ones find the inbox closed.
+        self.inbox.close();
+        while let Some(message) = self.inbox.blocking_recv() {
+            if let Message::Submit(sequence) = message {
+                let _ = sequence.submission.events.send(Event::Failed(RequestError::Shutdown));
+            }
+        }
+    }
+
+    fn compute(&mut self, step: &Step, out: &mut StepOutput) {
+        match self.executor.submit(step).and_then(|()| self.executor.finish(out)) {
+            Ok(()) => {
+                let rows = (out.tokens.len(), step.outputs.len());
+                assert!(rows.0 == rows.1, "the executor returned {} output rows of {}", rows.0, rows.1);
+                self.scheduler.commit(&mut self.pool, out);
+            }
+            Err(error) => self.scheduler.fail(&mut self.pool, &error),
+        }
+    }
+
+    /// Takes all messages in, and waits for one if there is nothing else to do. `false` at the end.
+    fn receive(&mut self, open: &mut bool) -> bool {
+        loop {
+            let message = match self.inbox.try_recv() {
+                Ok(message) => message,
+                Err(TryRecvError::Empty) if !self.scheduler.is_idle() => return true,
+                Err(TryRecvError::Empty) if *open => match self.inbox.blocking_recv() {
+                    Some(message) => message,
+                    None => return false,
+                },
+                Err(_) => return !self.scheduler.is_idle(),
+            };
+            match message {
+                Message::Submit(sequence) => self.scheduler.submit(*sequence),
+                Message::Stop(id) => self.scheduler.stop(id, &mut self.pool),
+                Message::Shutdown => *open = false,
+            }
+        }
+    }
+
+    fn count(&self) {
+        self.counters.store(&self.scheduler.stats(&self.pool));
+    }
+}

@@ -1,0 +1,342 @@
+//! Which tokens are computed next: continuous batching over the page pool, with no I/O, no clock and no threads.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use mainstay_backend_api::{Chunk, Limits, OutputRow, PageRef, Sampling, Step, StepError, StepOutput, Want};
+
+use crate::pool::KvPool;
+use crate::sequence::{Sequence, SequenceId, Submission};
+use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
+
+/// Turns sequences into steps and the results of steps into events. The order of arrival decides everything.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    /// Sequences without pages, by arrival: not yet started, or preempted.
+    waiting: VecDeque<Sequence>,
+    /// Sequences with pages, by arrival.
+    running: Vec<Sequence>,
+    limits: Limits,
+    /// What the step in flight computes.
+    planned: Vec<Planned>,
+    /// What happened since [`Scheduler::send_events`].
+    events: Vec<(Arc<Submission>, Event)>,
+    totals: Stats,
+}
+
+/// A sequence's part of the step in flight.
+#[derive(Debug)]
+struct Planned {
+    id: SequenceId,
+    tokens: usize,
+    /// Its rows in the step's outputs: `scored` prompt tokens, then draws.
+    outputs: Range<usize>,
+    scored: usize,
+}
+
+/// What is left of a step's limits.
+struct Room {
+    tokens: usize,
+    rows: usize,
+}
+
+/// Sequences that may run at once, so that all of them can draw in one step.
+pub(crate) fn slots_max(limits: &Limits) -> usize {
+    limits.chunks.min(limits.output_rows).min(limits.tokens_per_step)
+}
+
+impl Scheduler {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            limits,
+            planned: Vec::new(),
+            events: Vec::new(),
+            totals: Stats::default(),
+        }
+    }
+
+    /// Queues a sequence. Alone it must fit into the limits.
+    pub(crate) fn submit(&mut self, sequence: Sequence) {
+        let at = self.waiting.partition_point(|s| s.id < sequence.id);
+        self.waiting.insert(at, sequence);
+    }
+
+    /// Ends a choice that has drawn a token; any other is let alone.
+    pub(crate) fn stop(&mut self, id: SequenceId, pool: &mut KvPool) {
+        if let Ok(at) = self.running.binary_search_by_key(&id, |s| s.id)
+            && self.running[at].generated() > 0
+        {
+            let sequence = self.running.remove(at);
+            self.finish(sequence, FinishReason::Stopped, pool);
+        } else if let Ok(at) = self.waiting.binary_search_by_key(&id, |s| s.id)
+            && self.waiting[at].generated() > 0
+            && let Some(sequence) = self.waiting.remove(at)
+        {
+            self.finish(sequence, FinishReason::Stopped, pool);
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Fills the next step; it is empty only if there is nothing to do. [`Scheduler::commit`] or
+    /// [`Scheduler::fail`] follows.
+    pub(crate) fn plan(&mut self, pool: &mut KvPool, step: &mut Step) {
+        assert!(self.planned.is_empty(), "{} chunks are in flight", self.planned.len());
+        step.clear();
+        self.remove(pool, |s| s.submission.events.is_closed());
+        self.grow(pool, &mut step.copies);
+        let mut room = Room { tokens: self.limits.tokens_per_step, rows: self.limits.output_rows };
+        // Whoever is about to draw goes first, so that a long prompt holds nobody up.
+        for sequence in self.running.iter().filter(|s| s.remaining() == 1) {
+            let planned = plan_chunk(sequence, step, &mut room);
+            self.planned.push(planned.expect("a slot was kept for every running sequence"));
+        }
+        for sequence in self.running.iter().filter(|s| s.remaining() > 1) {
+            self.planned.extend(plan_chunk(sequence, step, &mut room));
+        }
+        self.admit(pool, step, &mut room);
+        let (running, waiting) = (self.running.len(), self.waiting.len());
+        assert!(
+            !self.planned.is_empty() || self.is_idle(),
+            "{running} running and {waiting} waiting are stuck"
+        );
+    }
+
+    /// Finds pages for the tokens that were drawn, at the cost of the sequences that came last.
+    fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) {
+        let mut at = 0;
+        while at < self.running.len() {
+            if self.running[at].grow(pool, copies) {
+                at += 1;
+                continue;
+            }
+            assert!(self.running.len() > 1, "a sequence alone does not fit: {:?}", self.running[0].id);
+            let mut last = self.running.pop().expect("there are at least two");
+            last.release(pool);
+            self.totals.preemptions += 1;
+            self.submit(last);
+        }
+    }
+
+    /// Starts sequences in the order of arrival while there is room for their first chunk. One page is left for
+    /// each running sequence, or the newcomer would soon be preempted.
+    fn admit(&mut self, pool: &mut KvPool, step: &mut Step, room: &mut Room) {
+        while room.tokens > 0
+            && let Some(mut sequence) = self.waiting.pop_front()
+        {
+            let slots: usize = self.running.iter().map(Sequence::slots).sum();
+            if slots + sequence.slots() > slots_max(&self.limits) || !sequence.start(pool, self.running.len())
+            {
+                self.waiting.push_front(sequence);
+                break;
+            }
+            if sequence.seat.take().is_some() {
+                let cached_tokens = sequence.computed;
+                self.totals.prompt_tokens += sequence.tokens.len() as u64;
+                self.totals.cached_tokens += cached_tokens as u64;
+                self.events.push((Arc::clone(&sequence.submission), Event::Started { cached_tokens }));
+            }
+            self.planned.extend(plan_chunk(&sequence, step, room));
+            self.insert(sequence);
+        }
+    }
+
+    fn insert(&mut self, sequence: Sequence) {
+        let at = self.running.partition_point(|s| s.id < sequence.id);
+        self.running.insert(at, sequence);
+    }
+
+    /// Takes in the result of the step planned last.
+    pub(crate) fn commit(&mut self, pool: &mut KvPool, out: &StepOutput) {
+        self.totals.steps += 1;
+        let planned = std::mem::take(&mut self.planned);
+        for part in &planned {
+            let at = self.running.binary_search_by_key(&part.id, |s| s.id).expect("what was planned runs");
+            let sequence = &mut self.running[at];
+            let first = sequence.generated() == 0;
+            let done = sequence.remaining() == part.tokens;
+            sequence.advance(part.tokens, pool);
+            let draws = part.outputs.start + part.scored..part.outputs.end;
+            sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
+            if done && first {
+                self.finish_prompt(at, draws, out, pool);
+            } else if done {
+                let sequence = self.running.remove(at);
+                self.extend(sequence, draws.start, out, pool);
+            }
+        }
+        // Keeps the memory.
+        self.planned = planned;
+        self.planned.clear();
+    }
+
+    /// The prompt of a request is computed: its choices part, each with its own first token.
+    fn finish_prompt(&mut self, at: usize, draws: Range<usize>, out: &StepOutput, pool: &mut KvPool) {
+        let mut sequence = self.running.remove(at);
+        let scores = std::mem::take(&mut sequence.scores);
+        if sequence.request().prompt_logprobs.is_some() {
+            self.events.push((Arc::clone(&sequence.submission), Event::Prompt(scores)));
+        }
+        let choices = sequence.request().choices;
+        let forks: Vec<Sequence> = (1..choices).map(|choice| sequence.fork(choice, pool)).collect();
+        for (choice, sequence) in (0..).zip(std::iter::once(sequence).chain(forks)) {
+            if draws.is_empty() {
+                self.finish(sequence, FinishReason::Length, pool);
+            } else {
+                self.extend(sequence, draws.start + choice, out, pool);
+            }
+        }
+    }
+
+    /// Appends the token drawn at an output row, and keeps the sequence running unless it has ended.
+    fn extend(&mut self, mut sequence: Sequence, row: usize, out: &StepOutput, pool: &mut KvPool) {
+        let token = out.tokens[row];
+        let drawn_before = sequence.generated();
+        sequence.tokens.push(token);
+        self.totals.generated_tokens += 1;
+        let request = sequence.request();
+        let score = request.logprobs.map(|_| score(out, row));
+        let event = Event::Token { choice: sequence.id.choice, token, score };
+        let stop = &request.stop;
+        let ends = if drawn_before >= stop.min_tokens && stop.tokens.contains(&token) {
+            Some(FinishReason::Stop(token))
+        } else if sequence.generated() >= stop.max_tokens || sequence.tokens.len() >= self.limits.context {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        self.events.push((Arc::clone(&sequence.submission), event));
+        match ends {
+            Some(reason) => self.finish(sequence, reason, pool),
+            None => self.insert(sequence),
+        }
+    }
+
+    fn finish(&mut self, mut sequence: Sequence, reason: FinishReason, pool: &mut KvPool) {
+        sequence.release(pool);
+        let event = Event::Finished { choice: sequence.id.choice, reason };
+        self.events.push((sequence.submission, event));
+    }
+
+    /// The step planned last failed, and with it every request that had a part in it.
+    pub(crate) fn fail(&mut self, pool: &mut KvPool, error: &StepError) {
+        let mut failed: Vec<RequestId> = self.planned.drain(..).map(|p| p.id.request).collect();
+        failed.sort_unstable();
+        failed.dedup();
+        for &id in &failed {
+            let mut sequences = self.running.iter().filter(|s| s.id.request == id);
+            let sequence = sequences.next().expect("what was planned runs");
+            let event = Event::Failed(RequestError::Device(error.to_string()));
+            self.events.push((Arc::clone(&sequence.submission), event));
+        }
+        self.remove(pool, |s| failed.binary_search(&s.id.request).is_ok());
+    }
+
+    /// Drops sequences and their pages.
+    fn remove(&mut self, pool: &mut KvPool, mut which: impl FnMut(&Sequence) -> bool) {
+        let mut keep = |sequence: &mut Sequence| {
+            let gone = which(sequence);
+            if gone {
+                sequence.release(pool);
+            }
+            !gone
+        };
+        self.running.retain_mut(&mut keep);
+        self.waiting.retain_mut(&mut keep);
+    }
+
+    /// Tells the owners of the requests what happened, in order.
+    pub(crate) fn send_events(&mut self) {
+        for (submission, event) in self.events.drain(..) {
+            // A receiver that is gone is noticed by the next plan.
+            let _ = submission.events.send(event);
+        }
+    }
+
+    pub(crate) fn stats(&self, pool: &KvPool) -> Stats {
+        Stats {
+            running: self.running.len(),
+            waiting: self.waiting.iter().map(Sequence::slots).sum(),
+            pages_used: pool.used_len(),
+            pages_cached: pool.cached_len(),
+            pages_total: pool.total_len(),
+            ..self.totals.clone()
+        }
+    }
+}
+
+/// Adds as many of a sequence's next tokens to the step as there is room for.
+fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<Planned> {
+    let most = sequence.remaining().min(room.tokens);
+    let tokens = (1..=most).rev().find(|&len| sequence.rows(len) <= room.rows)?;
+    let (start, position) = (step.tokens.len(), sequence.computed);
+    step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
+    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0 };
+    let table = step.page_table.len();
+    for pages in &sequence.pages {
+        step.page_table.extend_from_slice(&pages[..chunk.page_count()]);
+    }
+    chunk.pages = table..step.page_table.len();
+    step.chunks.push(chunk);
+
+    let outputs = step.outputs.len();
+    let scored = sequence.scored(tokens);
+    step.outputs.extend(scored.clone().map(|at| OutputRow {
+        row: start + at - position,
+        position: at + 1,
+        want: Want::Score(sequence.tokens[at + 1]),
+        top_logprobs: sequence.request().prompt_logprobs,
+    }));
+    if tokens == sequence.remaining() {
+        plan_draws(sequence, step);
+    }
+    let outputs = outputs..step.outputs.len();
+    room.tokens -= tokens;
+    room.rows -= outputs.len();
+    Some(Planned { id: sequence.id, tokens, outputs, scored: scored.len() })
+}
+
+/// Asks the step's last row for the sequence's next token, or for the first one of every choice.
+fn plan_draws(sequence: &Sequence, step: &mut Step) {
+    let request = sequence.request();
+    let wanted = &request.sampling;
+    let bias = step.biases.len();
+    step.biases.extend_from_slice(&wanted.logit_bias);
+    if sequence.generated() < request.stop.min_tokens {
+        step.biases.extend(request.stop.tokens.iter().map(|&token| (token, f32::NEG_INFINITY)));
+    }
+    let bias = bias..step.biases.len();
+    let history = step.history.len();
+    if wanted.has_penalties() {
+        step.history.extend_from_slice(&sequence.tokens);
+    }
+    let history = history..step.history.len();
+    let row = step.tokens.len() - 1;
+    for choice in sequence.id.choice..sequence.id.choice + sequence.draws() {
+        let want = Want::Sample(Sampling {
+            temperature: wanted.temperature,
+            top_k: wanted.top_k,
+            top_p: wanted.top_p,
+            min_p: wanted.min_p,
+            repetition_penalty: wanted.repetition_penalty,
+            presence_penalty: wanted.presence_penalty,
+            frequency_penalty: wanted.frequency_penalty,
+            seed: wanted.seed,
+            choice,
+            bias: bias.clone(),
+            history: history.clone(),
+            prompt_len: sequence.submission.prompt_len,
+        });
+        let position = sequence.tokens.len();
+        step.outputs.push(OutputRow { row, position, want, top_logprobs: request.logprobs });
+    }
+}
+
+fn score(out: &StepOutput, row: usize) -> Score {
+    Score { token: out.tokens[row], logprob: out.logprobs[row], top: out.top_logprobs[row].clone() }
+}
