@@ -1,0 +1,115 @@
+//! From graph and weights to programs: every op beside the tensors that it needs.
+
+use candle_core::{DType, Device, Tensor};
+use mainstay_backend_api::{KvLayout, Limits};
+use mainstay_models::graph::{Block, Graph, Matrix, Op, Vector};
+use mainstay_models::{LoadError, Weights};
+
+use crate::load_error;
+
+/// A graph with its weights on the device.
+pub(crate) struct Plan {
+    pub(crate) prologue: Program,
+    /// One per layer: blocks are shared by graphs, weights are not.
+    pub(crate) layers: Vec<Program>,
+    pub(crate) epilogue: Program,
+    pub(crate) layout: KvLayout,
+    pub(crate) device: Device,
+}
+
+/// The ops of a block in order, as one layer runs them.
+pub(crate) type Program = Vec<Instruction>;
+
+/// An op with its tensors; `None` where it has none.
+pub(crate) struct Instruction {
+    pub(crate) op: Op,
+    /// `[rows, cols]` of a matrix in its stored type, or the elements of a norm in f32.
+    pub(crate) weight: Option<Tensor>,
+    /// In f32.
+    pub(crate) bias: Option<Tensor>,
+}
+
+impl Plan {
+    pub(crate) fn new(
+        graph: &Graph,
+        weights: &Weights,
+        limits: &Limits,
+        device: &Device,
+    ) -> Result<Self, LoadError> {
+        let source = Source { weights, device };
+        let layers = graph.layers.iter().map(|l| source.program(&graph.blocks[l.block], &l.prefix));
+        Ok(Self {
+            prologue: source.program(&graph.prologue, "")?,
+            layers: layers.collect::<Result<_, _>>()?,
+            epilogue: source.program(&graph.epilogue, "")?,
+            layout: KvLayout::of(graph, limits.kv_dtype),
+            device: device.clone(),
+        })
+    }
+}
+
+/// Where tensors come from and where they go.
+struct Source<'a> {
+    weights: &'a Weights,
+    device: &'a Device,
+}
+
+impl Source<'_> {
+    fn program(&self, block: &Block, prefix: &str) -> Result<Program, LoadError> {
+        block.ops.iter().map(|op| self.instruction(op, prefix)).collect()
+    }
+
+    fn instruction(&self, op: &Op, prefix: &str) -> Result<Instruction, LoadError> {
+        let (weight, bias) = match op {
+            Op::Embed { weight } => (Some(self.matrix(weight, prefix)?), None),
+            Op::Linear { weight, bias, .. } => {
+                let bias = bias.as_ref().map(|b| self.vector(b, prefix)).transpose()?;
+                (Some(self.matrix(weight, prefix)?), bias)
+            }
+            Op::RmsNorm { weight, .. } => (Some(self.vector(weight, prefix)?), None),
+            Op::Input
+            | Op::Add { .. }
+            | Op::Scale { .. }
+            | Op::Softcap { .. }
+            | Op::Slice { .. }
+            | Op::Activate { .. }
+            | Op::GatedActivate { .. }
+            | Op::Rope { .. }
+            | Op::Attend(_)
+            | Op::SelectRows { .. } => (None, None),
+        };
+        Ok(Instruction { op: op.clone(), weight, bias })
+    }
+
+    /// The parts stacked by rows, in their stored type, or in f32 where they differ.
+    fn matrix(&self, matrix: &Matrix, prefix: &str) -> Result<Tensor, LoadError> {
+        let parts = self.tensors(&matrix.parts, prefix)?;
+        if parts.iter().all(|p| p.dtype() == parts[0].dtype()) {
+            Tensor::cat(&parts, 0).map_err(load_error)
+        } else {
+            stacked_f32(&parts).map_err(load_error)
+        }
+    }
+
+    fn vector(&self, vector: &Vector, prefix: &str) -> Result<Tensor, LoadError> {
+        stacked_f32(&self.tensors(&vector.parts, prefix)?).map_err(load_error)
+    }
+
+    fn tensors(&self, parts: &[(String, usize)], prefix: &str) -> Result<Vec<Tensor>, LoadError> {
+        let read = |(name, _): &(String, usize)| {
+            let view = self.weights.tensor(&format!("{prefix}{name}"))?;
+            let dtype = match view.dtype {
+                mainstay_models::weights::DType::F32 => DType::F32,
+                mainstay_models::weights::DType::F16 => DType::F16,
+                mainstay_models::weights::DType::BF16 => DType::BF16,
+            };
+            Tensor::from_raw_buffer(view.bytes, dtype, view.shape, self.device).map_err(load_error)
+        };
+        parts.iter().map(read).collect()
+    }
+}
+
+fn stacked_f32(parts: &[Tensor]) -> candle_core::Result<Tensor> {
+    let wide: Vec<Tensor> = parts.iter().map(|p| p.to_dtype(DType::F32)).collect::<Result<_, _>>()?;
+    Tensor::cat(&wide, 0)
+}
