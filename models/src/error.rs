@@ -1,6 +1,6 @@
 //! What can go wrong before a model serves its first request; addressed to the operator.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a model could not be loaded. Every message says what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
@@ -77,4 +77,11 @@ pub enum LoadError {
         /// Expected and found.
         what: String,
     },
+}
+
+impl LoadError {
+    /// [`LoadError::Format`]: `what` says what was expected and what was found.
+    pub(crate) fn format(path: &Path, what: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), what: what.into() }
+    }
 }

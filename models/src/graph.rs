@@ -356,12 +356,12 @@ impl Block {
                 }
                 Op::GatedActivate { input, .. } => {
                     let w = widths[*input];
-                    fit(w % 2 == 0, &|| format!("width {w} is odd"))?;
+                    fit(w.is_multiple_of(2), &|| format!("width {w} is odd"))?;
                     w / 2
                 }
                 Op::Rope { input, rope } => {
                     let w = widths[*input];
-                    fit(rope.head_dim > 0 && w % rope.head_dim == 0, &|| {
+                    fit(rope.head_dim > 0 && w.is_multiple_of(rope.head_dim), &|| {
                         format!("width {w} is no multiple of the head's {}", rope.head_dim)
                     })?;
                     let halves = rope.tables.iter().all(|t| t.len() * 2 == rope.dim);

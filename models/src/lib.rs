@@ -1,6 +1,9 @@
 //! What a model is: its graph, weights, tokenizer and chat template. No arithmetic, no devices, no HTTP.
 
+pub mod config;
 pub mod error;
+pub mod families;
+mod file;
 pub mod graph;
 pub mod model;
 pub mod template;
