@@ -120,7 +120,7 @@ impl ChatTemplate {
         variables.push(("messages", Serde(messages).into()));
         variables.push(("tools", Serde(tools).into()));
         variables.push(("add_generation_prompt", conversation.add_generation_prompt.into()));
-        let variables: minijinja::Value = variables.into_iter().collect();
+        let variables = minijinja::Value::from_pairs(variables);
         template.render(variables).map_err(|e| refusal(&e))
     }
 
