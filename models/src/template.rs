@@ -2,6 +2,7 @@
 
 mod functions;
 mod generation_tag;
+mod methods;
 mod python;
 
 use std::borrow::Cow;
@@ -32,8 +33,9 @@ pub struct ChatTemplate {
 /// What a template is rendered with.
 #[derive(Clone, Debug, Default)]
 pub struct Conversation<'a> {
-    /// Message objects, passed through as they are, but that a `null` content counts as absent. Arguments of tool
-    /// calls stay text if they are: most templates want objects, and it is the caller who parses them.
+    /// Message objects, at least one. As in transformers 5, keys that are `null` count as absent, and reasoning
+    /// stands under `reasoning_content` and `thinking` whichever name it came by. Arguments of tool calls stay text
+    /// if they are: most templates want objects, and it is the caller who parses them.
     pub messages: &'a [Value],
     /// Tool objects, `None` if the request has none.
     pub tools: Option<&'a [Value]>,
@@ -48,7 +50,7 @@ pub struct Conversation<'a> {
 #[error("the chat template refused the messages: {0}")]
 pub struct TemplateError(pub String);
 
-/// Where the chat templates of a checkpoint may stand, the first found winning.
+/// Where the chat templates of a checkpoint may stand; files of their own leave those inside the configuration unread.
 pub(crate) struct Sources<'a> {
     /// For messages.
     pub(crate) path: PathBuf,
@@ -75,10 +77,13 @@ impl ChatTemplate {
     pub(crate) fn find(sources: Sources<'_>) -> Result<Option<Self>, LoadError> {
         let mut named: Vec<(&str, &str, &Path)> = Vec::new();
         let config = sources.config;
-        match (sources.file, config.get("chat_template")) {
-            (Some(text), _) => named.push((DEFAULT, text, &sources.path)),
-            (None, Some(Value::String(text))) => named.push((DEFAULT, text, config.path())),
-            (None, Some(Value::Array(list))) => {
+        named.extend(sources.file.map(|text| (DEFAULT, text, sources.path.as_path())));
+        named.extend(sources.tool_file.map(|text| (TOOL_USE, text, sources.path.as_path())));
+        match config.get("chat_template") {
+            _ if !named.is_empty() => {}
+            None => {}
+            Some(Value::String(text)) => named.push((DEFAULT, text, config.path())),
+            Some(Value::Array(list)) => {
                 for entry in list {
                     let text = |key: &str| entry.get(key).and_then(Value::as_str);
                     let (Some(name), Some(template)) = (text("name"), text("template")) else {
@@ -87,11 +92,7 @@ impl ChatTemplate {
                     named.push((name, template, config.path()));
                 }
             }
-            (None, Some(_)) => return Err(config.wrong("chat_template", "a text or a list")),
-            (None, None) => {}
-        }
-        if let Some(text) = sources.tool_file {
-            named.push((TOOL_USE, text, &sources.path));
+            Some(_) => return Err(config.wrong("chat_template", "a text or a list")),
         }
         let mut template = Self { environment: environment(), special_tokens: special_tokens(config) };
         for (name, text, path) in named.into_iter().filter(|(name, ..)| [DEFAULT, TOOL_USE].contains(name)) {
@@ -106,10 +107,13 @@ impl ChatTemplate {
     /// # Errors
     /// [`TemplateError`] with the template's own words, or with what could not be evaluated.
     pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, TemplateError> {
+        if conversation.messages.is_empty() {
+            return Err(TemplateError("the conversation is empty".to_owned()));
+        }
         let tools = conversation.tools;
         let name = if tools.is_some() && self.has_tool_use() { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|e| refusal(&e))?;
-        let messages: Vec<Cow<'_, Value>> = conversation.messages.iter().map(without_null_content).collect();
+        let messages: Vec<Cow<'_, Value>> = conversation.messages.iter().map(shown).collect();
         let mut variables: Vec<(&str, minijinja::Value)> = Vec::new();
         let own = self.special_tokens.iter();
         for (key, value) in own.chain(conversation.kwargs.into_iter().flatten()) {
@@ -122,6 +126,12 @@ impl ChatTemplate {
         variables.push(("add_generation_prompt", conversation.add_generation_prompt.into()));
         let variables = minijinja::Value::from_pairs(variables);
         template.render(variables).map_err(|e| refusal(&e))
+    }
+
+    /// Whether a word stands in the template's source, such as the name of a role that not all templates know.
+    pub fn mentions(&self, word: &str) -> bool {
+        let named = |name| self.environment.get_template(name).is_ok_and(|template| template.source().contains(word));
+        named(DEFAULT) || named(TOOL_USE)
     }
 
     fn has_tool_use(&self) -> bool {
@@ -148,21 +158,30 @@ fn environment() -> Environment<'static> {
     environment.set_syntax(syntax.expect("the default delimiters do not clash"));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_fuel(Some(FUEL));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(methods::call);
     functions::add(&mut environment);
     environment
 }
 
-/// transformers 5 shows templates a message whose content is `None` as one without content.
-fn without_null_content(message: &Value) -> Cow<'_, Value> {
-    match message {
-        Value::Object(map) if map.get("content").is_some_and(Value::is_null) => {
-            let mut map = map.clone();
-            map.shift_remove("content");
-            Cow::Owned(Value::Object(map))
-        }
-        _ => Cow::Borrowed(message),
+/// A message as transformers 5 shows it to templates: without keys that are `null`, and with the reasoning under
+/// each name that templates look for.
+fn shown(message: &Value) -> Cow<'_, Value> {
+    const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+    let Value::Object(map) = message else { return Cow::Borrowed(message) };
+    let reasoning = REASONING.iter().find_map(|key| map.get(*key).filter(|v| !v.is_null()));
+    if reasoning.is_none() && !map.values().any(Value::is_null) {
+        return Cow::Borrowed(message);
     }
+    let kept = map.iter().filter(|(_, v)| !v.is_null());
+    let mut shown: Map<String, Value> = Map::new();
+    if let Some(reasoning) = reasoning {
+        shown.insert("thinking".to_owned(), reasoning.clone());
+    }
+    shown.extend(kept.map(|(k, v)| (k.clone(), v.clone())));
+    if let Some(reasoning) = reasoning {
+        shown.insert("reasoning_content".to_owned(), reasoning.clone());
+    }
+    Cow::Owned(Value::Object(shown))
 }
 
 fn refusal(error: &minijinja::Error) -> TemplateError {

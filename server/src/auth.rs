@@ -63,7 +63,9 @@ pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenan
         return Err(ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found none"));
     };
     let Some(presented) = bearer(presented.as_bytes()) else {
-        return Err(ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found another scheme"));
+        return Err(ApiError::unauthorized(
+            "expected the header `Authorization: Bearer KEY`, found another scheme",
+        ));
     };
     let hash = blake3::hash(presented);
     let mut found = None;
@@ -102,7 +104,9 @@ mod tests {
         assert_eq!(ask(&keys, Some("Bearer sk-a")).as_deref(), Some("default"));
         assert_eq!(ask(&keys, Some("bearer  sk-b")).as_deref(), Some("acme"));
         assert_eq!(ask(&keys, Some("Bearer sk:with:colons")).as_deref(), Some("acme"));
-        for wrong in ["Bearer sk-", "Bearer sk-ab", "Bearer ", "Bearer", "Basic sk-a", "sk-a", "Bearer acme:sk-b"] {
+        for wrong in
+            ["Bearer sk-", "Bearer sk-ab", "Bearer ", "Bearer", "Basic sk-a", "sk-a", "Bearer acme:sk-b"]
+        {
             assert_eq!(ask(&keys, Some(wrong)), None, "{wrong}");
         }
         assert_eq!(ask(&keys, None), None);

@@ -69,7 +69,8 @@ impl ApiError {
 
     /// 404: no route.
     pub(crate) fn no_route(method: &str, path: &str) -> Self {
-        Self::new(StatusCode::NOT_FOUND, INVALID, format!("unknown route: {method} {path}")).code("unknown_url")
+        Self::new(StatusCode::NOT_FOUND, INVALID, format!("unknown route: {method} {path}"))
+            .code("unknown_url")
     }
 
     /// 404: no such model.
@@ -130,7 +131,9 @@ impl From<RequestError> for ApiError {
         match error {
             RequestError::ContextLength { .. } => Self::context_length(message, "messages"),
             RequestError::Busy { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("queue_full").retry_after(1)
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+                    .code("queue_full")
+                    .retry_after(1)
             }
             RequestError::Invalid { field, .. } => Self::bad_request(message).param(field),
             RequestError::Device(_) => Self::internal(message),

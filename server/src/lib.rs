@@ -1,14 +1,26 @@
 //! The HTTP side: OpenAI's API over the engine. Text stops here; below this crate there are only tokens.
 //!
 //! The way of a request: `routes/chat.rs` reads the body (`openai/chat.rs`), renders and tokenizes it (`prompt.rs`),
-//! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text
-//! (`detokenize.rs`, `stop.rs`). `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
+//! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text (`choice.rs`:
+//! `detokenize.rs`, `stop.rs`). `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
 
 mod auth;
+mod body;
+mod choice;
+mod detokenize;
 mod error;
+mod generate;
+mod metrics;
+mod openai;
+mod prompt;
+mod random;
 mod registry;
+mod reply;
+mod routes;
 mod serve;
 mod shutdown;
+mod sse;
+mod stop;
 
 pub use auth::{ApiKey, ApiKeyError};
 pub use registry::{Registry, ServedModel};

@@ -5,9 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use mainstay_engine::Handle;
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
-use mainstay_models::tokenizer::Tokenizer;
+use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
 
-use crate::detokenize::ByteTokens;
+use crate::detokenize::{ByteTokens, Decoder};
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 
@@ -51,6 +51,16 @@ impl Model {
             metrics: ModelMetrics::default(),
             served,
         }
+    }
+
+    pub(crate) fn decoder(&self, show: ShowSpecial) -> Decoder<'_> {
+        Decoder { tokenizer: &self.served.tokenizer, byte_tokens: &self.byte_tokens, show }
+    }
+
+    /// The role under which this model's template takes a developer's message.
+    pub(crate) fn developer_role(&self) -> &'static str {
+        let known = self.served.template.as_ref().is_some_and(|template| template.mentions("developer"));
+        if known { "developer" } else { "system" }
     }
 }
 
@@ -132,7 +142,10 @@ impl Registry {
             match state {
                 State::Ready(model) if model.served.engine.is_ready() => {}
                 State::Ready(_) => {
-                    return Err(ApiError::unavailable(format!("the engine of `{id}` has stopped"), "engine_stopped"));
+                    return Err(ApiError::unavailable(
+                        format!("the engine of `{id}` has stopped"),
+                        "engine_stopped",
+                    ));
                 }
                 State::Loading => return Err(loading(id)),
                 State::Failed(reason) => return Err(failed(id, reason)),

@@ -1,0 +1,10 @@
+//! What clients send and what they get back, as JSON: OpenAI's fields and, under vLLM's names, its extensions.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod fields;
+pub(crate) mod logprobs;
+pub(crate) mod messages;
+pub(crate) mod options;
+pub(crate) mod refused;
+pub(crate) mod usage;

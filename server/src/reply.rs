@@ -1,0 +1,114 @@
+//! Answers a job: as one JSON body, or as a stream of events.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::choice::Ending;
+use crate::error::ApiError;
+use crate::generate::{Choice, Job, Origin, Run, TokenOut};
+use crate::openai::options::Delivery;
+use crate::registry::Model;
+use crate::sse;
+
+/// How an endpoint writes an answer down; chat and completions differ in nothing else.
+pub(crate) trait Shape: Send + 'static {
+    /// `object` of a whole answer.
+    const WHOLE: &'static str;
+    /// `object` of an event.
+    const EVENT: &'static str;
+    /// How ids begin.
+    const ID_PREFIX: &'static str;
+
+    /// A choice of a whole answer.
+    fn choice(&self, job: &Job, index: usize, choice: &Choice) -> Value;
+
+    /// The event before a choice's first text, if there is one.
+    fn opening(&self, job: &Job, index: usize) -> Option<Value>;
+
+    /// The event of more text or tokens.
+    fn delta(&mut self, job: &Job, index: usize, delta: (&str, &[TokenOut])) -> Value;
+
+    /// The event that ends a choice.
+    fn ending(&self, job: &Job, index: usize, ending: &Ending) -> Value;
+
+    /// Adds what the answer, or its first event, holds beside its choices.
+    fn extend(&self, job: &Job, answer: &mut Value);
+}
+
+/// What every body or event of one answer has in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Envelope {
+    id: String,
+    created: u64,
+    model: String,
+    fingerprint: String,
+}
+
+impl Envelope {
+    fn new<S: Shape>(model: &Model) -> Self {
+        Self {
+            id: crate::random::id(S::ID_PREFIX),
+            created: std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
+            model: model.served.id.clone(),
+            fingerprint: model.fingerprint.clone(),
+        }
+    }
+
+    /// An answer's JSON around its choices.
+    pub(crate) fn wrap(&self, object: &str, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        })
+    }
+}
+
+/// Runs the job and answers it.
+///
+/// # Errors
+/// Whatever goes wrong before the first byte of the answer is sent.
+pub(crate) async fn send<S: Shape>(job: Job, shape: S, delivery: Delivery) -> Result<Response, ApiError> {
+    let envelope = Envelope::new::<S>(&job.model);
+    let mut run = Run::start(job)?;
+    match delivery {
+        Delivery::Stream { include_usage } => sse::stream(run, shape, envelope, include_usage).await,
+        Delivery::Whole => {
+            let choices = run.collect().await?;
+            Ok(Json(whole(&run, &shape, &envelope, &choices)).into_response())
+        }
+    }
+}
+
+fn whole<S: Shape>(run: &Run, shape: &S, envelope: &Envelope, choices: &[Choice]) -> Value {
+    let job = run.job();
+    let choices =
+        choices.iter().enumerate().map(|(index, choice)| shape.choice(job, index, choice)).collect();
+    let mut answer = envelope.wrap(S::WHOLE, choices);
+    answer["usage"] = run.usage().to_json();
+    shape.extend(job, &mut answer);
+    answer
+}
+
+/// `finish_reason` of an ending.
+pub(crate) fn finish_reason(ending: &Ending) -> &'static str {
+    if *ending == Ending::Length { "length" } else { "stop" }
+}
+
+/// vLLM's `stop_reason`: the stop string or token of the client's that ended the choice.
+pub(crate) fn stop_reason(ending: &Ending) -> Value {
+    match ending {
+        Ending::Length | Ending::EndOfText => Value::Null,
+        Ending::Token(id) => json!(id),
+        Ending::String(text) => json!(text),
+    }
+}
+
+/// `token_ids` of a choice: the generated ones.
+pub(crate) fn ids(tokens: &[TokenOut]) -> Vec<u32> {
+    tokens.iter().filter(|token| token.origin == Origin::Generated).map(|token| token.id).collect()
+}

@@ -1,0 +1,48 @@
+//! POST /v1/completions.
+
+use axum::Extension;
+use axum::extract::{Request, State};
+use axum::response::Response;
+
+use super::Shared;
+use crate::auth::Tenant;
+use crate::error::ApiError;
+use crate::generate::{Continuation, Job};
+use crate::openai::completions::{CompletionRequest, CompletionShape};
+use crate::openai::fields::Fields;
+use crate::prompt;
+use crate::reply;
+
+/// Tokens generated where neither the request nor the operator says otherwise: OpenAI's number for this endpoint.
+const MAX_TOKENS_DEFAULT: usize = 16;
+
+pub(super) async fn post(
+    State(app): Shared,
+    Extension(tenant): Extension<Tenant>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let time = app.time();
+    let body = app.body(request).await?;
+    let fields = Fields::of(&body);
+    let model = app.registry.get(fields.required_string("model")?)?;
+    let request = CompletionRequest::read(&fields, &model)?;
+    let mut prompts = Vec::with_capacity(request.prompts.len());
+    for input in request.prompts {
+        let prompt = prompt::plain(&model, input, request.special).await?;
+        prompt::check_length(&model, &prompt, request.max_tokens, "prompt")?;
+        prompts.push(prompt);
+    }
+    let job = Job {
+        model,
+        tenant: tenant.0,
+        prompts,
+        max_tokens: request.max_tokens,
+        max_tokens_default: Some(app.options.max_tokens_default.unwrap_or(MAX_TOKENS_DEFAULT)),
+        options: request.options,
+        logprobs: request.logprobs,
+        echo: request.echo,
+        continuation: Continuation::OfPrompt,
+        time,
+    };
+    reply::send(job, CompletionShape::default(), request.delivery).await
+}

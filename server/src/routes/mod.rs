@@ -1,0 +1,125 @@
+//! The routes, and what every request passes on its way to one: identity, admission, access log.
+
+mod chat;
+mod completions;
+mod health;
+mod metrics;
+mod models;
+mod tokenize;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde_json::{Map, Value};
+use tokio::time::Instant;
+
+use crate::auth::{self, Tenant};
+use crate::body::{self, BodyLimits};
+use crate::error::ApiError;
+use crate::generate::TimeLimits;
+use crate::metrics::HttpMetrics;
+use crate::registry::Registry;
+use crate::serve::ServerOptions;
+use crate::shutdown::{ShutdownSignal, ShutdownStage};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest request id taken from a client.
+const REQUEST_ID_LEN_MAX: usize = 128;
+
+/// What all routes share.
+pub(crate) struct App {
+    registry: Registry,
+    options: ServerOptions,
+    shutdown: ShutdownSignal,
+    http: HttpMetrics,
+}
+
+type Shared = State<Arc<App>>;
+
+/// All routes.
+pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: ShutdownSignal) -> Router {
+    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default() });
+    Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/chat/completions", post(chat::post))
+        .route("/v1/completions", post(completions::post))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::get))
+        .route("/metrics", get(metrics::get))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(app.clone(), admit))
+        .layer(middleware::from_fn_with_state(app.clone(), observe))
+        .with_state(app)
+}
+
+impl App {
+    async fn body(&self, request: Request<Body>) -> Result<Map<String, Value>, ApiError> {
+        let limits = BodyLimits { bytes: self.options.body_limit_bytes, pause: self.options.header_timeout };
+        body::object(request, limits).await
+    }
+
+    /// The time limits of a request that arrives now.
+    fn time(&self) -> TimeLimits {
+        let (request, queue) = (self.options.request_timeout, self.options.queue_timeout);
+        TimeLimits { arrived: Instant::now(), request, queue }
+    }
+}
+
+async fn no_route(method: Method, uri: Uri) -> ApiError {
+    ApiError::no_route(method.as_str(), uri.path())
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::method(method.as_str(), uri.path())
+}
+
+/// Lets a request in if its key is known and the server is not going down.
+async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<Response, ApiError> {
+    let path = request.uri().path();
+    let options = &app.options;
+    let open = path == "/health" || (path == "/metrics" && (options.loopback || options.public_metrics));
+    if !open {
+        let tenant = auth::authenticate(&options.api_keys, request.headers())?;
+        request.extensions_mut().insert::<Tenant>(tenant);
+    }
+    if app.shutdown.stage() >= ShutdownStage::Drain && request.uri().path() != "/metrics" {
+        return Err(ApiError::unavailable("the server is shutting down", "shutting_down"));
+    }
+    Ok(next.run(request).await)
+}
+
+/// Names the request, counts and logs its answer. What was asked and answered is never logged.
+async fn observe(State(app): Shared, request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let id = request_id(&request);
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let mut response = next.run(request).await.into_response();
+    let status = response.status().as_u16();
+    app.http.answered(&route, status);
+    let ms = begun.elapsed().as_millis();
+    tracing::debug!(request_id = id.to_str().unwrap_or_default(), %method, route, status, ms, "answered");
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// The client's name of the request if it is a sane one, else a new one.
+fn request_id(request: &Request) -> HeaderValue {
+    let sane = |id: &&HeaderValue| {
+        let bytes = id.as_bytes();
+        (1..=REQUEST_ID_LEN_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    match request.headers().get(REQUEST_ID).filter(sane) {
+        Some(id) => id.clone(),
+        None => HeaderValue::try_from(crate::random::id("req_")).expect("hexadecimal digits make a header"),
+    }
+}

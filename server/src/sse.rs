@@ -1,0 +1,116 @@
+//! Streams: an answer as server-sent events.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde_json::Value;
+
+use crate::error::ApiError;
+use crate::generate::{Run, Update};
+use crate::reply::{Envelope, Shape};
+
+/// How often a comment is sent while there is no event.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// How long the status line waits for the first token: a request that fails before is answered with its status, and
+/// one that takes longer is kept alive by comments.
+const COMMIT_AFTER: Duration = Duration::from_secs(2);
+
+struct Events<S> {
+    run: Run,
+    shape: S,
+    envelope: Envelope,
+    include_usage: bool,
+    ready: VecDeque<String>,
+    ended: bool,
+}
+
+/// Streams a run.
+///
+/// # Errors
+/// What goes wrong before the answer's status is sent.
+pub(crate) async fn stream<S: Shape>(
+    mut run: Run,
+    shape: S,
+    envelope: Envelope,
+    include_usage: bool,
+) -> Result<Response, ApiError> {
+    let first = tokio::time::timeout(COMMIT_AFTER, run.next()).await.ok().flatten().transpose()?;
+    let mut events = Events { run, shape, envelope, include_usage, ready: VecDeque::new(), ended: false };
+    events.open();
+    if let Some(update) = first {
+        events.update(update);
+    }
+    let stream = stream::unfold(events, |mut events| async move {
+        let data = events.next().await?;
+        Some((Ok::<_, Infallible>(Event::default().data(data)), events))
+    });
+    Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")).into_response())
+}
+
+impl<S: Shape> Events<S> {
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(data) = self.ready.pop_front() {
+                return Some(data);
+            }
+            if self.ended {
+                return None;
+            }
+            match self.run.next().await {
+                Some(Ok(update)) => self.update(update),
+                Some(Err(error)) => {
+                    // The status is long sent; clients know this event, and that nothing follows it.
+                    self.ready.push_back(error.body().to_string());
+                    self.ended = true;
+                }
+                None => self.close(),
+            }
+        }
+    }
+
+    fn open(&mut self) {
+        let job = self.run.job();
+        let choices = job.prompts.len() * job.options.choices as usize;
+        let openings: Vec<Value> = (0..choices).filter_map(|index| self.shape.opening(job, index)).collect();
+        for (at, choice) in openings.into_iter().enumerate() {
+            let mut event = self.event(vec![choice]);
+            if at == 0 {
+                self.shape.extend(self.run.job(), &mut event);
+            }
+            self.ready.push_back(event.to_string());
+        }
+    }
+
+    fn update(&mut self, update: Update) {
+        let job = self.run.job();
+        let choice = match update {
+            Update::Delta { choice, text, tokens } => self.shape.delta(job, choice, (&text, &tokens)),
+            Update::End { choice, ending } => self.shape.ending(job, choice, &ending),
+        };
+        let event = self.event(vec![choice]);
+        self.ready.push_back(event.to_string());
+    }
+
+    fn close(&mut self) {
+        if self.include_usage {
+            let mut event = self.envelope.wrap(S::EVENT, Vec::new());
+            event["usage"] = self.run.usage().to_json();
+            self.ready.push_back(event.to_string());
+        }
+        self.ready.push_back("[DONE]".to_owned());
+        self.ended = true;
+    }
+
+    fn event(&self, choices: Vec<Value>) -> Value {
+        let mut event = self.envelope.wrap(S::EVENT, choices);
+        if self.include_usage {
+            event["usage"] = Value::Null;
+        }
+        event
+    }
+}
