@@ -47,6 +47,10 @@ impl Decoder<'_> {
     fn text(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, self.show)
     }
+
+    fn hides(&self, id: u32) -> bool {
+        self.show == ShowSpecial::No && self.tokenizer.is_special(id)
+    }
 }
 
 /// The text of one growing list of tokens. The pieces that it returns, joined, are the decoding of the whole list.
@@ -59,6 +63,8 @@ pub(crate) struct Detokenizer {
     settled_text: String,
     /// Bytes already out of the text after the settled tokens.
     out_len: usize,
+    /// Whether the last token with text is one of [`ByteTokens`].
+    in_byte_run: bool,
 }
 
 impl Detokenizer {
@@ -68,7 +74,7 @@ impl Detokenizer {
         let tail = &prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..];
         let mut settled_text = decoder.text(tail);
         settled_text.truncate(settled_text.trim_end_matches(REPLACEMENT).len());
-        Self { ids: tail.to_vec(), settled: tail.len(), settled_text, out_len: 0 }
+        Self { ids: tail.to_vec(), settled: tail.len(), settled_text, out_len: 0, in_byte_run: false }
     }
 
     /// Takes the next token; returns the text that is certain now, often that token's, sometimes none.
@@ -76,7 +82,10 @@ impl Detokenizer {
         self.ids.push(id);
         let pending_len = self.ids.len() - self.settled;
         let forced = pending_len >= PENDING_TOKENS_MAX;
-        if decoder.byte_tokens.contains(id) && !forced {
+        if !decoder.hides(id) {
+            self.in_byte_run = decoder.byte_tokens.contains(id);
+        }
+        if self.in_byte_run && !forced {
             return String::new();
         }
         let text = self.pending_text(decoder);
@@ -129,6 +138,127 @@ pub(crate) fn token_text(tokenizer: &Tokenizer, id: u32) -> String {
         Ok(text) => text,
         Err(error) => {
             error.as_bytes().iter().fold("bytes:".to_owned(), |text, byte| text + &format!("\\x{byte:02x}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn tokenizer(name: &str) -> Tokenizer {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name).join("tokenizer.json");
+        Tokenizer::from_bytes(&path, &std::fs::read(&path).unwrap()).unwrap()
+    }
+
+    const ALL: [&str; 5] = [
+        "tests/fixtures/llama",
+        "tests/fixtures/mistral",
+        "tests/fixtures/qwen2",
+        "tests/fixtures/qwen3",
+        "models/default",
+    ];
+
+    /// SplitMix64 (Steele, Lea, Flood 2014).
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) % bound as u64) as usize
+        }
+    }
+
+    fn pieces(decoder: Decoder<'_>, ids: &[u32]) -> Vec<String> {
+        let mut text = Detokenizer::default();
+        let mut pieces: Vec<String> = ids.iter().map(|id| text.push(decoder, *id)).collect();
+        pieces.push(text.finish(decoder));
+        pieces
+    }
+
+    #[test]
+    fn pieces_of_random_tokens_join_to_their_decoding() {
+        let mut random = Random(1);
+        for name in ALL {
+            let tokenizer = tokenizer(name);
+            let byte_tokens = ByteTokens::of(&tokenizer);
+            for show in [ShowSpecial::Yes, ShowSpecial::No] {
+                let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show };
+                for _ in 0..300 {
+                    let len = 1 + random.below(40);
+                    let ids: Vec<u32> =
+                        (0..len).map(|_| random.below(tokenizer.vocab_len()) as u32).collect();
+                    assert_eq!(pieces(decoder, &ids).concat(), decoder.text(&ids), "{name} {show:?} {ids:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn real_text_comes_whole_and_at_once() {
+        let text = "naïve 日本語 🦀🏽 ü — \u{FFFD} done\n\n  two  spaces";
+        for name in ALL {
+            let tokenizer = tokenizer(name);
+            let byte_tokens = ByteTokens::of(&tokenizer);
+            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            let ids = tokenizer.encode(text, mainstay_models::tokenizer::AddSpecial::No).unwrap();
+            let pieces = pieces(decoder, &ids);
+            assert_eq!(pieces.concat(), text, "{name}");
+            // Only the one that is in the text.
+            assert_eq!(pieces.concat().matches(REPLACEMENT).count(), 1, "{name}");
+            assert!(pieces.iter().filter(|piece| !piece.is_empty()).count() > 10, "{name}: {pieces:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_character_come_out_at_the_end() {
+        let tokenizer = tokenizer("models/default");
+        let byte_tokens = ByteTokens::of(&tokenizer);
+        let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+        let crab = tokenizer.encode("🦀", mainstay_models::tokenizer::AddSpecial::No).unwrap();
+        assert!(crab.len() > 1, "this test needs a character of several tokens");
+        let cut = &crab[..crab.len() - 1];
+        let pieces = pieces(decoder, cut);
+        assert!(pieces[..cut.len()].iter().all(String::is_empty), "{pieces:?}");
+        assert_eq!(pieces[cut.len()], "\u{FFFD}");
+    }
+
+    #[test]
+    fn a_continuation_keeps_the_space_and_leaks_no_prompt() {
+        for name in ALL {
+            let tokenizer = tokenizer(name);
+            let byte_tokens = ByteTokens::of(&tokenizer);
+            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            let encode = |text| tokenizer.encode(text, mainstay_models::tokenizer::AddSpecial::Yes).unwrap();
+            let all = encode("one two 日本 three");
+            for cut in 1..all.len() {
+                let mut text = Detokenizer::after(decoder, &all[..cut]);
+                let mut rest: String = all[cut..].iter().map(|id| text.push(decoder, *id)).collect();
+                rest += &text.finish(decoder);
+                let prompt = decoder.text(&all[..cut]);
+                let whole = prompt.trim_end_matches(REPLACEMENT).to_owned() + &rest;
+                assert_eq!(whole, decoder.text(&all), "{name} cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn work_per_token_is_bounded() {
+        for name in ALL {
+            let tokenizer = tokenizer(name);
+            let byte_tokens = ByteTokens::of(&tokenizer);
+            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            for id in 0..tokenizer.vocab_len() as u32 {
+                let mut text = Detokenizer::default();
+                for _ in 0..3 * PENDING_TOKENS_MAX {
+                    text.push(decoder, id);
+                    assert!(text.ids.len() <= 2 * PENDING_TOKENS_MAX, "{name}: {id} repeated");
+                }
+            }
         }
     }
 }
