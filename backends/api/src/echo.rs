@@ -209,20 +209,24 @@ impl Executor for EchoExecutor {
 /// # Panics
 /// If biases leave no token to draw.
 pub fn expected(vocab: usize, tokens: &[u32], sampling: &Sampling, biases: &[(u32, f32)]) -> u32 {
+    let sampling = Sampling { bias: 0..biases.len(), history: 0..tokens.len(), ..sampling.clone() };
+    let step = Step { biases: biases.to_vec(), history: tokens.to_vec(), ..Step::default() };
+    alone(vocab, tokens, Want::Sample(sampling), step).tokens[0]
+}
+
+/// The log-probability that `token` follows `tokens`, under the raw logits.
+pub fn expected_logprob(vocab: usize, tokens: &[u32], token: u32) -> f32 {
+    alone(vocab, tokens, Want::Score(token), Step::default()).logprobs[0]
+}
+
+fn alone(vocab: usize, tokens: &[u32], want: Want, mut step: Step) -> StepOutput {
     let state = (0..).zip(tokens).fold(SEED, |state, (position, &token)| absorb(state, token, position));
     let mut logits = Vec::with_capacity(vocab);
     push_logits(state, vocab, &mut logits);
-    let sampling = Sampling { bias: 0..biases.len(), history: 0..tokens.len(), ..sampling.clone() };
-    let want = Want::Sample(sampling);
-    let step = Step {
-        outputs: vec![OutputRow { row: 0, position: tokens.len(), want, top_logprobs: None }],
-        biases: biases.to_vec(),
-        history: tokens.to_vec(),
-        ..Step::default()
-    };
+    step.outputs = vec![OutputRow { row: 0, position: tokens.len(), want, top_logprobs: None }];
     let mut out = StepOutput::default();
     sample_rows(&logits, &step, &mut SampleScratch::new(vocab), &mut out).expect("biases leave a token");
-    out.tokens[0]
+    out
 }
 
 /// The first `count` tokens after `prompt`, with no biases; see [`expected`].

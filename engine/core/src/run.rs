@@ -52,16 +52,13 @@ impl Engine {
         let _guard = AbortOnPanic;
         let (mut step, mut out) = (Step::default(), StepOutput::default());
         let mut open = true;
-        self.count();
+        self.report();
         while self.receive(&mut open) {
             self.scheduler.plan(&mut self.pool, &mut step);
-            self.count();
-            self.scheduler.send_events();
+            self.report();
             if !step.chunks.is_empty() {
                 self.compute(&step, &mut out);
-                // Counters first: who hears that a request has finished finds it counted.
-                self.count();
-                self.scheduler.send_events();
+                self.report();
             }
         }
         drop(self.executor);
@@ -99,13 +96,18 @@ impl Engine {
             };
             match message {
                 Message::Submit(sequence) => self.scheduler.submit(*sequence),
-                Message::Stop(id) => self.scheduler.stop(id, &mut self.pool),
+                Message::Stop(id) => {
+                    self.scheduler.stop(id, &mut self.pool);
+                    self.report();
+                }
                 Message::Shutdown => *open = false,
             }
         }
     }
 
-    fn count(&self) {
+    /// Counters first: who hears that a request has finished finds it counted.
+    fn report(&mut self) {
         self.counters.store(&self.scheduler.stats(&self.pool));
+        self.scheduler.send_events();
     }
 }

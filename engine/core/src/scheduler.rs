@@ -340,3 +340,10 @@ fn plan_draws(sequence: &Sequence, step: &mut Step) {
 fn score(out: &StepOutput, row: usize) -> Score {
     Score { token: out.tokens[row], logprob: out.logprobs[row], top: out.top_logprobs[row].clone() }
 }
+
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod rig;
+#[cfg(test)]
+mod tests;

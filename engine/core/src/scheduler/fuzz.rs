@@ -1,0 +1,271 @@
+//! Random arrivals, cancels, stops and failures under tiny limits, all from a seed: after every step the books must
+//! balance, and whatever is reported must be what a lone run gives.
+
+use mainstay_backend_api::KvDType;
+use mainstay_backend_api::echo::{EchoExecutor, expected_logprob};
+
+use super::rig::{Client, Rig, VOCAB, alone, request};
+use super::*;
+use crate::{Request, StopRule};
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    fn pick<T: Clone>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())].clone()
+    }
+}
+
+/// A request and all that was heard of it.
+struct Watched {
+    client: Client,
+    request: Request,
+    started: bool,
+    scored: bool,
+    tokens: Vec<Vec<u32>>,
+    reasons: Vec<Option<FinishReason>>,
+    stopped: Vec<bool>,
+    failed: bool,
+}
+
+impl Watched {
+    fn new(client: Client, request: Request) -> Self {
+        let n = request.choices as usize;
+        Self {
+            client,
+            request,
+            started: false,
+            scored: false,
+            tokens: vec![Vec::new(); n],
+            reasons: vec![None; n],
+            stopped: vec![false; n],
+            failed: false,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.failed || self.reasons.iter().all(Option::is_some)
+    }
+
+    fn hear(&mut self, event: Event, started: &mut Option<RequestId>) {
+        assert!(!self.is_over(), "{event:?} after the end");
+        match event {
+            Event::Started { cached_tokens } => {
+                assert!(!self.started && started.is_none_or(|last| last < self.client.id), "starts in order");
+                assert!(cached_tokens < self.request.prompt.len());
+                assert!(cached_tokens == 0 || self.request.prompt_logprobs.is_none());
+                (self.started, *started) = (true, Some(self.client.id));
+            }
+            Event::Prompt(scores) => {
+                assert!(self.started && !self.scored && self.request.prompt_logprobs.is_some());
+                assert!(self.tokens.iter().all(Vec::is_empty));
+                assert_eq!(scores.len() + 1, self.request.prompt.len());
+                for (i, score) in scores.iter().enumerate() {
+                    self.check_score(score, &self.request.prompt[..=i], self.request.prompt[i + 1]);
+                    assert_eq!(Some(score.top.len()), self.request.prompt_logprobs);
+                }
+                self.scored = true;
+            }
+            Event::Token { choice, token, score } => {
+                assert!(self.started && self.scored == self.request.prompt_logprobs.is_some());
+                assert_eq!(score.is_some(), self.request.logprobs.is_some());
+                let generated = &self.tokens[choice as usize];
+                if let Some(score) = score {
+                    let before: Vec<u32> = self.request.prompt.iter().chain(generated).copied().collect();
+                    self.check_score(&score, &before, token);
+                    assert_eq!(Some(score.top.len()), self.request.logprobs);
+                }
+                self.tokens[choice as usize].push(token);
+            }
+            Event::Finished { choice, reason } => {
+                assert!(self.started && self.reasons[choice as usize].is_none());
+                self.reasons[choice as usize] = Some(reason);
+            }
+            Event::Failed(error) => {
+                assert!(matches!(error, RequestError::Device(_)), "{error}");
+                self.failed = true;
+            }
+        }
+    }
+
+    fn check_score(&self, score: &Score, before: &[u32], token: u32) {
+        assert_eq!(score.token, token);
+        assert_eq!(score.logprob.to_bits(), expected_logprob(VOCAB, before, token).to_bits());
+    }
+
+    /// What was heard of every choice is a beginning of the lone run, and all of it if the choice ran to its end.
+    fn check(&self, context: usize) {
+        for choice in 0..self.request.choices {
+            let i = choice as usize;
+            let (tokens, reason) = alone(&self.request, choice, context);
+            assert!(tokens.starts_with(&self.tokens[i]), "{:?} of {tokens:?}", self.tokens[i]);
+            match self.reasons[i] {
+                Some(FinishReason::Stopped) => assert!(self.stopped[i]),
+                Some(found) => assert_eq!((found, self.tokens[i].len()), (reason, tokens.len())),
+                None => {}
+            }
+        }
+    }
+}
+
+struct World {
+    rig: Rig,
+    random: Random,
+    watched: Vec<Watched>,
+    bases: Vec<Vec<u32>>,
+    context: usize,
+    choices_max: usize,
+    started: Option<RequestId>,
+    finished: usize,
+    copies: usize,
+}
+
+impl World {
+    fn new(seed: u64, limits: Limits, fail_every: Option<u64>) -> Self {
+        let mut random = Random(seed);
+        let bases = (0..3).map(|_| (0..90).map(|_| random.below(VOCAB) as u32).collect()).collect();
+        let echo = EchoExecutor::new(VOCAB, limits.clone());
+        let echo = fail_every.into_iter().fold(echo, EchoExecutor::failing_every);
+        Self {
+            context: limits.context,
+            choices_max: slots_max(&limits).min(4),
+            rig: Rig::over(echo, limits),
+            random,
+            watched: Vec::new(),
+            bases,
+            started: None,
+            finished: 0,
+            copies: 0,
+        }
+    }
+
+    /// A prompt that often shares its beginning with others, over all kinds of draws and stops.
+    fn request(&mut self) -> Request {
+        let r = &mut self.random;
+        let base = r.pick(&self.bases);
+        let mut prompt = base[..r.below(base.len().min(self.context - 20))].to_vec();
+        prompt.extend((0..1 + r.below(12)).map(|_| r.below(VOCAB) as u32));
+        let mut wanted = request(&prompt, r.below(100));
+        wanted.tenant = r.pick(&["a", "a", "b"]).into();
+        wanted.choices = if r.one_in(4) { 1 + r.below(self.choices_max) as u32 } else { 1 };
+        wanted.sampling.temperature = r.pick(&[0.0, 0.7, 1.5]);
+        wanted.sampling.top_k = r.pick(&[0, 0, 5]);
+        wanted.sampling.top_p = r.pick(&[1.0, 0.8]);
+        wanted.sampling.seed = r.below(3) as u64;
+        if r.one_in(4) {
+            wanted.sampling.repetition_penalty = 1.3;
+            wanted.sampling.frequency_penalty = 0.5;
+            wanted.sampling.logit_bias = vec![(r.below(VOCAB) as u32, 2.0)];
+        }
+        let tokens = (0..r.below(3)).map(|_| r.below(VOCAB) as u32).collect();
+        wanted.stop = StopRule { tokens, min_tokens: r.pick(&[0, 0, 6]), ..wanted.stop };
+        wanted.logprobs = r.pick(&[None, None, Some(2)]);
+        wanted.prompt_logprobs = r.pick(&[None, None, None, None, Some(1)]);
+        wanted
+    }
+
+    fn act(&mut self) {
+        if self.watched.len() < 12 && self.random.one_in(3) {
+            let request = self.request();
+            let client = self.rig.submit(request.clone());
+            self.watched.push(Watched::new(client, request));
+        }
+        if !self.watched.is_empty() && self.random.one_in(40) {
+            let gone = self.random.below(self.watched.len());
+            self.watched.swap_remove(gone).check(self.context);
+        }
+        if !self.watched.is_empty() && self.random.one_in(40) {
+            let at = self.random.below(self.watched.len());
+            let watched = &mut self.watched[at];
+            let choice = self.random.below(watched.request.choices as usize);
+            let id = SequenceId { request: watched.client.id, choice: choice as u32 };
+            watched.stopped[choice] = true;
+            self.rig.scheduler.stop(id, &mut self.rig.pool);
+        }
+    }
+
+    fn listen(&mut self) {
+        self.watched.sort_by_key(|w| w.client.id);
+        for watched in &mut self.watched {
+            for event in watched.client.hear() {
+                watched.hear(event, &mut self.started);
+            }
+        }
+        for watched in self.watched.extract_if(.., |w| w.is_over()) {
+            watched.check(self.context);
+            self.finished += 1;
+        }
+    }
+
+    fn run(&mut self, steps: usize) -> Stats {
+        for _ in 0..steps {
+            self.act();
+            self.rig.turn();
+            self.copies += self.rig.step.copies.len();
+            self.listen();
+        }
+        self.rig.drain();
+        self.listen();
+        assert!(self.watched.is_empty(), "{} requests were forgotten", self.watched.len());
+        self.rig.scheduler.stats(&self.rig.pool)
+    }
+}
+
+fn tiny(pages: &[usize], tokens_per_step: usize, chunks: usize, output_rows: usize) -> Limits {
+    let context = 200.min((pages.iter().min().unwrap() - 1) * 32);
+    Limits { context, tokens_per_step, chunks, output_rows, pages: pages.to_vec(), kv_dtype: KvDType::F32 }
+}
+
+#[test]
+fn a_hundred_thousand_steps_keep_the_books() {
+    let shapes = [
+        tiny(&[5], 7, 3, 3),
+        tiny(&[6, 9], 16, 4, 5),
+        tiny(&[13], 40, 6, 6),
+        tiny(&[9], 1, 4, 4),
+        tiny(&[30, 14], 100, 5, 12),
+    ];
+    let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
+    for seed in 0..20 {
+        let limits = shapes[seed as usize % shapes.len()].clone();
+        let fail_every = (seed % 3 == 2).then_some(23 + seed);
+        let mut world = World::new(seed, limits, fail_every);
+        let stats = world.run(5000);
+        copies += world.copies;
+        finished += world.finished;
+        steps += stats.steps;
+        preemptions += stats.preemptions;
+        cached += stats.cached_tokens;
+    }
+    // The seeds must reach what they are there for.
+    let reached = (steps, finished, preemptions, cached, copies);
+    assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
+    assert!(preemptions > 400 && cached > 10_000 && copies > 500, "{reached:?}");
+}
+
+#[test]
+fn a_seed_decides_every_step() {
+    let steps = || {
+        let mut world = World::new(5, tiny(&[6, 9], 16, 4, 5), Some(31));
+        let turn = |_| {
+            world.act();
+            world.rig.turn();
+            world.listen();
+            world.rig.step.clone()
+        };
+        (0..500).map(turn).collect::<Vec<Step>>()
+    };
+    assert_eq!(steps(), steps());
+}
