@@ -1,0 +1,184 @@
+//! The executor: what one loaded model holds, and its side of the seam.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use mainstay_backend_api::kv::{CopyDone, KvLayout, PageBytes, PageRef, Ticket};
+use mainstay_backend_api::sample::{Drawn, SampleScratch};
+use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput};
+use mainstay_kernels_cpu::attend::Attention;
+use mainstay_kernels_cpu::{Kernels, scratch_len};
+use mainstay_models::graph::Graph;
+use mainstay_models::{LoadError, Weights};
+
+use crate::arena::Arena;
+use crate::load::{self, ModelWeights};
+use crate::pages::Pages;
+use crate::plan::Plan;
+use crate::pool::Pool;
+use crate::run::{Core, PART_ROWS_MAX, TASK_TOKENS, Work};
+
+/// The arithmetic that all instruction sets share: chains of fused multiply-adds over sixteen-row panels. It changes
+/// when any kernel's sequence of roundings does.
+const NUMERIC_PATH: &str = "cpu/fma16";
+
+/// A loaded model.
+pub(crate) struct CpuExecutor {
+    core: Core,
+    pool: Pool,
+    layout: KvLayout,
+    limits: Limits,
+    /// Steps computed and not yet fetched, oldest first.
+    finished: VecDeque<Result<StepOutput, StepError>>,
+    /// Vectors to reuse.
+    spare: Vec<StepOutput>,
+    copies: Vec<CopyDone>,
+}
+
+/// What one thread needs for itself.
+pub(crate) struct Scratch {
+    pub(crate) floats: Vec<f32>,
+    pub(crate) attention: Attention,
+    pub(crate) sampling: SampleScratch,
+}
+
+/// What became of one output row.
+pub(crate) struct RowResult {
+    pub(crate) drawn: Option<Result<Drawn, StepError>>,
+    pub(crate) top: Vec<(u32, f32)>,
+}
+
+impl CpuExecutor {
+    pub(crate) fn new(
+        kernels: Kernels,
+        threads: usize,
+        (graph, weights): (&Graph, &Weights),
+        limits: &Limits,
+    ) -> Result<Self, LoadError> {
+        let plan = Plan::new(graph, limits)?;
+        let layout = KvLayout::of(graph, limits.kv_dtype);
+        let pages = Pages::new(&layout, limits)?;
+        let arena = Arena::new(plan.arena_len).ok_or_else(|| LoadError::Resources {
+            what: format!(
+                "no memory for {} floats of activations of {} tokens a step and {} output rows",
+                plan.arena_len, limits.tokens_per_step, limits.output_rows
+            ),
+        })?;
+        let ModelWeights { prologue, layers, epilogue } = load::load(graph, &plan, weights, threads)?;
+        let scratch = |_| {
+            Mutex::new(Scratch {
+                floats: vec![0.0; scratch_len(PART_ROWS_MAX, kernels.tile_rows()).max(plan.head_dim)],
+                attention: Attention::new(TASK_TOKENS * plan.group, plan.head_dim),
+                sampling: SampleScratch::new(graph.vocab),
+            })
+        };
+        let layers = graph.layers.iter().map(|l| l.block).zip(layers).collect();
+        let core = Core {
+            kernels,
+            threads,
+            scratch: (0..threads).map(scratch).collect(),
+            rows: (0..limits.output_rows)
+                .map(|_| Mutex::new(RowResult { drawn: None, top: Vec::new() }))
+                .collect(),
+            plan,
+            prologue,
+            layers,
+            epilogue,
+            arena,
+            pages,
+            work: Work::new(limits),
+        };
+        let pool = Pool::new(threads).map_err(|e| LoadError::Resources {
+            what: format!("{threads} threads could not be started: {e}"),
+        })?;
+        Ok(Self {
+            core,
+            pool,
+            layout,
+            limits: limits.clone(),
+            finished: VecDeque::with_capacity(4),
+            spare: Vec::with_capacity(4),
+            copies: Vec::new(),
+        })
+    }
+
+    fn check(&self, step: &Step) {
+        let l = &self.limits;
+        let (tokens, chunks, rows) = (step.tokens.len(), step.chunks.len(), step.outputs.len());
+        assert!(tokens <= l.tokens_per_step, "{tokens} tokens in a step, limit {}", l.tokens_per_step);
+        assert!(chunks <= l.chunks, "{chunks} chunks in a step, limit {}", l.chunks);
+        assert!(rows <= l.output_rows, "{rows} output rows in a step, limit {}", l.output_rows);
+        for chunk in &step.chunks {
+            let end = chunk.position + chunk.tokens.len();
+            assert!(end <= l.context, "a chunk ends at {end}, the context is {}", l.context);
+            assert!(chunk.tokens.end <= tokens, "chunk tokens {:?} of {tokens}", chunk.tokens);
+        }
+    }
+
+    /// Gathers the rows' results.
+    fn collect(&mut self, step: &Step) -> Result<StepOutput, StepError> {
+        let mut out = self.spare.pop().unwrap_or_default();
+        out.reset(step.outputs.len());
+        for (i, row) in self.core.rows[..step.outputs.len()].iter_mut().enumerate() {
+            let row = row.get_mut().unwrap_or_else(PoisonError::into_inner);
+            match row.drawn.take() {
+                Some(Ok(drawn)) => {
+                    out.tokens[i] = drawn.token;
+                    out.logprobs[i] = drawn.logprob;
+                    std::mem::swap(&mut out.top_logprobs[i], &mut row.top);
+                }
+                Some(Err(error)) => return Err(error),
+                None => unreachable!("row {i} was not computed"),
+            }
+        }
+        if step.return_logits {
+            self.core.read_logits(step.outputs.len(), &mut out.logits);
+        }
+        Ok(out)
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn kv_layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    fn numeric_class(&self) -> NumericClass {
+        NumericClass { path: NUMERIC_PATH.into(), invariance: Invariance::Full }
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<(), StepError> {
+        self.check(step);
+        for &(from, to) in &step.copies {
+            self.core.pages.copy(from, to);
+        }
+        self.core.work.prepare(step);
+        let core = &self.core;
+        self.pool.run(&|worker| core.step(worker, step));
+        let result = self.collect(step);
+        self.finished.push_back(result);
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut StepOutput) -> Result<(), StepError> {
+        let done = self.finished.pop_front();
+        let mut result = done.unwrap_or_else(|| panic!("finish without a submitted step"))?;
+        std::mem::swap(out, &mut result);
+        self.spare.push(result);
+        Ok(())
+    }
+
+    fn start_read(&mut self, pages: &[PageRef], ticket: Ticket) {
+        let bytes = pages.iter().map(|&page| self.core.pages.read(page)).collect();
+        self.copies.push(CopyDone { ticket, bytes, result: Ok(()) });
+    }
+
+    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
+        let result = pages.iter().try_for_each(|(page, bytes)| self.core.pages.write(*page, bytes));
+        self.copies.push(CopyDone { ticket, bytes: Vec::new(), result });
+    }
+
+    fn poll(&mut self, done: &mut Vec<CopyDone>) {
+        done.append(&mut self.copies);
+    }
+}

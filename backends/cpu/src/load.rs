@@ -1,0 +1,158 @@
+//! Weights from the checkpoint into panels, each matrix once however many blocks name it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mainstay_kernels_cpu::{LANES, PackedMatrix, PanelWriter, SourceRows, WeightType};
+use mainstay_models::graph::Graph;
+use mainstay_models::weights::{DType, TensorView};
+use mainstay_models::{LoadError, Weights};
+
+use crate::plan::{MatrixUse, Plan, Program, RowOrder, VectorUse};
+
+/// The weights of one block in one layer, in the order of its [`Program`].
+pub(crate) struct BlockWeights {
+    pub(crate) matrices: Vec<Arc<PackedMatrix>>,
+    /// Padded with zeros to whole vectors.
+    pub(crate) vectors: Vec<Arc<[f32]>>,
+}
+
+/// All weights of a model.
+pub(crate) struct ModelWeights {
+    pub(crate) prologue: BlockWeights,
+    pub(crate) layers: Vec<BlockWeights>,
+    pub(crate) epilogue: BlockWeights,
+}
+
+/// Panels that a thread packs at a time.
+const RUN_PANELS: usize = 16;
+
+/// Two uses of equal key are one matrix in memory.
+type Key = (Vec<(String, usize)>, usize, RowOrder);
+
+struct Loader<'a> {
+    weights: &'a Weights,
+    threads: usize,
+    packed: HashMap<Key, Arc<PackedMatrix>>,
+}
+
+/// Packs what a plan needs, on `threads` threads.
+///
+/// # Errors
+/// [`LoadError::Resources`] where memory is short, and what [`Weights::tensor`] finds.
+pub(crate) fn load(
+    graph: &Graph,
+    plan: &Plan,
+    weights: &Weights,
+    threads: usize,
+) -> Result<ModelWeights, LoadError> {
+    let mut loader = Loader { weights, threads, packed: HashMap::new() };
+    Ok(ModelWeights {
+        prologue: loader.block(&plan.prologue, "")?,
+        layers: graph
+            .layers
+            .iter()
+            .map(|layer| loader.block(&plan.blocks[layer.block], &layer.prefix))
+            .collect::<Result<_, _>>()?,
+        epilogue: loader.block(&plan.epilogue, "")?,
+    })
+}
+
+impl Loader<'_> {
+    fn block(&mut self, program: &Program, prefix: &str) -> Result<BlockWeights, LoadError> {
+        let matrices = program.matrices.iter().map(|m| self.matrix(m, prefix)).collect::<Result<_, _>>()?;
+        let vectors = program.vectors.iter().map(|v| self.vector(v, prefix)).collect::<Result<_, _>>()?;
+        Ok(BlockWeights { matrices, vectors })
+    }
+
+    fn matrix(&mut self, used: &MatrixUse, prefix: &str) -> Result<Arc<PackedMatrix>, LoadError> {
+        let matrix = &used.matrix;
+        let names: Vec<_> = matrix.parts.iter().map(|(n, rows)| (format!("{prefix}{n}"), *rows)).collect();
+        let key = (names, matrix.cols, used.order);
+        if let Some(packed) = self.packed.get(&key) {
+            return Ok(Arc::clone(packed));
+        }
+        let parts = key.0.iter().map(|(n, _)| self.weights.tensor(n)).collect::<Result<Vec<_>, _>>()?;
+        let sources: Vec<Source<'_>> =
+            parts.iter().zip(&key.0).map(|(t, (_, rows))| source(t, *rows)).collect();
+        let first = sources.first().map_or(WeightType::F32, |s| s.rows.dtype);
+        let dtype = if sources.iter().all(|s| s.rows.dtype == first) { first } else { WeightType::F32 };
+        let rows = matrix.rows();
+        let mut packed =
+            PackedMatrix::zeroed(dtype, rows, matrix.cols).ok_or_else(|| LoadError::Resources {
+                what: format!("no memory for the {rows} x {} weights `{}`", matrix.cols, key.0[0].0),
+            })?;
+        pack(&mut packed, &sources, used.order, self.threads);
+        let packed = Arc::new(packed);
+        self.packed.insert(key, Arc::clone(&packed));
+        Ok(packed)
+    }
+
+    fn vector(&mut self, used: &VectorUse, prefix: &str) -> Result<Arc<[f32]>, LoadError> {
+        let len = used.vector.width();
+        let mut plain = vec![0.0; len];
+        let mut first = 0;
+        for (name, part) in &used.vector.parts {
+            self.weights.tensor(&format!("{prefix}{name}"))?.read_f32(&mut plain[first..first + part]);
+            first += part;
+        }
+        let mut values: Vec<f32> = (0..len).map(|row| plain[source_row(row, len, used.order)]).collect();
+        values.resize(len.next_multiple_of(LANES), 0.0);
+        Ok(values.into())
+    }
+}
+
+struct Source<'a> {
+    rows: SourceRows<'a>,
+    count: usize,
+}
+
+fn source<'a>(tensor: &TensorView<'a>, count: usize) -> Source<'a> {
+    let dtype = match tensor.dtype {
+        DType::F32 => WeightType::F32,
+        DType::F16 => WeightType::F16,
+        DType::BF16 => WeightType::BF16,
+    };
+    Source { rows: SourceRows { dtype, bytes: tensor.bytes }, count }
+}
+
+/// The graph's row that is stored as row `row` of `rows`.
+fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
+    match order {
+        RowOrder::Plain => row,
+        RowOrder::Halves => {
+            let (panel, lane) = (row / LANES, row % LANES);
+            panel / 2 * LANES + lane + panel % 2 * (rows / 2)
+        }
+    }
+}
+
+fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, threads: usize) {
+    let rows = packed.rows();
+    let runs: Vec<(usize, PanelWriter<'_>)> = packed.panels_mut(RUN_PANELS).enumerate().collect();
+    let threads = threads.min(runs.len()).max(1);
+    let runs = Mutex::new(runs);
+    let work = || {
+        loop {
+            let run = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let Some((index, mut writer)) = run else { return };
+            let first = index * RUN_PANELS;
+            for row in writer.row_range(first, rows) {
+                let mut from = source_row(row, rows, order);
+                for part in sources {
+                    if from < part.count {
+                        writer.put(row - first * LANES, part.rows, from);
+                        break;
+                    }
+                    from -= part.count;
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+}

@@ -1,0 +1,159 @@
+//! The bytes of keys and values: `[page][layer][head]` blocks per group, and their way to and from the payload order.
+
+use mainstay_backend_api::kv::{Group, PAGE_TOKENS};
+use mainstay_backend_api::{KvDType, KvLayout, Limits, PageBytes, PageRef, StepError};
+use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, KvPart, KvType, block_len};
+use mainstay_models::LoadError;
+
+use crate::arena::Blocks;
+use crate::machine;
+
+const _: () = assert!(BLOCK_TOKENS == PAGE_TOKENS);
+
+/// All pages of an executor.
+pub(crate) struct Pages {
+    groups: Vec<GroupPages>,
+    /// Group of each layer, and its place in the group.
+    homes: Vec<(usize, usize)>,
+}
+
+struct GroupPages {
+    blocks: Blocks,
+    layers: usize,
+    heads: usize,
+    head_dim: usize,
+    pages: usize,
+    page_bytes: usize,
+}
+
+impl Pages {
+    /// Zeroed pages as many as the limits say; the system gives memory only when a page is first used.
+    ///
+    /// # Errors
+    /// [`LoadError::Resources`] if there are more than the machine's memory, or the system refuses.
+    pub(crate) fn new(layout: &KvLayout, limits: &Limits) -> Result<Self, LoadError> {
+        assert_eq!(limits.pages.len(), layout.groups.len(), "limits on pages of each group");
+        let needed =
+            layout.groups.iter().zip(&limits.pages).map(|(g, &n)| g.page_bytes() as u128 * n as u128);
+        let needed: u128 = needed.sum();
+        let short = |found: String| LoadError::Resources {
+            what: format!(
+                "expected room for {needed} bytes of keys and values ({:?} pages), {found}",
+                limits.pages
+            ),
+        };
+        if let Some(memory) = machine::memory_bytes()
+            && needed > u128::from(memory)
+        {
+            return Err(short(format!("found {memory} bytes of memory")));
+        }
+        let groups = layout.groups.iter().zip(&limits.pages);
+        let groups =
+            groups.map(|(g, &n)| GroupPages::new(g, n).ok_or_else(|| short("the system refused".into())));
+        let groups = groups.collect::<Result<Vec<_>, _>>()?;
+        let mut homes = vec![(0, 0); layout.groups.iter().map(|g| g.layers.len()).sum()];
+        for (group, g) in layout.groups.iter().enumerate() {
+            for (index, &layer) in g.layers.iter().enumerate() {
+                homes[layer] = (group, index);
+            }
+        }
+        Ok(Self { groups, homes })
+    }
+
+    /// The blocks that hold a layer, and its group.
+    pub(crate) fn layer(&self, layer: usize) -> LayerPages<'_> {
+        let (group, index) = self.homes[layer];
+        LayerPages { pages: &self.groups[group], group, index }
+    }
+
+    /// Copies a page whole.
+    pub(crate) fn copy(&mut self, from: PageRef, to: PageRef) {
+        assert_eq!(from.group, to.group, "a page stays in its group");
+        let group = &mut self.groups[from.group as usize];
+        let blocks = group.layers * group.heads;
+        group.blocks.copy(from.page.0 as usize * blocks, to.page.0 as usize * blocks, blocks);
+    }
+
+    /// A page's payload.
+    pub(crate) fn read(&self, page: PageRef) -> PageBytes {
+        let group = &self.groups[page.group as usize];
+        let mut out = Vec::with_capacity(group.page_bytes);
+        for layer in 0..group.layers {
+            for part in [KvPart::Keys, KvPart::Values] {
+                for head in 0..group.heads {
+                    let block = group.blocks.read(group.block(page.page.0 as usize, layer, head));
+                    for token in 0..PAGE_TOKENS {
+                        block.read_row(part, token, group.head_dim, &mut out);
+                    }
+                }
+            }
+        }
+        out.into_boxed_slice()
+    }
+
+    /// Overwrites a page by a payload.
+    ///
+    /// # Errors
+    /// If the payload has another length than a page.
+    pub(crate) fn write(&mut self, page: PageRef, payload: &[u8]) -> Result<(), StepError> {
+        let group = &mut self.groups[page.group as usize];
+        if payload.len() != group.page_bytes {
+            let what = format!("expected a page of {} bytes, found {}", group.page_bytes, payload.len());
+            return Err(StepError::Device { device: "cpu", what });
+        }
+        let row_bytes = group.page_bytes / (group.layers * 2 * group.heads * PAGE_TOKENS).max(1);
+        let mut rows = payload.chunks_exact(row_bytes.max(1));
+        for layer in 0..group.layers {
+            for part in [KvPart::Keys, KvPart::Values] {
+                for head in 0..group.heads {
+                    let block = group.block(page.page.0 as usize, layer, head);
+                    let mut block = group.blocks.get_mut(block);
+                    for (token, row) in rows.by_ref().take(PAGE_TOKENS).enumerate() {
+                        block.write_row(part, token, group.head_dim, row);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl GroupPages {
+    fn new(group: &Group, pages: usize) -> Option<Self> {
+        let part = group.parts.first()?;
+        let (layers, heads, head_dim) = (group.layers.len(), part.rows, part.width);
+        let dtype = match part.dtype {
+            KvDType::F32 => KvType::F32,
+            KvDType::BF16 => KvType::BF16,
+        };
+        let count = pages.checked_mul(layers)?.checked_mul(heads)?;
+        let blocks = Blocks::new(dtype, block_len(head_dim), count)?;
+        Some(Self { blocks, layers, heads, head_dim, pages, page_bytes: group.page_bytes() })
+    }
+
+    fn block(&self, page: usize, layer: usize, head: usize) -> usize {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        (page * self.layers + layer) * self.heads + head
+    }
+}
+
+/// One layer's share of all pages.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerPages<'a> {
+    pages: &'a GroupPages,
+    /// Index of the group.
+    pub(crate) group: usize,
+    index: usize,
+}
+
+impl<'a> LayerPages<'a> {
+    /// The number of the block of a page and a head.
+    pub(crate) fn block(&self, page: mainstay_backend_api::PageId, head: usize) -> usize {
+        self.pages.block(page.0 as usize, self.index, head)
+    }
+
+    /// All blocks of the group.
+    pub(crate) fn blocks(&self) -> &'a Blocks {
+        &self.pages.blocks
+    }
+}

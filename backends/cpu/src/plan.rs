@@ -1,0 +1,491 @@
+//! Graph to calls: which ops become one call, where every value lies, which weights a block needs.
+
+use mainstay_backend_api::Limits;
+use mainstay_kernels_cpu::{After, Function, LANES, Pairing};
+use mainstay_models::LoadError;
+use mainstay_models::graph::{self, Activation, Block, Graph, Matrix, Op, Rope, RopeLayout, Value, Vector};
+
+use crate::arena::Slot;
+use crate::place::{Draft, Places};
+
+/// Index into the matrices or the vectors of a block.
+pub(crate) type WeightIndex = usize;
+
+/// A matrix as a block needs it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct MatrixUse {
+    pub(crate) matrix: Matrix,
+    /// How its rows lie in the panels.
+    pub(crate) order: RowOrder,
+}
+
+/// A vector as a block needs it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct VectorUse {
+    pub(crate) vector: Vector,
+    pub(crate) order: RowOrder,
+}
+
+/// The order of a weight's rows in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum RowOrder {
+    /// As in the graph.
+    Plain,
+    /// Runs of 16 rows of the first half and of the second half in turn: gate and up, for [`After::Gate`].
+    Halves,
+}
+
+/// An element-wise function with a number in it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Map {
+    Scale(f32),
+    Softcap(f32),
+    Activate(Function),
+}
+
+/// One head's way from a product into attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct HeadPath<P> {
+    pub(crate) input: P,
+    /// Weight and eps of the norm over a head.
+    pub(crate) norm: Option<(WeightIndex, f32)>,
+    /// Index into [`Plan::ropes`].
+    pub(crate) rope: Option<usize>,
+}
+
+/// A planned call. `P` is where values are: [`Value`]s first, [`Slot`]s in the end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Call<P> {
+    Embed {
+        weight: WeightIndex,
+        out: P,
+    },
+    /// The step's output rows of a value.
+    Select {
+        input: P,
+        out: P,
+    },
+    Copy {
+        input: P,
+        out: P,
+    },
+    Linear {
+        weight: WeightIndex,
+        bias: Option<WeightIndex>,
+        input: P,
+        after: After,
+        out: P,
+    },
+    Norm {
+        weight: WeightIndex,
+        eps: f32,
+        input: P,
+        out: P,
+    },
+    Add {
+        a: P,
+        b: P,
+        out: P,
+    },
+    /// In place.
+    Map {
+        f: Map,
+        out: P,
+    },
+    /// In place.
+    Rope {
+        rope: usize,
+        head_dim: usize,
+        out: P,
+    },
+    Gate {
+        f: Function,
+        input: P,
+        out: P,
+    },
+    /// Norm and rotation of queries into `queries`, of keys into the pages, with the values.
+    Append {
+        q: HeadPath<P>,
+        k: HeadPath<P>,
+        v: P,
+        queries: P,
+        shape: Heads,
+    },
+    Attend {
+        queries: P,
+        out: P,
+        shape: Heads,
+    },
+}
+
+/// Sizes of one attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) scale: f32,
+    pub(crate) window: Option<usize>,
+    pub(crate) softcap: Option<f32>,
+}
+
+/// A block, planned.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) calls: Vec<Call<Slot>>,
+    pub(crate) matrices: Vec<MatrixUse>,
+    pub(crate) vectors: Vec<VectorUse>,
+}
+
+/// A graph, planned.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) prologue: Program,
+    pub(crate) blocks: Vec<Program>,
+    pub(crate) epilogue: Program,
+    /// Distinct rotations, and where their angles are, `[tokens, dim]`.
+    pub(crate) ropes: Vec<Rope>,
+    pub(crate) angles: Vec<Slot>,
+    /// Activations on their way into a product, tile by tile.
+    pub(crate) packed: Slot,
+    /// `[outputs, vocab]`
+    pub(crate) logits: Slot,
+    /// Floats of all slots.
+    pub(crate) arena_len: usize,
+    /// Widest head, and most query heads over one key head.
+    pub(crate) head_dim: usize,
+    pub(crate) group: usize,
+}
+
+/// Which part of a graph a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Prologue,
+    Layer,
+    Epilogue,
+}
+
+impl Plan {
+    /// Plans a graph that [`Graph::check`] has passed.
+    ///
+    /// # Errors
+    /// [`LoadError::Unsupported`] for an op in a place where this backend cannot run it.
+    pub(crate) fn new(graph: &Graph, limits: &Limits) -> Result<Self, LoadError> {
+        let mut ropes = Vec::new();
+        let mut places = Places::new();
+        let hidden = places.fixed(limits.tokens_per_step, graph.hidden);
+        let mut packed_len = 0;
+        let mut plan_block = |block: &Block, role: Role, places: &mut Places| {
+            let widths = block.widths(graph.hidden)?;
+            let mut draft = Fuse::new(block, &widths, role, &mut ropes).run()?;
+            let rows = if role == Role::Epilogue { limits.output_rows } else { limits.tokens_per_step };
+            let widest = draft.matrices.iter().map(|m| m.matrix.cols).max().unwrap_or(0);
+            packed_len = packed_len.max(rows.saturating_mul(widest));
+            let entry = (role != Role::Prologue).then_some(hidden);
+            let exit = (role != Role::Epilogue).then_some(hidden);
+            let (calls, result) = places.assign(&mut draft, rows, entry, exit);
+            Ok::<_, LoadError>((Program { calls, matrices: draft.matrices, vectors: draft.vectors }, result))
+        };
+        let (prologue, _) = plan_block(&graph.prologue, Role::Prologue, &mut places)?;
+        let mut blocks = Vec::new();
+        for block in &graph.blocks {
+            blocks.push(plan_block(block, Role::Layer, &mut places)?.0);
+        }
+        let (epilogue, logits) = plan_block(&graph.epilogue, Role::Epilogue, &mut places)?;
+        let packed = places.fixed(1, packed_len);
+        let angles = ropes.iter().map(|r| places.fixed(limits.tokens_per_step, r.dim)).collect();
+        let shapes = || blocks.iter().flat_map(|b| &b.calls).filter_map(Call::heads);
+        let head_dim = shapes().map(|h| h.head_dim).max().unwrap_or(1);
+        let group = shapes().map(|h| h.heads / h.kv_heads).max().unwrap_or(1);
+        let arena_len = places.len();
+        Ok(Self { prologue, blocks, epilogue, ropes, angles, packed, logits, arena_len, head_dim, group })
+    }
+}
+
+impl<P: Copy> Call<P> {
+    fn heads(&self) -> Option<Heads> {
+        match self {
+            Call::Attend { shape, .. } => Some(*shape),
+            _ => None,
+        }
+    }
+
+    /// The same call with its values elsewhere; `f` is told whether the call writes the value.
+    pub(crate) fn map<Q>(self, mut f: impl FnMut(P, Access) -> Q) -> Call<Q> {
+        use Access::{Read, Write};
+        match self {
+            Call::Embed { weight, out } => Call::Embed { weight, out: f(out, Write) },
+            Call::Select { input, out } => Call::Select { input: f(input, Read), out: f(out, Write) },
+            Call::Copy { input, out } => Call::Copy { input: f(input, Read), out: f(out, Write) },
+            Call::Linear { weight, bias, input, after, out } => {
+                Call::Linear { weight, bias, input: f(input, Read), after, out: f(out, Write) }
+            }
+            Call::Norm { weight, eps, input, out } => {
+                Call::Norm { weight, eps, input: f(input, Read), out: f(out, Write) }
+            }
+            Call::Add { a, b, out } => Call::Add { a: f(a, Read), b: f(b, Read), out: f(out, Write) },
+            Call::Map { f: function, out } => Call::Map { f: function, out: f(out, Write) },
+            Call::Rope { rope, head_dim, out } => Call::Rope { rope, head_dim, out: f(out, Write) },
+            Call::Gate { f: function, input, out } => {
+                Call::Gate { f: function, input: f(input, Read), out: f(out, Write) }
+            }
+            Call::Append { q, k, v, queries, shape } => Call::Append {
+                q: HeadPath { input: f(q.input, Read), norm: q.norm, rope: q.rope },
+                k: HeadPath { input: f(k.input, Read), norm: k.norm, rope: k.rope },
+                v: f(v, Read),
+                queries: f(queries, Write),
+                shape,
+            },
+            Call::Attend { queries, out, shape } => {
+                Call::Attend { queries: f(queries, Read), out: f(out, Write), shape }
+            }
+        }
+    }
+}
+
+/// What a call does with a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+/// Turns one block's ops into calls over values.
+struct Fuse<'a> {
+    ops: &'a [Op],
+    role: Role,
+    ropes: &'a mut Vec<Rope>,
+    /// How many ops read a value; the block's result has one reader more.
+    readers: Vec<usize>,
+    /// Ops that became part of a later call.
+    absorbed: Vec<bool>,
+    draft: Draft,
+}
+
+impl<'a> Fuse<'a> {
+    fn new(block: &'a Block, widths: &[usize], role: Role, ropes: &'a mut Vec<Rope>) -> Self {
+        let ops = &block.ops;
+        let mut readers = vec![0; ops.len()];
+        ops.iter().flat_map(Op::inputs).for_each(|v| readers[v] += 1);
+        if let Some(last) = readers.last_mut() {
+            *last += 1;
+        }
+        Self { ops, role, ropes, readers, absorbed: vec![false; ops.len()], draft: Draft::new(widths) }
+    }
+
+    fn run(mut self) -> Result<Draft, LoadError> {
+        for v in 0..self.ops.len() {
+            self.mark(v);
+        }
+        for v in 0..self.ops.len() {
+            if !self.absorbed[v] {
+                self.emit(v)?;
+            }
+        }
+        Ok(self.draft)
+    }
+
+    /// Whether `v` is an op that only one reader needs, so that it may become part of it.
+    fn only_for_one(&self, v: Value) -> bool {
+        self.readers[v] == 1 && !self.absorbed[v]
+    }
+
+    /// Decides what op `v` absorbs.
+    fn mark(&mut self, v: Value) {
+        let ops = self.ops;
+        match &ops[v] {
+            Op::Activate { input, .. } if self.is_free_linear(*input) => self.absorbed[*input] = true,
+            Op::GatedActivate { input, .. }
+                if self.is_free_linear(*input) && halves_in_panels(&ops[*input]) =>
+            {
+                self.absorbed[*input] = true;
+            }
+            Op::Add { a, b } => {
+                if let Some((linear, _)) = self.residual(v, *a, *b) {
+                    self.absorbed[linear] = true;
+                }
+            }
+            Op::Attend(attend) => {
+                for mut head in [attend.q, attend.k] {
+                    if matches!(&ops[head], Op::Rope { rope, .. } if rope.head_dim == attend.head_dim)
+                        && self.only_for_one(head)
+                    {
+                        self.absorbed[head] = true;
+                        head = ops[head].inputs()[0];
+                    }
+                    if matches!(&ops[head], Op::RmsNorm { weight, .. } if weight.width() == attend.head_dim)
+                        && self.only_for_one(head)
+                    {
+                        self.absorbed[head] = true;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn is_free_linear(&self, v: Value) -> bool {
+        matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
+    }
+
+    /// For the sum `v`: the product to add, and the value that dies here and takes it.
+    fn residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
+        if self.role == Role::Epilogue {
+            return None;
+        }
+        [(b, a), (a, b)].into_iter().find(|&(linear, rest)| {
+            let free = matches!(self.ops[linear], Op::Linear { .. }) && self.readers[linear] == 1;
+            let own =
+                !self.ops[linear].inputs().contains(&rest) && !matches!(self.ops[rest], Op::Slice { .. });
+            let sliced = self.ops.iter().any(|op| matches!(op, Op::Slice { input, .. } if *input == rest));
+            free && own && !sliced && (v + 1..self.ops.len()).all(|later| !self.may_read(later, rest))
+        })
+    }
+
+    /// Whether op `reader` reads `v` itself, or through ops that may become part of it.
+    fn may_read(&self, reader: Value, v: Value) -> bool {
+        self.ops[reader].inputs().into_iter().any(|i| {
+            let may_move = matches!(self.ops[i], Op::Linear { .. } | Op::RmsNorm { .. } | Op::Rope { .. });
+            i == v || (may_move && self.readers[i] == 1 && self.may_read(i, v))
+        })
+    }
+
+    fn emit(&mut self, v: Value) -> Result<(), LoadError> {
+        let call = match &self.ops[v] {
+            Op::Input if self.role == Role::Prologue => return Err(self.unsupported(v)),
+            Op::Input => return Ok(self.draft.enter(v, self.role == Role::Epilogue)),
+            Op::SelectRows { input } if self.role == Role::Epilogue => {
+                return Ok(self.draft.alias(v, *input));
+            }
+            Op::SelectRows { .. } => return Err(self.unsupported(v)),
+            Op::Slice { input, start, .. } => return Ok(self.draft.slice(v, *input, *start)),
+            Op::Attend(_) if self.role != Role::Layer => return Err(self.unsupported(v)),
+            Op::Attend(attend) => return self.attend(v, attend),
+            Op::Embed { .. } if self.role != Role::Prologue => return Err(self.unsupported(v)),
+            Op::Embed { weight } => {
+                Call::Embed { weight: self.draft.matrix(weight, RowOrder::Plain), out: v }
+            }
+            Op::Linear { .. } => self.linear(v, v, After::Store),
+            Op::RmsNorm { input, weight, eps } => Call::Norm {
+                weight: self.draft.vector(weight, RowOrder::Plain),
+                eps: *eps,
+                input: *input,
+                out: v,
+            },
+            Op::Add { a, b } => match self.absorbed_residual(v, *a, *b) {
+                Some((linear, rest)) => {
+                    self.draft.alias(v, rest);
+                    self.linear(linear, v, After::Accumulate)
+                }
+                None => Call::Add { a: *a, b: *b, out: v },
+            },
+            Op::Scale { input, factor } => self.map(v, *input, Map::Scale(*factor)),
+            Op::Softcap { input, cap } => self.map(v, *input, Map::Softcap(*cap)),
+            Op::Activate { input, f } if self.absorbed[*input] => {
+                self.linear(*input, v, After::Activate(function(*f)))
+            }
+            Op::Activate { input, f } => self.map(v, *input, Map::Activate(function(*f))),
+            Op::GatedActivate { input, f } if self.absorbed[*input] => {
+                self.linear(*input, v, After::Gate(function(*f)))
+            }
+            Op::GatedActivate { input, f } => Call::Gate { f: function(*f), input: *input, out: v },
+            Op::Rope { .. } if self.role != Role::Layer => return Err(self.unsupported(v)),
+            Op::Rope { input, rope } => {
+                let (index, head_dim) = (self.rope(rope), rope.head_dim);
+                self.draft.calls.push(Call::Copy { input: *input, out: v });
+                Call::Rope { rope: index, head_dim, out: v }
+            }
+        };
+        self.draft.calls.push(call);
+        Ok(())
+    }
+
+    fn unsupported(&self, v: Value) -> LoadError {
+        let what = format!("{} in the {:?} of a graph", self.ops[v].name(), self.role).to_lowercase();
+        LoadError::Unsupported { backend: "cpu", what }
+    }
+
+    /// Which of a sum's operands was absorbed as a product.
+    fn absorbed_residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
+        self.residual(v, a, b).filter(|&(linear, _)| self.absorbed[linear])
+    }
+
+    fn map(&mut self, v: Value, input: Value, f: Map) -> Call<Value> {
+        self.draft.calls.push(Call::Copy { input, out: v });
+        Call::Map { f, out: v }
+    }
+
+    fn linear(&mut self, linear: Value, out: Value, after: After) -> Call<Value> {
+        let Op::Linear { input, weight, bias } = &self.ops[linear] else {
+            unreachable!("op {linear} is a product")
+        };
+        let order = if matches!(after, After::Gate(_)) { RowOrder::Halves } else { RowOrder::Plain };
+        let weight = self.draft.matrix(weight, order);
+        let bias = bias.as_ref().map(|b| self.draft.vector(b, order));
+        Call::Linear { weight, bias, input: *input, after, out }
+    }
+
+    fn rope(&mut self, rope: &Rope) -> usize {
+        self.ropes.iter().position(|r| r == rope).unwrap_or_else(|| {
+            self.ropes.push(rope.clone());
+            self.ropes.len() - 1
+        })
+    }
+
+    fn head(&mut self, mut v: Value) -> HeadPath<Value> {
+        let ops = self.ops;
+        let mut path = HeadPath { input: v, norm: None, rope: None };
+        if let Op::Rope { input, rope } = &ops[v]
+            && self.absorbed[v]
+        {
+            path.rope = Some(self.rope(rope));
+            v = *input;
+        }
+        if let Op::RmsNorm { input, weight, eps } = &ops[v]
+            && self.absorbed[v]
+        {
+            path.norm = Some((self.draft.vector(weight, RowOrder::Plain), *eps));
+            v = *input;
+        }
+        path.input = v;
+        path
+    }
+
+    fn attend(&mut self, v: Value, a: &graph::Attend) -> Result<(), LoadError> {
+        let shape = Heads {
+            heads: a.heads,
+            kv_heads: a.kv_heads,
+            head_dim: a.head_dim,
+            scale: a.scale,
+            window: a.window,
+            softcap: a.softcap,
+        };
+        let (q, k) = (self.head(a.q), self.head(a.k));
+        let queries = self.draft.extra(a.heads * a.head_dim);
+        self.draft.calls.push(Call::Append { q, k, v: a.v, queries, shape });
+        self.draft.calls.push(Call::Attend { queries, out: v, shape });
+        Ok(())
+    }
+}
+
+/// Whether the halves of a product's rows fill whole panels.
+fn halves_in_panels(op: &Op) -> bool {
+    matches!(op, Op::Linear { weight, .. } if weight.rows().is_multiple_of(2 * LANES))
+}
+
+pub(crate) fn function(f: Activation) -> Function {
+    match f {
+        Activation::Silu => Function::Silu,
+        Activation::GeluTanh => Function::GeluTanh,
+        Activation::GeluErf => Function::GeluErf,
+        Activation::Relu => Function::Relu,
+        Activation::Tanh => Function::Tanh,
+    }
+}
+
+pub(crate) fn pairing(layout: RopeLayout) -> Pairing {
+    match layout {
+        RopeLayout::Half => Pairing::Half,
+        RopeLayout::Interleaved => Pairing::Interleaved,
+    }
+}

@@ -1,0 +1,403 @@
+//! A step: every thread walks the planned calls together, and each call's jobs go to whoever is free.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use mainstay_backend_api::kv::PAGE_TOKENS;
+use mainstay_backend_api::sample::sample;
+use mainstay_backend_api::{Limits, Step};
+use mainstay_kernels_cpu::attend::AttendShape;
+use mainstay_kernels_cpu::kv::KvPart;
+use mainstay_kernels_cpu::{
+    After, Kernels, LANES, PART_ROWS, Part, Product, pack_tile, rms_norm, rms_norm_in_place, rope,
+    rope_angles,
+};
+
+use crate::arena::{Arena, Slot};
+use crate::executor::{RowResult, Scratch};
+use crate::load::BlockWeights;
+use crate::pages::Pages;
+use crate::plan::{Call, HeadPath, Heads, Map, Plan, Program, pairing};
+use crate::pool::{Job, Worker};
+
+/// Consecutive tokens of a chunk whose attention is one job: they share loads of keys and values.
+pub(crate) const TASK_TOKENS: usize = 16;
+
+/// Rows that one job of a product has at most, the last tile included.
+pub(crate) const PART_ROWS_MAX: usize = PART_ROWS;
+
+/// Rows that one job of a row-wise call has.
+const ROWS: usize = 8;
+
+/// Panels that one job of a product has at most.
+const PANELS_MAX: usize = 8;
+
+/// Everything that the threads share during a step.
+pub(crate) struct Core {
+    pub(crate) kernels: Kernels,
+    pub(crate) threads: usize,
+    pub(crate) plan: Plan,
+    pub(crate) prologue: BlockWeights,
+    /// Block and weights of each layer.
+    pub(crate) layers: Vec<(usize, BlockWeights)>,
+    pub(crate) epilogue: BlockWeights,
+    pub(crate) arena: Arena,
+    pub(crate) pages: Pages,
+    pub(crate) work: Work,
+    pub(crate) scratch: Vec<Mutex<Scratch>>,
+    pub(crate) rows: Vec<Mutex<RowResult>>,
+}
+
+/// A step's tokens, cut for the jobs.
+pub(crate) struct Work {
+    /// Position and chunk of each token.
+    tokens: Vec<(usize, usize)>,
+    /// Tokens of one chunk in one page.
+    runs: Vec<Piece>,
+    /// Tokens of one chunk whose attention is one job.
+    tasks: Vec<Piece>,
+}
+
+/// Consecutive tokens of one chunk.
+struct Piece {
+    chunk: usize,
+    /// Rows of the step's values.
+    rows: Range<usize>,
+    /// Position of the first.
+    position: usize,
+}
+
+impl Work {
+    /// Room for the largest step.
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let tokens = limits.tokens_per_step;
+        Self {
+            tokens: Vec::with_capacity(tokens),
+            runs: Vec::with_capacity(tokens),
+            tasks: Vec::with_capacity(tokens),
+        }
+    }
+
+    /// Cuts a step.
+    pub(crate) fn prepare(&mut self, step: &Step) {
+        self.tokens.clear();
+        self.runs.clear();
+        self.tasks.clear();
+        for (chunk, c) in step.chunks.iter().enumerate() {
+            assert_eq!(c.tokens.start, self.tokens.len(), "chunks lie end to end");
+            let (first, len) = (c.tokens.start, c.tokens.len());
+            self.tokens.extend((0..len).map(|i| (c.position + i, chunk)));
+            let mut start = 0;
+            while start < len {
+                let end = len.min(start + PAGE_TOKENS - (c.position + start) % PAGE_TOKENS);
+                self.runs.push(Piece {
+                    chunk,
+                    rows: first + start..first + end,
+                    position: c.position + start,
+                });
+                start = end;
+            }
+            for start in (0..len).step_by(TASK_TOKENS) {
+                let end = len.min(start + TASK_TOKENS);
+                self.tasks.push(Piece {
+                    chunk,
+                    rows: first + start..first + end,
+                    position: c.position + start,
+                });
+            }
+        }
+        assert_eq!(self.tokens.len(), step.tokens.len(), "every token is in a chunk");
+    }
+}
+
+/// One thread in one step.
+struct Runner<'a> {
+    core: &'a Core,
+    worker: &'a Worker<'a>,
+    step: &'a Step,
+    scratch: &'a mut Scratch,
+    /// Rows of the values of the current block.
+    rows: usize,
+    weights: &'a BlockWeights,
+    layer: usize,
+}
+
+impl Core {
+    /// This thread's share of a step.
+    pub(crate) fn step(&self, worker: &Worker<'_>, step: &Step) {
+        let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
+        let rows = step.tokens.len();
+        let scratch = &mut *scratch;
+        let mut runner =
+            Runner { core: self, worker, step, scratch, rows, weights: &self.prologue, layer: 0 };
+        if rows == 0 {
+            return;
+        }
+        runner.angles();
+        runner.program(&self.plan.prologue);
+        for (layer, (block, weights)) in self.layers.iter().enumerate() {
+            runner.layer = layer;
+            runner.weights = weights;
+            runner.program(&self.plan.blocks[*block]);
+        }
+        if step.outputs.is_empty() {
+            return;
+        }
+        runner.rows = step.outputs.len();
+        runner.weights = &self.epilogue;
+        runner.program(&self.plan.epilogue);
+        runner.sample();
+    }
+
+    /// Appends the logits of the last step's output rows.
+    pub(crate) fn read_logits(&self, rows: usize, out: &mut Vec<f32>) {
+        let logits = self.arena.read(self.plan.logits, 0..rows);
+        (0..rows).for_each(|row| out.extend_from_slice(logits.row(row)));
+    }
+}
+
+impl Runner<'_> {
+    fn program(&mut self, program: &Program) {
+        for call in &program.calls {
+            match *call {
+                Call::Embed { weight, out } => self.embed(weight, out),
+                Call::Select { input, out } => self.select(input, out),
+                Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
+                Call::Linear { weight, bias, input, after, out } => {
+                    self.linear((weight, bias), input, after, out)
+                }
+                Call::Norm { weight, eps, input, out } => {
+                    let width = self.vector_width(program, weight);
+                    let weight = &self.weights.vectors[weight][..width];
+                    self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
+                }
+                Call::Add { a, b, out } => self.add(a, b, out),
+                Call::Map { f, out } => self.map(f, out),
+                Call::Rope { rope, head_dim, out } => self.rope(rope, head_dim, out),
+                Call::Gate { f, input, out } => self.in_rows(|run, rows, job| {
+                    let input = run.core.arena.read(input, rows.clone());
+                    run.core.kernels.gate(f, input, &mut run.core.arena.write(out, rows, job));
+                }),
+                Call::Append { q, k, v, queries, shape } => self.append(program, (q, k, v), queries, shape),
+                Call::Attend { queries, out, shape } => self.attend(queries, out, shape),
+            }
+        }
+    }
+
+    fn vector_width(&self, program: &Program, index: usize) -> usize {
+        program.vectors[index].vector.width()
+    }
+
+    /// One job for every few rows of the block.
+    fn in_rows(&self, f: impl Fn(&Self, Range<usize>, &Job)) {
+        let rows = self.rows;
+        self.worker.each(rows.div_ceil(ROWS), |job| {
+            let first = job.index() * ROWS;
+            f(self, first..(first + ROWS).min(rows), &job);
+        });
+    }
+
+    fn row_wise(&self, input: Slot, out: Slot, f: impl Fn(&[f32], &mut [f32])) {
+        self.in_rows(|run, rows, job| {
+            let input = run.core.arena.read(input, rows.clone());
+            let mut out = run.core.arena.write(out, rows, job);
+            (0..input.rows()).for_each(|r| f(input.row(r), out.row(r)));
+        });
+    }
+
+    /// Sines and cosines of this step's positions.
+    fn angles(&self) {
+        let core = self.core;
+        for (turn, &slot) in core.plan.ropes.iter().zip(&core.plan.angles) {
+            self.in_rows(|run, rows, job| {
+                let mut out = core.arena.write(slot, rows.clone(), job);
+                for (r, row) in rows.enumerate() {
+                    let (position, chunk) = core.work.tokens[row];
+                    let table = &turn.tables[run.step.chunks[chunk].rope_table];
+                    rope_angles(position, table, turn.scale, out.row(r));
+                }
+            });
+        }
+    }
+
+    fn embed(&self, weight: usize, out: Slot) {
+        let table = &self.weights.matrices[weight];
+        self.in_rows(|run, rows, job| {
+            let mut out = run.core.arena.write(out, rows.clone(), job);
+            rows.enumerate().for_each(|(r, row)| table.gather(run.step.tokens[row] as usize, out.row(r)));
+        });
+    }
+
+    fn select(&self, input: Slot, out: Slot) {
+        let all = self.core.arena.read(input, 0..self.step.tokens.len());
+        self.in_rows(|run, rows, job| {
+            let mut out = run.core.arena.write(out, rows.clone(), job);
+            rows.enumerate().for_each(|(r, row)| {
+                out.row(r).copy_from_slice(all.row(run.step.outputs[row].row));
+            });
+        });
+    }
+
+    fn add(&self, a: Slot, b: Slot, out: Slot) {
+        self.in_rows(|run, rows, job| {
+            let (a, b) = (run.core.arena.read(a, rows.clone()), run.core.arena.read(b, rows.clone()));
+            let mut out = run.core.arena.write(out, rows, job);
+            for r in 0..a.rows() {
+                let pairs = a.row(r).iter().zip(b.row(r));
+                out.row(r).iter_mut().zip(pairs).for_each(|(o, (a, b))| *o = a + b);
+            }
+        });
+    }
+
+    fn map(&self, f: Map, out: Slot) {
+        self.in_rows(|run, rows, job| {
+            let mut out = run.core.arena.write(out, rows, job);
+            for r in 0..out.rows() {
+                match f {
+                    Map::Scale(factor) => out.row(r).iter_mut().for_each(|x| *x *= factor),
+                    Map::Softcap(cap) => run.core.kernels.softcap(cap, out.row(r)),
+                    Map::Activate(f) => run.core.kernels.activate(f, out.row(r)),
+                }
+            }
+        });
+    }
+
+    fn rope(&self, index: usize, head_dim: usize, out: Slot) {
+        let plan = &self.core.plan;
+        let layout = pairing(plan.ropes[index].layout);
+        self.in_rows(|run, rows, job| {
+            let angles = run.core.arena.read(plan.angles[index], rows.clone());
+            let mut out = run.core.arena.write(out, rows, job);
+            for r in 0..angles.rows() {
+                out.row(r).chunks_exact_mut(head_dim).for_each(|head| rope(head, angles.row(r), layout));
+            }
+        });
+    }
+
+    fn linear(&mut self, (weight, bias): (usize, Option<usize>), input: Slot, after: After, out: Slot) {
+        let core = self.core;
+        let (rows, tile) = (self.rows, core.kernels.tile_rows());
+        let weight = &*self.weights.matrices[weight];
+        let cols = weight.cols();
+        let packed = if rows == 1 {
+            core.arena.read_flat(input, cols)
+        } else {
+            self.worker.each(rows.div_ceil(tile), |job| {
+                let first = job.index() * tile;
+                let range = first * cols..(first + tile).min(rows) * cols;
+                let place = core.arena.write_flat(core.plan.packed, range, &job);
+                pack_tile(core.arena.read(input, 0..rows), tile, job.index(), place);
+            });
+            core.arena.read_flat(core.plan.packed, rows * cols)
+        };
+        let bias = bias.map(|b| &*self.weights.vectors[b]);
+        let product = Product { weight, bias, input: packed, rows, after };
+        let gated = matches!(after, After::Gate(_));
+        let panels = weight.panels();
+        let count = (panels / (self.core.threads * 4)).clamp(2, PANELS_MAX) & !1;
+        let groups = panels.div_ceil(count);
+        let part_rows = PART_ROWS / tile * tile;
+        let floats = &mut self.scratch.floats;
+        self.worker.each(groups * rows.div_ceil(part_rows), |job| {
+            let first = job.index() % groups * count;
+            let row = job.index() / groups * part_rows;
+            let part =
+                Part { panels: first..(first + count).min(panels), rows: row..(row + part_rows).min(rows) };
+            let columns = |panel: usize| panel * LANES / if gated { 2 } else { 1 };
+            let place = Slot {
+                offset: out.offset + columns(first),
+                width: columns(part.panels.end) - columns(first),
+                ..out
+            };
+            let mut out = core.arena.write(place, part.rows.clone(), &job);
+            core.kernels.matmul(&product, &part, &mut out, floats);
+        });
+    }
+
+    /// Norm and rotation, on one head of one token.
+    fn turn(&self, program: &Program, path: &HeadPath<Slot>, row: usize, head: &mut [f32]) {
+        if let Some((weight, eps)) = path.norm {
+            let width = self.vector_width(program, weight);
+            rms_norm_in_place(head, &self.weights.vectors[weight][..width], eps);
+        }
+        if let Some(index) = path.rope {
+            let plan = &self.core.plan;
+            let angles = self.core.arena.read(plan.angles[index], row..row + 1);
+            rope(head, angles.row(0), pairing(plan.ropes[index].layout));
+        }
+    }
+
+    fn append(
+        &mut self,
+        program: &Program,
+        (q, k, v): (HeadPath<Slot>, HeadPath<Slot>, Slot),
+        queries: Slot,
+        shape: Heads,
+    ) {
+        let core = self.core;
+        let Heads { kv_heads, head_dim: dim, .. } = shape;
+        let group = shape.heads / kv_heads;
+        let pages = core.pages.layer(self.layer);
+        let mut floats = std::mem::take(&mut self.scratch.floats);
+        let row_of_head = &mut floats[..dim];
+        self.worker.each(core.work.runs.len() * kv_heads, |job| {
+            let (run, head) = (&core.work.runs[job.index() / kv_heads], job.index() % kv_heads);
+            let table = self.step.chunks[run.chunk].table(self.step, pages.group);
+            let page = table[run.position / PAGE_TOKENS];
+            let mut block = pages.blocks().write(pages.block(page, head), &job);
+            let own = queries.columns(head * group * dim..(head + 1) * group * dim);
+            let mut turned = core.arena.write(own, run.rows.clone(), &job);
+            for (i, row) in run.rows.clone().enumerate() {
+                let token = run.position % PAGE_TOKENS + i;
+                let read = |slot: Slot| core.arena.read(slot, row..row + 1).row(0);
+                row_of_head.copy_from_slice(&read(k.input)[head * dim..][..dim]);
+                self.turn(program, &k, row, row_of_head);
+                block.store_row(KvPart::Keys, token, row_of_head);
+                block.store_row(KvPart::Values, token, &read(v)[head * dim..][..dim]);
+                let source = &read(q.input)[head * group * dim..][..group * dim];
+                turned.row(i).copy_from_slice(source);
+                turned.row(i).chunks_exact_mut(dim).for_each(|query| self.turn(program, &q, row, query));
+            }
+        });
+        self.scratch.floats = floats;
+    }
+
+    fn attend(&mut self, queries: Slot, out: Slot, shape: Heads) {
+        let core = self.core;
+        let Heads { kv_heads, head_dim: dim, .. } = shape;
+        let group = shape.heads / kv_heads;
+        let pages = core.pages.layer(self.layer);
+        let window = shape.window.unwrap_or(usize::MAX);
+        let one = AttendShape { group, head_dim: dim, scale: shape.scale, window, softcap: shape.softcap };
+        let attention = &mut self.scratch.attention;
+        let tasks = &core.work.tasks;
+        self.worker.each(tasks.len() * kv_heads, |job| {
+            // The last tokens of a prompt see most and come first, so that no thread is left with a long job.
+            let (task, head) = (&tasks[tasks.len() - 1 - job.index() / kv_heads], job.index() % kv_heads);
+            let table = self.step.chunks[task.chunk].table(self.step, pages.group);
+            let columns = head * group * dim..(head + 1) * group * dim;
+            let query = core.arena.read(queries.columns(columns.clone()), task.rows.clone());
+            core.kernels.attend_start(attention, one, query, task.position);
+            let oldest = (task.position + 1).saturating_sub(window) / PAGE_TOKENS;
+            let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
+            for (i, &page) in table.iter().enumerate().take(newest + 1).skip(oldest) {
+                let block = pages.blocks().read(pages.block(page, head));
+                core.kernels.attend_block(attention, block, i * PAGE_TOKENS);
+            }
+            let mut out = core.arena.write(out.columns(columns), task.rows.clone(), &job);
+            core.kernels.attend_finish(attention, &mut out);
+        });
+    }
+
+    fn sample(&mut self) {
+        let core = self.core;
+        let sampling = &mut self.scratch.sampling;
+        self.worker.each(self.rows, |job| {
+            let row = job.index();
+            let logits = core.arena.read(core.plan.logits, row..row + 1);
+            let mut result = core.rows[row].lock().unwrap_or_else(PoisonError::into_inner);
+            let RowResult { drawn, top } = &mut *result;
+            *drawn = Some(sample(logits.row(0), &self.step.outputs[row], self.step, sampling, top));
+        });
+    }
+}

@@ -1,0 +1,287 @@
+//! Causal attention, one block of 32 tokens after another, with a running softmax (Milakov and Gimelshein, 2018).
+//!
+//! A row's result depends on its own query and on the blocks that hold a token visible to it, in ascending order,
+//! each cut at the row's own first and last visible token. Rows computed together only share loads.
+
+use crate::elementwise::softcap_vector;
+use crate::kv::{BLOCK_TOKENS, KvBlock, block_len, value_width};
+use crate::math::exp;
+use crate::simd::{Element, LANES, Simd};
+use crate::tile::{Operands, TileFn};
+use crate::{Kernels, Mat, MatMut};
+
+/// What is constant for one head's attention in a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct AttendShape {
+    /// Query heads that share the keys.
+    pub group: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Multiplies q . k.
+    pub scale: f32,
+    /// Positions visible to a row, itself included; `usize::MAX` is unlimited.
+    pub window: usize,
+    /// Scores pass through `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+}
+
+/// The state of up to `rows` queries under way. A row is one query head of one token, ordered by token.
+#[derive(Debug)]
+pub struct Attention {
+    /// Scaled queries in tiles, `[head_dim][rows of the tile]` each.
+    queries: Vec<f32>,
+    /// `[rows][value width]`
+    sums: Vec<f32>,
+    /// Scores, then weights, of the current block: `[rows of a tile][32]`.
+    weights: Vec<f32>,
+    /// Largest score so far, by row.
+    largest: Vec<f32>,
+    /// Sums of weights so far by lane, `[rows][16]`.
+    totals: Vec<f32>,
+    /// Visible tokens of the current block, by row.
+    visible: Vec<(usize, usize)>,
+    shape: AttendShape,
+    tokens: usize,
+    /// Position of the first token.
+    position: usize,
+}
+
+impl Attention {
+    /// Memory for `rows` rows.
+    pub fn new(rows: usize, head_dim: usize) -> Self {
+        Self {
+            queries: vec![0.0; rows * head_dim],
+            sums: vec![0.0; rows * value_width(head_dim)],
+            weights: vec![0.0; rows.min(LANES) * BLOCK_TOKENS],
+            largest: vec![0.0; rows],
+            totals: vec![0.0; rows * LANES],
+            visible: vec![(0, 0); rows],
+            shape: AttendShape { group: 1, head_dim, scale: 1.0, window: usize::MAX, softcap: None },
+            tokens: 0,
+            position: 0,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.tokens * self.shape.group
+    }
+}
+
+impl Kernels {
+    /// Starts with queries `[tokens, group * head_dim]` of consecutive positions.
+    ///
+    /// # Panics
+    /// If the state was made for fewer rows or narrower heads.
+    pub fn attend_start(&self, state: &mut Attention, shape: AttendShape, queries: Mat<'_>, position: usize) {
+        let (dim, tile) = (shape.head_dim, self.tile_rows());
+        state.shape = shape;
+        state.tokens = queries.rows();
+        state.position = position;
+        let rows = state.rows();
+        assert_eq!(queries.cols(), shape.group * dim, "query width");
+        assert!(rows <= state.largest.len() && rows * dim <= state.queries.len(), "{rows} rows of {dim}");
+        assert!(rows * value_width(dim) <= state.sums.len(), "{rows} rows of {dim}");
+        state.sums[..rows * value_width(dim)].fill(0.0);
+        state.largest[..rows].fill(f32::NEG_INFINITY);
+        state.totals[..rows * LANES].fill(0.0);
+        for row in 0..rows {
+            let first = row / tile * tile;
+            let width = tile.min(rows - first);
+            let query = &queries.row(row / shape.group)[row % shape.group * dim..][..dim];
+            let places = state.queries[first * dim + row - first..].iter_mut().step_by(width);
+            places.zip(query).for_each(|(p, q)| *p = q * shape.scale);
+        }
+    }
+
+    /// Adds the block whose first token is at position `first`; blocks come in ascending order, and a block without
+    /// a visible token may be left out.
+    ///
+    /// # Panics
+    /// If the block is shorter than its shape.
+    pub fn attend_block(&self, state: &mut Attention, block: KvBlock<'_>, first: usize) {
+        assert!(block.len() >= block_len(state.shape.head_dim), "a block of {}", block.len());
+        let rows = state.rows();
+        for row in 0..rows {
+            let position = state.position + row / state.shape.group;
+            let oldest = (position + 1).saturating_sub(state.shape.window);
+            let low = oldest.saturating_sub(first).min(BLOCK_TOKENS);
+            let high = (position + 1).saturating_sub(first).min(BLOCK_TOKENS);
+            state.visible[row] = (low, high.max(low));
+        }
+        let mut row = 0;
+        while row < rows {
+            let count = self.tile_rows().min(rows - row);
+            if state.visible[row..row + count].iter().any(|v| v.0 < v.1) {
+                match block {
+                    KvBlock::F32(b) => self.attend_tile(state, b, row, count, self.table().tile_f32),
+                    KvBlock::BF16(b) => self.attend_tile(state, b, row, count, self.table().tile_bf16),
+                }
+            }
+            row += count;
+        }
+    }
+
+    fn attend_tile<E: Element>(
+        &self,
+        state: &mut Attention,
+        block: &[E],
+        row: usize,
+        count: usize,
+        tile: TileFn<E>,
+    ) {
+        let dim = state.shape.head_dim;
+        let width = value_width(dim);
+        let weights = &mut state.weights[..count * BLOCK_TOKENS];
+        weights.fill(0.0);
+        let scores = Operands {
+            left: block.as_ptr(),
+            left_panel: LANES,
+            left_step: BLOCK_TOKENS,
+            right: state.queries[row * dim..][..count * dim].as_ptr(),
+            right_row: 1,
+            right_step: count,
+            len: dim,
+            ahead: 0,
+            sums: weights.as_mut_ptr(),
+            sums_row: BLOCK_TOKENS,
+        };
+        // SAFETY: keys are [dim][32], the tile's queries [dim][count], weights [count][32].
+        unsafe { tile(&scores, BLOCK_TOKENS / LANES, count) };
+        let visible = &state.visible[row..row + count];
+        let softmax = SoftmaxTile {
+            weights,
+            largest: &mut state.largest[row..row + count],
+            totals: &mut state.totals[row * LANES..][..count * LANES],
+            visible,
+            softcap: state.shape.softcap,
+            sums: &mut state.sums[row * width..][..count * width],
+        };
+        // SAFETY: the table was chosen for this machine; the slices are as long as count says.
+        unsafe { (self.table().softmax)(softmax) };
+
+        let values = &block[BLOCK_TOKENS * dim..];
+        let add = |first_row: usize, rows: usize, tokens: (usize, usize), sums: &mut [f32]| {
+            if tokens.0 >= tokens.1 {
+                return;
+            }
+            let sums = &mut sums[(row + first_row) * width..][..rows * width];
+            let operands = Operands {
+                left: values[tokens.0 * width..tokens.1 * width].as_ptr(),
+                left_panel: LANES,
+                left_step: width,
+                right: state.weights[first_row * BLOCK_TOKENS + tokens.0..].as_ptr(),
+                right_row: BLOCK_TOKENS,
+                right_step: 1,
+                len: tokens.1 - tokens.0,
+                ahead: 0,
+                sums: sums.as_mut_ptr(),
+                sums_row: width,
+            };
+            // SAFETY: values are [tokens][width], weights [rows][32], sums [rows][width].
+            unsafe { tile(&operands, width / LANES, rows) };
+        };
+        // Tokens that all rows see are added for all at once; what only some see, row by row, before and after.
+        let low = visible.iter().map(|v| v.0).max().unwrap_or(0);
+        let high = visible.iter().map(|v| v.1).min().unwrap_or(0);
+        let shared = if low < high { (low, high) } else { (BLOCK_TOKENS, BLOCK_TOKENS) };
+        for (r, v) in visible.iter().enumerate() {
+            add(r, 1, (v.0, v.1.min(shared.0)), &mut state.sums);
+        }
+        add(0, count, shared, &mut state.sums);
+        for (r, v) in visible.iter().enumerate() {
+            add(r, 1, (v.0.max(shared.1), v.1), &mut state.sums);
+        }
+    }
+
+    /// Writes the results, `[tokens, group * head_dim]`.
+    ///
+    /// # Panics
+    /// If `out` has another shape.
+    pub fn attend_finish(&self, state: &Attention, out: &mut MatMut<'_>) {
+        let (group, dim) = (state.shape.group, state.shape.head_dim);
+        assert!(out.rows() == state.tokens && out.cols() == group * dim, "{} x {}", out.rows(), out.cols());
+        for row in 0..state.rows() {
+            // SAFETY: the table was chosen for this machine.
+            let total = unsafe { (self.table().sum)(&state.totals[row * LANES..][..LANES]) };
+            let factor = 1.0 / total;
+            let sums = &state.sums[row * value_width(dim)..][..dim];
+            let out = &mut out.row(row / group)[row % group * dim..][..dim];
+            out.iter_mut().zip(sums).for_each(|(o, s)| *o = s * factor);
+        }
+    }
+}
+
+/// One block's scores of a tile of rows, on their way to weights.
+pub(crate) struct SoftmaxTile<'a> {
+    /// Scores, replaced by weights, `[rows][32]`.
+    pub(crate) weights: &'a mut [f32],
+    pub(crate) largest: &'a mut [f32],
+    /// `[rows][16]`
+    pub(crate) totals: &'a mut [f32],
+    /// Visible tokens by row.
+    pub(crate) visible: &'a [(usize, usize)],
+    pub(crate) softcap: Option<f32>,
+    /// `[rows][value width]`, rescaled where the largest score grew.
+    pub(crate) sums: &'a mut [f32],
+}
+
+/// 0 in the lanes of visible tokens, 1 elsewhere.
+#[inline(always)]
+fn mask<S: Simd>(s: S, first: usize, visible: (usize, usize)) -> S::V {
+    let mut lanes = [0.0; LANES];
+    for (i, lane) in lanes.iter_mut().enumerate() {
+        let token = first + i;
+        *lane = if token >= visible.0 && token < visible.1 { 0.0 } else { 1.0 };
+    }
+    s.load(&lanes)
+}
+
+#[inline(always)]
+pub(crate) fn softmax<S: Simd>(s: S, tile: SoftmaxTile<'_>) {
+    let width = tile.sums.len() / tile.visible.len();
+    let lowest = s.splat(f32::NEG_INFINITY);
+    let one_half = s.splat(0.5);
+    let rows = tile.weights.as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0;
+    let totals = tile.totals.as_chunks_mut::<LANES>().0;
+    let sums = tile.sums.chunks_exact_mut(width);
+    for ((((scores, largest), total), visible), sums) in
+        rows.iter_mut().zip(tile.largest).zip(totals).zip(tile.visible).zip(sums)
+    {
+        if visible.0 >= visible.1 {
+            continue;
+        }
+        let mut a = s.load(&scores[0]);
+        let mut b = s.load(&scores[1]);
+        if let Some(cap) = tile.softcap {
+            a = softcap_vector(s, cap, a);
+            b = softcap_vector(s, cap, b);
+        }
+        if *visible != (0, BLOCK_TOKENS) {
+            a = s.select_less(mask(s, 0, *visible), one_half, a, lowest);
+            b = s.select_less(mask(s, LANES, *visible), one_half, b, lowest);
+        }
+        let block = s.maximum(s.max(a, b));
+        let new = if block > *largest { block } else { *largest };
+        let a = exp(s, s.sub(a, s.splat(new)));
+        let b = exp(s, s.sub(b, s.splat(new)));
+        s.store(&mut scores[0], a);
+        s.store(&mut scores[1], b);
+        let mut before = s.load(total);
+        if new > *largest {
+            let factor = exp(s, s.splat(*largest - new));
+            before = s.mul(before, factor);
+            for v in sums.as_chunks_mut::<LANES>().0 {
+                let scaled = s.mul(s.load(v), factor);
+                s.store(v, scaled);
+            }
+        }
+        s.store(total, s.add(before, s.add(a, b)));
+        *largest = new;
+    }
+}
+
+/// The sum of sixteen lanes.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(s: S, lanes: &[f32]) -> f32 {
+    lanes.as_chunks::<LANES>().0.first().map_or(0.0, |v| s.sum(s.load(v)))
+}

@@ -1,0 +1,127 @@
+//! Sixteen f32 lanes, whatever the machine has: the vocabulary that the kernels are written in.
+//!
+//! Every operation is correctly rounded and means the same on all instruction sets, so a kernel that is written
+//! over [`Simd`] gives the same bits on each of them. A value of an implementing type is the witness that the
+//! machine has the instructions: it is made only after they were detected.
+
+pub(crate) mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+
+/// Lanes of a vector, and output rows of a panel of packed weights.
+pub const LANES: usize = 16;
+
+/// Sixteen f32 and the operations on them.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32.
+    type V: Copy;
+
+    /// Rows of the largest register tile.
+    const TILE: usize;
+
+    /// Vectors that a register tile may accumulate without spilling.
+    const ACCUMULATORS: usize;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// `a + b`
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `if a > b { a } else { b }`
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `if a < b { a } else { b }`
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `if a < b { yes } else { no }`
+    fn select_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// Magnitude.
+    fn abs(self, a: Self::V) -> Self::V;
+    /// The magnitude of `a` with the sign of `sign`.
+    fn copy_sign(self, a: Self::V, sign: Self::V) -> Self::V;
+    /// Adds the low bits of `n` (an integer n held as 1.5 * 2^23 + n) to the exponent of `a`: `a * 2^n`.
+    fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V;
+    /// The sum over lanes as a tree: lane i with i + 8, then 4, 2, 1.
+    fn sum(self, a: Self::V) -> f32;
+    /// The maximum over lanes by the same tree.
+    fn maximum(self, a: Self::V) -> f32;
+
+    /// Reads sixteen values; no alignment is asked for.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn read(self, from: *const f32) -> Self::V;
+    /// Reads and widens sixteen values.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn read_bf16(self, from: *const half::bf16) -> Self::V;
+    /// Reads and widens sixteen values.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn read_f16(self, from: *const half::f16) -> Self::V;
+    /// Writes sixteen values; no alignment is asked for.
+    ///
+    /// # Safety
+    /// `to` is writable for 16 elements.
+    unsafe fn write(self, to: *mut f32, a: Self::V);
+    /// Asks for a cache line that will be read; any address is fine.
+    fn prefetch(self, from: *const u8);
+
+    /// Sixteen values.
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::V {
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.read(from.as_ptr()) }
+    }
+    /// Sixteen values.
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES], a: Self::V) {
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.write(to.as_mut_ptr(), a) }
+    }
+}
+
+/// What weights, keys and values are stored as; widening to f32 is exact.
+pub(crate) trait Element: Copy + 'static {
+    /// Reads and widens sixteen elements.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 elements.
+    unsafe fn read<S: Simd>(s: S, from: *const Self) -> S::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn read<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.read(from) }
+    }
+}
+
+impl Element for half::bf16 {
+    #[inline(always)]
+    unsafe fn read<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.read_bf16(from) }
+    }
+}
+
+impl Element for half::f16 {
+    #[inline(always)]
+    unsafe fn read<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.read_f16(from) }
+    }
+}

@@ -1,0 +1,160 @@
+//! NEON: a vector is four registers of four lanes.
+
+use std::arch::aarch64::*;
+
+use super::{LANES, Simd};
+
+/// Witness of neon.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon(());
+
+impl Neon {
+    /// # Safety
+    /// The machine has the features that the type witnesses.
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+type V = [float32x4_t; 4];
+
+macro_rules! each {
+    (|$i:ident| $body:expr) => {{
+        let mut out = [vdupq_n_f32(0.0); 4];
+        let mut $i = 0;
+        while $i < 4 {
+            out[$i] = $body;
+            $i += 1;
+        }
+        out
+    }};
+}
+
+impl Simd for Neon {
+    type V = V;
+    const TILE: usize = 6;
+    const ACCUMULATORS: usize = 6;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { [vdupq_n_f32(x); 4] }
+    }
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vaddq_f32(a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vsubq_f32(a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vmulq_f32(a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vdivq_f32(a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn fma(self, a: V, b: V, c: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vfmaq_f32(c[i], a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vbslq_f32(vcgtq_f32(a[i], b[i]), a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vbslq_f32(vcltq_f32(a[i], b[i]), a[i], b[i])) }
+    }
+    #[inline(always)]
+    fn select_less(self, a: V, b: V, yes: V, no: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vbslq_f32(vcltq_f32(a[i], b[i]), yes[i], no[i])) }
+    }
+    #[inline(always)]
+    fn abs(self, a: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { each!(|i| vabsq_f32(a[i])) }
+    }
+    #[inline(always)]
+    fn copy_sign(self, a: V, sign: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let bit = vdupq_n_u32(0x8000_0000);
+            each!(|i| vbslq_f32(bit, sign[i], a[i]))
+        }
+    }
+    #[inline(always)]
+    fn add_exponent(self, a: V, n: V) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            each!(|i| {
+                let n = vshlq_n_u32::<23>(vreinterpretq_u32_f32(n[i]));
+                vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a[i]), n))
+            })
+        }
+    }
+    #[inline(always)]
+    fn sum(self, a: V) -> f32 {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let a = vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
+            let a = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+            vget_lane_f32::<0>(a) + vget_lane_f32::<1>(a)
+        }
+    }
+    #[inline(always)]
+    fn maximum(self, a: V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes, a);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] = if lanes[i] > lanes[i + half] { lanes[i] } else { lanes[i + half] };
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+    #[inline(always)]
+    unsafe fn read(self, from: *const f32) -> V {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { each!(|i| vld1q_f32(from.add(4 * i))) }
+    }
+    #[inline(always)]
+    unsafe fn read_bf16(self, from: *const half::bf16) -> V {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            each!(|i| {
+                let narrow = vld1_u16(from.add(4 * i).cast());
+                vreinterpretq_f32_u32(vshll_n_u16::<16>(narrow))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn read_f16(self, from: *const half::f16) -> V {
+        // SAFETY: the caller's promise.
+        let narrow = unsafe { from.cast::<[half::f16; LANES]>().read_unaligned() };
+        self.load(&narrow.map(half::f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn write(self, to: *mut f32, a: V) {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            for (i, &part) in a.iter().enumerate() {
+                vst1q_f32(to.add(4 * i), part);
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, _from: *const u8) {}
+}

@@ -1,0 +1,155 @@
+//! One table of functions per instruction set, and the choice among them.
+
+use half::{bf16, f16};
+
+use crate::attend::{self, SoftmaxTile};
+use crate::elementwise;
+use crate::isa::{Isa, IsaError};
+use crate::math::Function;
+use crate::simd::{Simd, scalar::Scalar};
+use crate::tile::{self, Operands, TileFn};
+
+/// The functions that differ by instruction set. All are unsafe to call on a machine without it.
+pub(crate) struct Table {
+    pub(crate) tile_rows: usize,
+    pub(crate) tile_f32: TileFn<f32>,
+    pub(crate) tile_f16: TileFn<f16>,
+    pub(crate) tile_bf16: TileFn<bf16>,
+    pub(crate) widen_f16: unsafe fn(*const f16, &mut [f32]),
+    pub(crate) widen_bf16: unsafe fn(*const bf16, &mut [f32]),
+    pub(crate) activate: unsafe fn(Function, &mut [f32]),
+    pub(crate) gate_pairs: unsafe fn(Function, &[f32], &mut [f32]),
+    pub(crate) softcap: unsafe fn(f32, &mut [f32]),
+    pub(crate) softmax: unsafe fn(SoftmaxTile<'_>),
+    pub(crate) sum: unsafe fn(&[f32]) -> f32,
+}
+
+macro_rules! table {
+    ($module:ident, $set:ty, $witness:expr $(, #[$features:meta])?) => {
+        mod $module {
+            use super::*;
+
+            pub(super) static TABLE: Table = Table {
+                tile_rows: <$set>::TILE,
+                tile_f32,
+                tile_f16,
+                tile_bf16,
+                widen_f16,
+                widen_bf16,
+                activate,
+                gate_pairs,
+                softcap,
+                softmax,
+                sum,
+            };
+
+            /// # Safety
+            /// The machine has the instruction set.
+            #[inline(always)]
+            unsafe fn set() -> $set {
+                $witness
+            }
+
+            table!(@functions [$(#[$features])?]
+                fn tile_f32(o: &Operands<f32>, panels: usize, rows: usize) => tile::run;
+                fn tile_f16(o: &Operands<f16>, panels: usize, rows: usize) => tile::run;
+                fn tile_bf16(o: &Operands<bf16>, panels: usize, rows: usize) => tile::run;
+                fn widen_f16(from: *const f16, out: &mut [f32]) => elementwise::widen;
+                fn widen_bf16(from: *const bf16, out: &mut [f32]) => elementwise::widen;
+                fn activate(f: Function, values: &mut [f32]) => elementwise::activate;
+                fn gate_pairs(f: Function, pairs: &[f32], out: &mut [f32]) => elementwise::gate_pairs;
+                fn softcap(cap: f32, values: &mut [f32]) => elementwise::softcap;
+                fn softmax(tile: SoftmaxTile<'_>) => attend::softmax;
+                fn sum(lanes: &[f32]) -> f32 => attend::sum;
+            );
+        }
+    };
+    (@functions $features:tt $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? => $body:path;)*) => {
+        $(table!(@function $features $name ($($arg: $type),*) ($($out)?) $body);)*
+    };
+    (@function [$(#[$features:meta])?] $name:ident ($($arg:ident: $type:ty),*) ($($out:ty)?) $body:path) => {
+        /// # Safety
+        /// The machine has the instruction set, and what the body asks for.
+        $(#[$features])?
+        unsafe fn $name($($arg: $type),*) $(-> $out)? {
+            // SAFETY: the caller's promise.
+            unsafe { $body(set(), $($arg),*) }
+        }
+    };
+}
+
+table!(scalar, Scalar, Scalar);
+
+#[cfg(target_arch = "x86_64")]
+table!(
+    avx2,
+    crate::simd::avx2::Avx2,
+    // SAFETY: the caller's promise.
+    unsafe { crate::simd::avx2::Avx2::new() },
+    #[target_feature(enable = "avx2,fma,f16c")]
+);
+
+#[cfg(target_arch = "x86_64")]
+table!(
+    avx512,
+    crate::simd::avx512::Avx512,
+    // SAFETY: the caller's promise.
+    unsafe { crate::simd::avx512::Avx512::new() },
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+);
+
+#[cfg(target_arch = "aarch64")]
+table!(
+    neon,
+    crate::simd::neon::Neon,
+    // SAFETY: the caller's promise.
+    unsafe { crate::simd::neon::Neon::new() },
+    #[target_feature(enable = "neon")]
+);
+
+/// The kernels of one instruction set, on a machine that has it.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    isa: Isa,
+    table: &'static Table,
+}
+
+impl Kernels {
+    /// The kernels of an instruction set.
+    ///
+    /// # Errors
+    /// If this machine does not have it.
+    pub fn new(isa: Isa) -> Result<Self, IsaError> {
+        let isa = Isa::named(isa.name())?;
+        let table = match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::TABLE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::TABLE,
+            _ => &scalar::TABLE,
+        };
+        Ok(Self { isa, table })
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Rows of the largest register tile; see [`crate::pack_tile`].
+    pub fn tile_rows(&self) -> usize {
+        self.table.tile_rows
+    }
+
+    pub(crate) fn table(&self) -> &'static Table {
+        self.table
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Kernels({})", self.isa.name())
+    }
+}
