@@ -3,7 +3,7 @@
 export_eval.py export TOKENIZER_FOLDER RUN_FOLDER MODEL_FOLDER   checkpoint -> hub layout
 export_eval.py probes FILE                                       writes the held-out probes (fixed seed)
 export_eval.py play MODEL_FOLDER FILE                            plays them; the model's own replies are the history
-export_eval.py long MODEL_FOLDER [N]                             recall with 512, 2048, 4096 and 8000 tokens of context
+export_eval.py long MODEL_FOLDER [N]                             recall with 512, 2048 and 4096 tokens of context
 export_eval.py chat MODEL_FOLDER                                 a few turns to read
 """
 import collections
@@ -119,12 +119,12 @@ def play(folder, path):
     print(f"\n{hit['all', 'all']} of {n['all', 'all']}; {ended} of {turns} replies ended by themselves")
 
 
-def long(folder, count=60):
+def long(folder, count=24):
     """A fact at the start, then exchanges (with reference replies) up to the given number of tokens, then the question."""
     chat, r = Chat(folder), random.Random(LONG_SEED)
     kinds = list(corpus.PROBE_KINDS)
     print("| tokens of context | recall | n |\n| --- | --- | --- |")
-    for target in (512, 2048, 4096, 8000):
+    for target in (512, 2048, 4096):
         chats, values = [], []
         while len(chats) < count:
             turns, question, value = corpus.probe(r, kinds[len(chats) % len(kinds)], 1, chars=int(target * 3.6))
@@ -135,7 +135,7 @@ def long(folder, count=60):
                 turns = turns[:-1]
             chats.append(c)
             values.append(value)
-        got = chat.reply(chats, 32, max(1, 16384 // target))
+        got = chat.reply(chats, 24, max(1, 16384 // target))
         hits = sum(v in text for v, (text, _) in zip(values, got))
         print(f"| {target} | {100 * hits / count:.1f} % | {count} |", flush=True)
 

@@ -1,8 +1,9 @@
-//! What transformers adds to jinja2: `raise_exception`, `strftime_now` and its own `tojson`.
+//! What transformers adds to jinja2 (`raise_exception`, `strftime_now`, its own `tojson`), and what minijinja does
+//! otherwise than jinja2.
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, Rest};
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 use crate::template::python::{self, JsonStyle};
@@ -15,7 +16,9 @@ struct Raised;
 pub(super) fn add(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
+    environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_filter("tojson", to_json);
+    environment.add_test("sequence", is_sequence);
     environment.set_formatter(|out, state, value| match python::float_of(value) {
         Some(float) => Ok(out.write_str(&python::float(float))?),
         None => minijinja::escape_formatter(out, state, value),
@@ -67,4 +70,9 @@ fn to_json(value: &Value, options: Rest<Value>, named: Kwargs) -> Result<Value, 
         sorted: sort.is_some_and(|v| v.is_true()),
     };
     Ok(Value::from(python::json(value, &style)?))
+}
+
+/// In Python a text and a dict have a length and items, and that is what jinja2 asks for.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
 }
