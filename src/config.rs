@@ -30,6 +30,7 @@ pub(crate) fn apply(path: &Path, command: Command) -> Result<Command> {
             bail!("{file}: unknown key `{key}` (known: {})", join(&known));
         }
         let values = defaults(value).with_context(|| format!("{file}: key `{key}`"))?;
+        command = with_default(command, &option, &values);
         let names: Vec<String> = command.get_subcommands().map(|s| s.get_name().to_owned()).collect();
         for name in names {
             command = command.mut_subcommand(name, |sub| with_default(sub, &option, &values));
@@ -39,19 +40,20 @@ pub(crate) fn apply(path: &Path, command: Command) -> Result<Command> {
 }
 
 fn with_default(command: Command, option: &str, values: &[OsString]) -> Command {
-    let id = command.get_arguments().find(|a| a.get_long() == Some(option)).map(|a| a.get_id().clone());
+    let id = command.get_arguments().find(|a| key(a) == Some(option)).map(|a| a.get_id().clone());
     let Some(id) = id else { return command };
     command.mut_arg(id, |arg: Arg| arg.default_values(values.to_vec()))
 }
 
 fn keys(command: &Command) -> BTreeSet<String> {
-    command
-        .get_subcommands()
-        .flat_map(|sub| sub.get_arguments())
-        .filter_map(|arg| arg.get_long())
-        .filter(|long| !NOT_IN_FILES.contains(long))
-        .map(str::to_owned)
-        .collect()
+    let of_commands = command.get_subcommands().flat_map(|sub| sub.get_arguments());
+    let all = command.get_arguments().chain(of_commands).filter_map(key);
+    all.filter(|key| !NOT_IN_FILES.contains(key)).map(str::to_owned).collect()
+}
+
+/// The name of an option in a file: its long name, or what stands for it on the command line.
+fn key(arg: &Arg) -> Option<&str> {
+    if arg.is_positional() { Some(arg.get_id().as_str()) } else { arg.get_long() }
 }
 
 /// A TOML value as the words of a command line.

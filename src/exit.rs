@@ -42,9 +42,6 @@ mod tests {
     #[test]
     fn clap_speaks_in_one_line() {
         let message = "error: unexpected argument '--x' found\n\n  tip: did you mean '--y'\n\nUsage: mainstay serve\n\nFor more information, try '--help'.\n";
-        assert_eq!(
-            one_line(message),
-            "unexpected argument '--x' found tip: did you mean '--y' (see --help)"
-        );
+        assert_eq!(one_line(message), "unexpected argument '--x' found tip: did you mean '--y' (see --help)");
     }
 }

@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use futures_util::StreamExt;
 use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeModel};
 use hf_hub::{HFClient, HFError};
@@ -48,7 +48,8 @@ impl HubId {
         format!("{}/{}", self.owner, self.name)
     }
 
-    fn cache_dir(&self) -> PathBuf {
+    /// Where the cache keeps it.
+    pub(crate) fn cache_dir(&self) -> PathBuf {
         hf_hub::resolve_cache_dir().join(format!("models--{}--{}", self.owner, self.name))
     }
 }
@@ -69,7 +70,7 @@ struct RemoteFile {
 /// Says what the hub answered and what to do about it. If the hub cannot be reached and a snapshot of the revision is
 /// in the cache, that one is used with a warning instead.
 pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
-    let client = HFClient::new().map_err(|e| explain(hub, &e))?;
+    let client = HFClient::new().map_err(|e| anyhow!(explain(hub, &e)))?;
     let repo = client.model(&hub.owner, &hub.name);
     let cache = hub.cache_dir();
     let info = match repo.info().revision(hub.revision.clone()).send().await {
@@ -89,7 +90,7 @@ pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
     let files = missing(list(hub, &repo, &commit, names).await?, &snapshot);
     for file in &files {
         let blob = fetch_blob(hub, &repo, &commit, file).await?;
-        link(&blob, &snapshot.join(&file.path))?;
+        link(&blob, &snapshot, &file.path)?;
     }
     let reference = cache.join("refs").join(&hub.revision);
     if hub.revision != commit {
@@ -100,7 +101,8 @@ pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
 
 /// The snapshot that the cache holds for a revision.
 fn cached_snapshot(cache: &Path, revision: &str) -> Option<PathBuf> {
-    let commit = fs::read_to_string(cache.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
+    let commit =
+        fs::read_to_string(cache.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
     let snapshot = cache.join("snapshots").join(commit.trim());
     snapshot.join("config.json").exists().then_some(snapshot)
 }
@@ -112,6 +114,9 @@ fn missing(files: Vec<RemoteFile>, snapshot: &Path) -> Vec<RemoteFile> {
 /// Whether a model is opened by this file: configuration, tokenizer, template, weights. Other formats of the same
 /// weights lie in directories of their own or under other names.
 fn needed(path: &str) -> bool {
+    if let Some(name) = path.strip_prefix("additional_chat_templates/") {
+        return file_name(name) && name.ends_with(".jinja");
+    }
     let weights = path.starts_with("model") && path.ends_with(".safetensors");
     file_name(path) && (weights || path.ends_with(".json") || path.ends_with(".jinja"))
 }
@@ -134,7 +139,7 @@ async fn list(
             let mut files = Vec::new();
             for path in names.into_iter().filter(|n| needed(n)) {
                 let asked = repo.get_file_metadata().filepath(path.clone()).revision(commit).send().await;
-                let found = asked.map_err(|e| explain(hub, &e))?;
+                let found = asked.map_err(|e| anyhow!(explain(hub, &e)))?;
                 files.push(RemoteFile { path, size: found.file_size, etag: found.etag });
             }
             files
@@ -163,7 +168,7 @@ async fn tree(repo: &HFRepository<RepoTypeModel>, commit: &str) -> Result<Vec<Re
     let mut files = Vec::new();
     while let Some(entry) = entries.next().await {
         if let RepoTreeEntry::File { oid, size, path, lfs, .. } = entry? {
-            let etag = lfs.map(|l| l.oid).filter(|o| !o.is_empty()).unwrap_or(oid);
+            let etag = lfs.and_then(|l| l.sha256).unwrap_or(oid);
             files.push(RemoteFile { path, size, etag });
         }
     }
@@ -192,7 +197,9 @@ async fn fetch_blob(
     let mut progress = Progress::start(format!("fetching {}", file.path), file.size);
     progress.advance(out.metadata()?.len().min(file.size));
     let mut fruitless = 0;
-    while let Transfer::BrokenOff { why, fruitful } = transfer(hub, repo, (commit, file), &mut out, &mut progress).await? {
+    while let Transfer::BrokenOff { why, fruitful } =
+        transfer(hub, repo, (commit, file), &mut out, &mut progress).await?
+    {
         fruitless = if fruitful { 0 } else { fruitless + 1 };
         ensure!(
             fruitless < TRIES_WITHOUT_PROGRESS,
@@ -298,8 +305,9 @@ fn verify(out: &mut File, file: &RemoteFile) -> Result<()> {
     Ok(())
 }
 
-/// Makes `pointer` lead to `blob`, relatively where the system has links, so that the cache can be moved.
-fn link(blob: &Path, pointer: &Path) -> Result<()> {
+/// Makes a snapshot's file lead to `blob`, relatively where the system has links, so that the cache can be moved.
+fn link(blob: &Path, snapshot: &Path, file: &str) -> Result<()> {
+    let pointer = &snapshot.join(file);
     create_parent(pointer)?;
     // a link that leads nowhere does not exist for its readers and would still stand in the way
     let _ = fs::remove_file(pointer);
@@ -308,7 +316,8 @@ fn link(blob: &Path, pointer: &Path) -> Result<()> {
     {
         let name = blob.file_name().with_context(wrong)?;
         // snapshots/<commit>/<file> -> ../../blobs/<etag>
-        std::os::unix::fs::symlink(Path::new("../../blobs").join(name), pointer).with_context(wrong)
+        let up = "../".repeat(2 + file.matches('/').count());
+        std::os::unix::fs::symlink(Path::new(&up).join("blobs").join(name), pointer).with_context(wrong)
     }
     #[cfg(not(unix))]
     fs::copy(blob, pointer).map(|_| ()).with_context(wrong)
@@ -371,17 +380,37 @@ mod tests {
         assert_eq!(HubId::parse("org/name"), Some(id("org", "name", "main")));
         assert_eq!(HubId::parse("a-b/c.d_e@v1.0"), Some(id("a-b", "c.d_e", "v1.0")));
         assert_eq!(HubId::parse("o/n@refs/pr/3"), Some(id("o", "n", "refs/pr/3")));
-        for no in ["name", "/abs/dir", "./rel/dir", "a/b/c", "a/", "../up", "a/..", "o/n@", "o/n@../../x", "o/na me"] {
+        for no in [
+            "name",
+            "/abs/dir",
+            "./rel/dir",
+            "a/b/c",
+            "a/",
+            "../up",
+            "a/..",
+            "o/n@",
+            "o/n@../../x",
+            "o/na me",
+        ] {
             assert_eq!(HubId::parse(no), None, "{no}");
         }
     }
 
     #[test]
     fn only_files_of_the_model_are_needed() {
-        for yes in ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "chat_template.jinja"] {
+        for yes in
+            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "chat_template.jinja"]
+        {
             assert!(needed(yes), "{yes}");
         }
-        for no in ["pytorch_model.bin", "consolidated.safetensors", "onnx/config.json", "README.md", "../x.json", ".x.json"] {
+        for no in [
+            "pytorch_model.bin",
+            "consolidated.safetensors",
+            "onnx/config.json",
+            "README.md",
+            "../x.json",
+            ".x.json",
+        ] {
             assert!(!needed(no), "{no}");
         }
     }

@@ -27,6 +27,34 @@ pub(crate) fn cores() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
+/// The processor's name; `None` where the system does not tell.
+pub(crate) fn cpu_name() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// The processor's extensions that kernels use or may come to use.
+pub(crate) fn cpu_features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! ask {
+            ($($name:tt),*) => { $(if std::arch::is_x86_feature_detected!($name) { found.push($name); })* };
+        }
+        ask!("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl");
+        ask!("avx512vnni", "avx512bf16", "avx512fp16", "avxvnni");
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! ask {
+            ($($name:tt),*) => { $(if std::arch::is_aarch64_feature_detected!($name) { found.push($name); })* };
+        }
+        ask!("neon", "fp16", "bf16", "dotprod", "i8mm", "sve", "sve2");
+    }
+    found
+}
+
 /// proc_meminfo(5): lines `Name:   number kB`.
 fn parse_meminfo(text: &str) -> Option<Memory> {
     let field = |name: &str| {

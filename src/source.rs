@@ -8,6 +8,9 @@ use mainstay_models::Model;
 use crate::exit::Usage;
 use crate::hub::{self, HubId};
 
+/// The name of the model in the binary.
+const EMBEDDED_NAME: &str = "mainstay-default";
+
 /// Where a model comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -38,9 +41,23 @@ impl Source {
             return Err(Usage(format!("{text}: {what}")).into());
         }
         let hub = HubId::parse(text).ok_or_else(|| {
-            Usage(format!("{text}: no such directory, and no hub id (which reads org/name or org/name@revision)"))
+            Usage(format!(
+                "{text}: no such directory, and no hub id (which reads org/name or org/name@revision)"
+            ))
         })?;
         Ok(Source::Hub(hub))
+    }
+
+    /// What the model is called in the API if the operator gives no name.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Source::Embedded => EMBEDDED_NAME.to_owned(),
+            Source::Hub(hub) => hub.id(),
+            Source::Directory(dir) => {
+                let whole = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+                whole.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
+            }
+        }
     }
 
     /// Fetches what has to be fetched and opens the checkpoint.
@@ -48,16 +65,12 @@ impl Source {
     /// # Errors
     /// What the hub or the loader says.
     pub(crate) async fn open(self) -> Result<Model> {
-        let (dir, name) = match self {
+        let dir = match self {
             Source::Embedded => return open_in_background(Model::embedded).await,
-            Source::Directory(dir) => (dir, None),
-            Source::Hub(hub) => (hub::fetch(&hub).await?, Some(hub.id())),
+            Source::Directory(dir) => dir,
+            Source::Hub(hub) => hub::fetch(&hub).await?,
         };
-        let mut model = open_in_background(move || Model::open(&dir)).await?;
-        if let Some(name) = name {
-            model.name = name;
-        }
-        Ok(model)
+        open_in_background(move || Model::open(&dir)).await
     }
 }
 
@@ -77,6 +90,7 @@ mod tests {
         let here = env!("CARGO_MANIFEST_DIR");
         assert_eq!(Source::parse(None).unwrap(), Source::Embedded);
         assert_eq!(Source::parse(Some(here)).unwrap(), Source::Directory(here.into()));
+        assert_eq!(Source::Directory("/a/b/../model-x".into()).name(), "model-x");
         assert!(matches!(Source::parse(Some("org/name@v1")).unwrap(), Source::Hub(h) if h.revision == "v1"));
     }
 

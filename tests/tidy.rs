@@ -170,7 +170,7 @@ fn a_tidy_file_has_no_problem() {
 #[test]
 fn planted_smells_are_found() {
     let smells = [
-        ("src/a.rs", format!("fn f() {{ {}x); }}\n", LEFTOVERS[0]), // the macro
+        ("src/a.rs", format!("fn f() {{ {}x); }}\n", LEFTOVERS[0])),
         ("src/a.rs", format!("// {}: later\n", LEFTOVERS[1])),
         ("src/a.rs", format!("fn f() {{ {}) }}\n", LEFTOVERS[2])),
         ("src/a.rs", format!("fn f() {{ {}) }}\n", LEFTOVERS[3])),

@@ -1,1 +1,10 @@
-//! benches/harness
+//! Measurements of a backend through its executor, with the share of the machine's limits that was reached.
+
+mod latency;
+mod noise;
+mod report;
+mod shape;
+
+pub use latency::{Case, LatencyError, Measurement, Peaks, Phase, Plan, latency};
+pub use report::{json, table};
+pub use shape::{Shape, UnknownShape};

@@ -1,0 +1,221 @@
+//! Graphs of real models with seeded random weights, so that speed can be measured without a download.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use mainstay_models::config::Config;
+use mainstay_models::graph::{Block, Graph, Op};
+use mainstay_models::weights::DType;
+use mainstay_models::{LoadError, Weights, families};
+use serde_json::{Map, Value, json};
+
+/// A real model's dimensions, from its published configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// Qwen3 0.6B: 28 layers, 16 heads over 8, tied embedding of 151936 rows.
+    Qwen3Small,
+    /// Llama 3.2 1B: 16 layers, 32 heads over 8, tied embedding of 128256 rows.
+    Llama32Small,
+}
+
+impl Shape {
+    /// All shapes.
+    pub const ALL: [Shape; 2] = [Shape::Qwen3Small, Shape::Llama32Small];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Shape::Qwen3Small => "qwen3-0.6b",
+            Shape::Llama32Small => "llama-3.2-1b",
+        }
+    }
+
+    fn config(self) -> Value {
+        match self {
+            Shape::Qwen3Small => json!({
+                "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+                "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+                "hidden_act": "silu", "tie_word_embeddings": true, "attention_bias": false
+            }),
+            Shape::Llama32Small => json!({
+                "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256,
+                "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192
+                },
+                "hidden_act": "silu", "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false
+            }),
+        }
+    }
+
+    /// The graph with seeded weights of the wanted type.
+    ///
+    /// # Errors
+    /// What the family or the weights' reader finds wrong; a shape that does not load is a bug.
+    pub fn build(self, dtype: DType) -> Result<(Graph, Weights), LoadError> {
+        let origin = Path::new(self.name());
+        let graph = families::graph(&Config::from_bytes(origin, self.config().to_string().as_bytes())?)?;
+        let weights = Weights::from_bytes(origin, checkpoint(&graph, dtype))?;
+        graph.check(&weights)?;
+        Ok((graph, weights))
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that no shape has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownShape(String);
+
+impl fmt::Display for UnknownShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known: Vec<&str> = Shape::ALL.iter().map(|s| s.name()).collect();
+        write!(f, "expected one of {}, found `{}`", known.join(", "), self.0)
+    }
+}
+
+impl std::error::Error for UnknownShape {}
+
+impl FromStr for Shape {
+    type Err = UnknownShape;
+
+    fn from_str(text: &str) -> Result<Self, UnknownShape> {
+        Shape::ALL.into_iter().find(|s| s.name() == text).ok_or_else(|| UnknownShape(text.to_owned()))
+    }
+}
+
+/// A safetensors file in memory with every tensor that the graph names: random matrices, vectors of ones.
+fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
+    let tensors = tensors(graph);
+    let mut header = Map::new();
+    let mut end = 0;
+    for (name, shape) in &tensors {
+        let start = end;
+        end += shape.iter().product::<usize>() * dtype.size_bytes();
+        let kind = match dtype {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+        };
+        header.insert(name.clone(), json!({"dtype": kind, "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    let mut bytes = Vec::with_capacity(8 + header.len() + end);
+    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(header.as_bytes());
+    let mut random = Random(1);
+    for (_, shape) in &tensors {
+        let len: usize = shape.iter().product();
+        match shape.len() {
+            1 => (0..len).for_each(|_| push(&mut bytes, 1.0, dtype)),
+            _ => (0..len).for_each(|_| push(&mut bytes, random.weight(), dtype)),
+        }
+    }
+    bytes
+}
+
+fn push(bytes: &mut Vec<u8>, value: f32, dtype: DType) {
+    match dtype {
+        DType::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
+        DType::F16 => bytes.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+        DType::BF16 => bytes.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+    }
+}
+
+/// Names and shapes of the graph's tensors, each once, in the order of the program.
+pub(crate) fn tensors(graph: &Graph) -> Vec<(String, Vec<usize>)> {
+    let mut found = Vec::new();
+    collect(&graph.prologue, "", &mut found);
+    for layer in &graph.layers {
+        collect(&graph.blocks[layer.block], &layer.prefix, &mut found);
+    }
+    collect(&graph.epilogue, "", &mut found);
+    let mut seen = std::collections::HashSet::new();
+    found.retain(|(name, _)| seen.insert(name.clone()));
+    found
+}
+
+fn collect(block: &Block, prefix: &str, found: &mut Vec<(String, Vec<usize>)>) {
+    for op in &block.ops {
+        let (matrix, vector) = match op {
+            Op::Embed { weight } => (Some(weight), None),
+            Op::Linear { weight, bias, .. } => (Some(weight), bias.as_ref()),
+            Op::RmsNorm { weight, .. } => (None, Some(weight)),
+            _ => (None, None),
+        };
+        if let Some(matrix) = matrix {
+            found.extend(
+                matrix.parts.iter().map(|(n, rows)| (format!("{prefix}{n}"), vec![*rows, matrix.cols])),
+            );
+        }
+        if let Some(vector) = vector {
+            found.extend(vector.parts.iter().map(|(n, len)| (format!("{prefix}{n}"), vec![*len])));
+        }
+    }
+}
+
+/// xorshift64* (Vigna, 2016): speed depends on the values' range only, not on their distribution.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Uniform in -0.035 .. 0.035, the spread of a normal distribution of deviation 0.02.
+    pub(crate) fn weight(&mut self) -> f32 {
+        let unit = (self.next() >> 40) as f32 / (1u64 << 24) as f32;
+        (unit - 0.5) * 0.07
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for shape in Shape::ALL {
+            assert_eq!(shape.name().parse(), Ok(shape));
+        }
+        let message = "gpt-5".parse::<Shape>().unwrap_err().to_string();
+        assert!(message.contains("qwen3-0.6b") && message.contains("gpt-5"), "{message}");
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_real_models() {
+        for (shape, millions) in [(Shape::Qwen3Small, 596), (Shape::Llama32Small, 1235)] {
+            let config =
+                Config::from_bytes(Path::new("shape"), shape.config().to_string().as_bytes()).unwrap();
+            let graph = families::graph(&config).unwrap();
+            let count: usize = tensors(&graph).iter().map(|(_, s)| s.iter().product::<usize>()).sum();
+            assert_eq!(count / 1_000_000, millions, "{shape}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_small_graph_loads() {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": false
+        });
+        let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
+        let graph = families::graph(&config).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let weights = Weights::from_bytes(Path::new("small"), checkpoint(&graph, dtype)).unwrap();
+            graph.check(&weights).unwrap();
+        }
+    }
+}

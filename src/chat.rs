@@ -1,0 +1,238 @@
+//! `mainstay chat`: a conversation in the terminal, or line by line from a pipe.
+
+use std::io::{IsTerminal, Write, stdin, stdout};
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use rustyline::error::ReadlineError;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::client::{Client, RemoteArgs, Route, SamplingArgs};
+use crate::data_dir;
+use crate::local::Connection;
+use crate::options::ModelArgs;
+
+const HELP: &str = "\
+/reset  forget the conversation
+/help   show this
+/quit   leave (as does Ctrl-D)
+Ctrl-C stops an answer.";
+const HISTORY_FILE: &str = "chat-history";
+const HISTORY_LINES_MAX: usize = 1000;
+
+/// Options of `mainstay chat`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What stands before the conversation.
+    #[arg(long, env = "MAINSTAY_SYSTEM", value_name = "TEXT")]
+    system: Option<String>,
+    /// Where the input history is kept; the user's data directory without it.
+    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
+}
+
+/// What a line of input asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Input<'a> {
+    Nothing,
+    Reset,
+    Help,
+    Quit,
+    Unknown(&'a str),
+    Say(&'a str),
+}
+
+impl<'a> Input<'a> {
+    fn parse(line: &'a str) -> Self {
+        match line.trim() {
+            "" => Input::Nothing,
+            "/reset" => Input::Reset,
+            "/help" | "/?" => Input::Help,
+            "/quit" | "/exit" => Input::Quit,
+            command if command.starts_with('/') => Input::Unknown(command),
+            text => Input::Say(text),
+        }
+    }
+}
+
+/// The messages so far, as they are sent.
+struct Conversation {
+    system: Option<String>,
+    messages: Vec<Value>,
+}
+
+impl Conversation {
+    fn new(system: Option<String>) -> Self {
+        let mut conversation = Self { system, messages: Vec::new() };
+        conversation.reset();
+        conversation
+    }
+
+    fn reset(&mut self) {
+        self.messages.clear();
+        self.messages.extend(self.system.iter().map(|text| json!({"role": "system", "content": text})));
+    }
+
+    fn push(&mut self, role: &str, text: &str) {
+        self.messages.push(json!({"role": role, "content": text}));
+    }
+}
+
+/// Talks until the input ends.
+pub(crate) fn run(args: ChatArgs) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let connection = runtime.block_on(Connection::open(&args.remote, &args.model))?;
+    let chat = Chat {
+        client: &connection.client,
+        runtime: &runtime,
+        sampling: args.sampling,
+        conversation: Conversation::new(args.system),
+    };
+    let result = if stdin().is_terminal() {
+        let device = connection.device.as_deref().map(|d| format!(" ({d})")).unwrap_or_default();
+        eprintln!("{}{device}; /help for help", connection.client.model());
+        chat.in_terminal(args.data_dir)
+    } else {
+        chat.from_pipe()
+    };
+    drop(connection);
+    runtime.shutdown_background();
+    result
+}
+
+struct Chat<'a> {
+    client: &'a Client,
+    runtime: &'a Runtime,
+    sampling: SamplingArgs,
+    conversation: Conversation,
+}
+
+/// Whether more input is wanted.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Line,
+    Leave,
+}
+
+impl Chat<'_> {
+    fn in_terminal(mut self, data_dir: Option<PathBuf>) -> Result<()> {
+        let config = rustyline::Config::builder().max_history_size(HISTORY_LINES_MAX)?.build();
+        let mut editor = rustyline::DefaultEditor::with_config(config)?;
+        let history = data_dir::resolve(data_dir.as_deref()).filter(|dir| match data_dir::prepare(dir) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("{error:#}; the input history is not kept");
+                false
+            }
+        });
+        let history = history.map(|dir| dir.join(HISTORY_FILE));
+        if let Some(file) = history.as_ref().filter(|f| f.exists()) {
+            editor.load_history(file)?;
+        }
+        loop {
+            match editor.readline("> ") {
+                Ok(line) => {
+                    editor.add_history_entry(line.as_str())?;
+                    match self.take(&line) {
+                        Ok(Next::Line) => {}
+                        Ok(Next::Leave) => break,
+                        Err(error) => eprintln!("{error:#}"),
+                    }
+                }
+                Err(ReadlineError::Interrupted) => eprintln!("(Ctrl-D leaves)"),
+                Err(ReadlineError::Eof) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let Some(file) = &history {
+            editor.save_history(file)?;
+        }
+        Ok(())
+    }
+
+    fn from_pipe(mut self) -> Result<()> {
+        for line in stdin().lines() {
+            if self.take(&line?)? == Next::Leave {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, line: &str) -> Result<Next> {
+        match Input::parse(line) {
+            Input::Nothing => {}
+            Input::Reset => self.conversation.reset(),
+            Input::Help => eprintln!("{HELP}"),
+            Input::Quit => return Ok(Next::Leave),
+            Input::Unknown(command) => eprintln!("{command}: no such command; /help lists them"),
+            Input::Say(text) => self.say(text)?,
+        }
+        Ok(Next::Line)
+    }
+
+    /// Sends one turn. What came of a stopped answer stays in the conversation; a turn that failed is forgotten.
+    fn say(&mut self, text: &str) -> Result<()> {
+        self.conversation.push("user", text);
+        let mut body = self.sampling.fields();
+        body.insert("messages".into(), Value::Array(self.conversation.messages.clone()));
+        let mut answer = String::new();
+        let mut out = stdout();
+        let shown = self.client.stream(Route::Chat, body, |piece| {
+            answer.push_str(piece);
+            out.write_all(piece.as_bytes())?;
+            Ok(out.flush()?)
+        });
+        let ended = self.runtime.block_on(async {
+            tokio::select! {
+                ended = shown => ended,
+                () = stopped() => Ok(()),
+            }
+        });
+        if answer.is_empty() && ended.is_err() {
+            self.conversation.messages.pop();
+            return ended;
+        }
+        println!();
+        self.conversation.push("assistant", &answer);
+        ended
+    }
+}
+
+/// Ctrl-C in a terminal; with a pipe it ends the program as usual.
+async fn stopped() {
+    if !stdin().is_terminal() || tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_told_from_talk() {
+        assert_eq!(Input::parse("  \n"), Input::Nothing);
+        assert_eq!(Input::parse(" /reset "), Input::Reset);
+        assert_eq!(Input::parse("/quit"), Input::Quit);
+        assert_eq!(Input::parse("/help"), Input::Help);
+        assert_eq!(Input::parse("/restet"), Input::Unknown("/restet"));
+        assert_eq!(Input::parse("hello /reset"), Input::Say("hello /reset"));
+    }
+
+    #[test]
+    fn reset_keeps_the_system_message() {
+        let mut conversation = Conversation::new(Some("Be brief.".into()));
+        conversation.push("user", "hi");
+        conversation.reset();
+        assert_eq!(conversation.messages, [json!({"role": "system", "content": "Be brief."})]);
+    }
+}

@@ -1,0 +1,95 @@
+//! The options that choose a model, a device and the engine's limits, shared by every command that loads a model.
+
+use clap::builder::BoolishValueParser;
+use clap::{Args, ValueEnum};
+
+use crate::size;
+
+/// Which backend runs the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendChoice {
+    /// The fastest of this machine.
+    Auto,
+    /// Own kernels for processors.
+    Cpu,
+    /// The reference: slow, simple.
+    Candle,
+    /// NVIDIA GPUs: not in this version.
+    Cuda,
+    /// AWS Trainium: not in this version.
+    Neuron,
+}
+
+/// Element type of stored keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvType {
+    /// f32 for checkpoints in f32, bf16 otherwise.
+    Auto,
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+/// Where the model comes from and what runs it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ModelArgs {
+    /// A directory in Hugging Face layout, or a hub id org/name[@revision]; the small built-in model without it.
+    #[arg(env = "MAINSTAY_MODEL")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// Device and limits of one engine.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArgs {
+    /// What runs the model.
+    #[arg(long, env = "MAINSTAY_BACKEND", value_enum, default_value = "auto")]
+    pub(crate) backend: BackendChoice,
+    /// Threads of the cpu backend; one for each physical core without it.
+    #[arg(long, env = "MAINSTAY_THREADS", value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Kernel path of the cpu backend (avx512, avx2, neon, scalar); the best that the processor has without it.
+    #[arg(long, env = "MAINSTAY_CPU", value_name = "PATH")]
+    pub(crate) cpu: Option<String>,
+    /// Element type of stored keys and values.
+    #[arg(long, env = "MAINSTAY_KV_TYPE", value_enum, default_value = "auto")]
+    pub(crate) kv_type: KvType,
+    /// Longest sequence in tokens; what the model was made for, or what memory holds, without it.
+    #[arg(long, env = "MAINSTAY_CONTEXT", value_name = "TOKENS")]
+    pub(crate) context: Option<usize>,
+    /// Memory for keys and values, such as 512M or 4G; a share of the free memory without it.
+    #[arg(long, env = "MAINSTAY_KV_MEMORY", value_name = "BYTES", value_parser = size::parse)]
+    pub(crate) kv_memory: Option<u64>,
+    /// Most tokens computed in one step, prompts and answers together.
+    #[arg(long, env = "MAINSTAY_TOKENS_PER_STEP", value_name = "TOKENS", default_value_t = 256)]
+    pub(crate) tokens_per_step: usize,
+    /// Most sequences in one step.
+    #[arg(long, env = "MAINSTAY_MAX_SEQUENCES", value_name = "N", default_value_t = 128)]
+    pub(crate) max_sequences: usize,
+    /// Most sequences that wait for their first step; further requests are refused with 429.
+    #[arg(long, env = "MAINSTAY_MAX_WAITING", value_name = "N", default_value_t = 256)]
+    pub(crate) max_waiting: usize,
+}
+
+/// What every command takes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "General")]
+pub(crate) struct GeneralArgs {
+    /// A TOML file with any of these options as keys.
+    #[arg(long, env = "MAINSTAY_CONFIG", value_name = "FILE", global = true)]
+    pub(crate) config: Option<std::path::PathBuf>,
+    /// What is logged to stderr: error, warn, info, debug, trace, or filters such as mainstay_server=debug.
+    #[arg(long, env = "MAINSTAY_LOG_LEVEL", value_name = "LEVEL", global = true)]
+    pub(crate) log_level: Option<String>,
+    /// Log more: -v debug, -vv trace.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+}
+
+/// A switch that the environment and a file may set with true, yes, on, 1 and their opposites.
+pub(crate) fn switch() -> BoolishValueParser {
+    BoolishValueParser::new()
+}

@@ -1,0 +1,263 @@
+//! `mainstay serve`: listens at once, loads the model behind it, says on one line when it is ready, drains on signals.
+
+use std::future::Future;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use mainstay_server::{ApiKey, Registry, ServedModel, ServerOptions, ShutdownTrigger, shutdown_channel};
+use tokio::net::TcpListener;
+
+use crate::exit::Usage;
+use crate::options::{EngineArgs, ModelArgs, switch};
+use crate::source::Source;
+use crate::start::{self, Budget, Started};
+use crate::{data_dir, size};
+
+/// Options of `mainstay serve`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
+}
+
+/// Address, keys and bounds of the HTTP side.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server")]
+pub(crate) struct HttpArgs {
+    /// Address to listen on.
+    #[arg(long, env = "MAINSTAY_HOST", default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, env = "MAINSTAY_PORT", default_value_t = 8080)]
+    port: u16,
+    /// A key that clients must present, as KEY or TENANT:KEY; may be repeated or separated by commas.
+    #[arg(
+        long,
+        env = "MAINSTAY_API_KEYS",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    api_key: Vec<String>,
+    /// Allow other machines to connect although there is no key.
+    #[arg(long, env = "MAINSTAY_INSECURE", value_parser = switch())]
+    insecure: bool,
+    /// Name of the model in the API.
+    #[arg(long, env = "MAINSTAY_SERVED_MODEL_NAME", value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Longest time for a whole request, seconds.
+    #[arg(long, env = "MAINSTAY_REQUEST_TIMEOUT", value_name = "SECONDS", value_parser = seconds)]
+    request_timeout: Option<Duration>,
+    /// Longest wait for a request's first step, seconds.
+    #[arg(long, env = "MAINSTAY_QUEUE_TIMEOUT", value_name = "SECONDS", value_parser = seconds)]
+    queue_timeout: Option<Duration>,
+    /// Most tokens to generate where a request does not say; the rest of the context without it.
+    #[arg(long, env = "MAINSTAY_MAX_TOKENS_DEFAULT", value_name = "TOKENS")]
+    max_tokens_default: Option<usize>,
+    /// After SIGTERM, how long running requests may go on, seconds.
+    #[arg(long, env = "MAINSTAY_DRAIN_S", value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    drain_s: Duration,
+    /// Largest request body.
+    #[arg(long, env = "MAINSTAY_BODY_LIMIT", value_name = "BYTES", default_value = "32M", value_parser = size::parse)]
+    body_limit: u64,
+    /// A directory for what outlives the server. It is made and checked; sessions are not stored in this version.
+    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Show /metrics without a key to other machines too.
+    #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
+    public_metrics: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("expected seconds such as 30 or 0.5, found `{text}`");
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
+}
+
+/// Runs until a signal has been followed to its end.
+pub(crate) fn run(args: ServeArgs) -> Result<()> {
+    let source = Source::parse(args.model.model.as_deref())?;
+    // refuses what needs no model before anything is fetched
+    start::backend(&args.model.engine)?;
+    let keys = keys(&args.http.api_key)?;
+    if let Some(dir) = &args.http.data_dir {
+        data_dir::prepare(dir)?;
+        tracing::warn!(
+            "--data-dir: sessions are not stored in this version; nothing is kept in {}",
+            dir.display()
+        );
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(serve(source, args, keys));
+    // a fetch or a load that is still going on must not hold the process
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()> {
+    let address = address(&args.http, !keys.is_empty()).await?;
+    let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
+    let local = listener.local_addr()?;
+    let id = args.http.served_model_name.clone().unwrap_or_else(|| source.name());
+    let registry = Registry::loading([id.clone()]);
+    let (trigger, signal) = shutdown_channel();
+    let signals = tokio::spawn(follow_signals(trigger)?);
+    let options = server_options(&args.http, keys, address);
+    let server = mainstay_server::serve(listener, registry.clone(), options, signal);
+    let mut server = std::pin::pin!(server);
+    let load = load(source, args.model.engine);
+    let started = tokio::select! {
+        started = load => started?,
+        ended = &mut server => return Ok(ended?),
+    };
+    let device = started.device.clone();
+    let handle = started.handle.clone();
+    registry.ready(served(id.clone(), started)?);
+    let mut out = std::io::stdout();
+    // whoever started us may have closed stdout; that is no reason not to serve
+    let _ =
+        writeln!(out, "mainstay ready on http://{local} (model {id}, {device})").and_then(|()| out.flush());
+    server.await?;
+    signals.abort();
+    handle.shutdown();
+    Ok(())
+}
+
+/// Opens the model and starts its engine.
+pub(crate) async fn load(source: Source, args: EngineArgs) -> Result<Started> {
+    let budget = if source == Source::Embedded { Budget::Embedded } else { Budget::Machine };
+    let model = source.open().await?;
+    tokio::task::spawn_blocking(move || start::engine(model, &args, budget))
+        .await
+        .context("the loader stopped")?
+}
+
+/// What the server needs of a started model.
+pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
+    let created =
+        SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs();
+    Ok(ServedModel {
+        id,
+        created,
+        tokenizer: Arc::new(started.model.tokenizer),
+        template: started.model.template,
+        generation: started.model.generation,
+        vocab: started.model.graph.vocab,
+        context: started.limits.context,
+        engine: started.handle,
+    })
+}
+
+fn keys(texts: &[String]) -> Result<Vec<ApiKey>> {
+    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("--api-key: {e}"))));
+    texts.iter().filter(|t| !t.is_empty()).map(parse).collect()
+}
+
+fn server_options(args: &HttpArgs, api_keys: Vec<ApiKey>, address: SocketAddr) -> ServerOptions {
+    ServerOptions {
+        api_keys,
+        body_limit_bytes: usize::try_from(args.body_limit).unwrap_or(usize::MAX),
+        request_timeout: args.request_timeout,
+        queue_timeout: args.queue_timeout,
+        max_tokens_default: args.max_tokens_default,
+        drain: args.drain_s,
+        public_metrics: args.public_metrics,
+        loopback: address.ip().is_loopback(),
+        ..ServerOptions::default()
+    }
+}
+
+/// The address to bind; one that other machines reach needs a key or the operator's word.
+async fn address(args: &HttpArgs, has_key: bool) -> Result<SocketAddr> {
+    let host = args.host.trim_start_matches('[').trim_end_matches(']');
+    let ip = match host.parse::<IpAddr>() {
+        Ok(ip) => ip,
+        Err(_) => {
+            let mut found = tokio::net::lookup_host((host, args.port)).await.ok().into_iter().flatten();
+            let first = found.next().ok_or_else(|| Usage(format!("--host {host}: no such address")))?;
+            first.ip()
+        }
+    };
+    if !ip.is_loopback() && !has_key && !args.insecure {
+        let what = "other machines could use the server without a key: give --api-key, or say --insecure";
+        return Err(Usage(format!("--host {host}: {what}")).into());
+    }
+    Ok(SocketAddr::new(ip, args.port))
+}
+
+fn bind_error(address: SocketAddr, error: &std::io::Error) -> anyhow::Error {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow!("{address} is in use by another program (choose another --port)")
+        }
+        _ => anyhow!("cannot listen on {address}: {error}"),
+    }
+}
+
+/// A task that moves the server one stage down for each SIGTERM or SIGINT.
+fn follow_signals(trigger: ShutdownTrigger) -> Result<impl Future<Output = ()> + Send> {
+    #[cfg(unix)]
+    let (mut terminate, mut interrupt) = {
+        use tokio::signal::unix::{SignalKind, signal};
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    Ok(async move {
+        loop {
+            #[cfg(unix)]
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            #[cfg(not(unix))]
+            if tokio::signal::ctrl_c().await.is_err() {
+                return;
+            }
+            tracing::info!("shutting down");
+            trigger.advance();
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        http: HttpArgs,
+    }
+
+    fn http(words: &[&str]) -> HttpArgs {
+        Command::parse_from(std::iter::once(&"test").chain(words)).http
+    }
+
+    #[tokio::test]
+    async fn only_loopback_is_open() {
+        let bind = async |words: &[&str], key| address(&http(words), key).await.map_err(|e| e.to_string());
+        assert!(bind(&[], false).await.is_ok());
+        assert!(bind(&["--host", "localhost"], false).await.is_ok());
+        assert!(bind(&["--host", "::1"], false).await.is_ok());
+        for host in ["0.0.0.0", "::", "[::]", "10.0.0.1"] {
+            let refused = bind(&["--host", host], false).await.unwrap_err();
+            assert!(refused.contains("--api-key") && refused.contains("--insecure"), "{refused}");
+            assert!(bind(&["--host", host], true).await.is_ok());
+            assert!(bind(&["--host", host, "--insecure"], false).await.is_ok());
+        }
+    }
+
+    #[test]
+    fn seconds_are_read() {
+        assert_eq!(seconds("30"), Ok(Duration::from_secs(30)));
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["", "-1", "x", "inf", "1e400"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+}

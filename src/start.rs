@@ -1,0 +1,251 @@
+//! From an open checkpoint to a running engine: the backend, the budget of memory, the limits.
+
+use mainstay_backend_cpu::{CpuBackend, CpuOptions};
+use anyhow::{Context, Result};
+use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits, PAGE_TOKENS};
+use mainstay_backend_candle::CandleBackend;
+use mainstay_engine::{EngineOptions, Handle};
+use mainstay_kernels_cpu::Isa;
+use mainstay_models::graph::Graph;
+use mainstay_models::weights::DType;
+use mainstay_models::{Model, Weights};
+
+use crate::exit::Usage;
+use crate::options::{BackendChoice, EngineArgs, KvType};
+use crate::progress::Progress;
+use crate::{machine, size};
+
+/// Without --kv-memory, keys and values take this part of the memory that is free beside the weights,
+const KV_SHARE: u64 = 4;
+/// at least this much where there is as much,
+const KV_BYTES_MIN: u64 = 64 << 20;
+/// and at most this much.
+const KV_BYTES_MAX: u64 = 16 << 30;
+/// The embedded model must not take a newcomer's memory: enough for 64 conversations of 4096 tokens.
+const KV_BYTES_EMBEDDED: u64 = 256 << 20;
+/// What is assumed to be free where the system does not tell.
+const FREE_BYTES_UNKNOWN: u64 = 4 << 30;
+/// Weights above this size are read from disk under a progress bar before the backend sees them.
+const BAR_BYTES_MIN: u64 = 64 << 20;
+
+/// An engine that takes requests, and what is left of its model.
+pub(crate) struct Started {
+    pub(crate) handle: Handle,
+    pub(crate) model: Model,
+    /// Backend and kernel path, for people: `cpu avx512, 2 threads`.
+    pub(crate) device: String,
+    pub(crate) limits: Limits,
+}
+
+/// Which budget applies without --kv-memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Budget {
+    /// A small constant.
+    Embedded,
+    /// A share of the free memory.
+    Machine,
+}
+
+/// The backend that the options name.
+///
+/// # Errors
+/// [`Usage`] for backends of later versions and kernel paths that this processor lacks.
+pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
+    match args.backend {
+        BackendChoice::Auto | BackendChoice::Cpu => {
+            let isa = args.cpu.as_deref().map(Isa::named).transpose().map_err(|e| Usage(e.to_string()))?;
+            if args.threads == Some(0) {
+                return Err(Usage("--threads: expected at least 1, found 0".into()).into());
+            }
+            let backend = CpuBackend::new(CpuOptions { threads: args.threads, isa });
+            Ok(Box::new(backend.map_err(|e| Usage(e.to_string()))?))
+        }
+        BackendChoice::Candle => Ok(Box::new(CandleBackend::cpu())),
+        BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),
+        BackendChoice::Neuron => Err(Usage("--backend neuron: not in this version (try cpu)".into()).into()),
+    }
+}
+
+/// Loads the model on its backend and starts the engine's thread. Blocks for as long as that takes.
+///
+/// # Errors
+/// [`Usage`] for limits that cannot be held; otherwise what the backend says.
+pub(crate) fn engine(model: Model, args: &EngineArgs, budget: Budget) -> Result<Started> {
+    let backend = backend(args)?;
+    let free_bytes = machine::memory().map_or(FREE_BYTES_UNKNOWN, |m| m.available_bytes);
+    let weight_bytes = model.graph.weight_bytes(&model.weights);
+    let kv_bytes = match (args.kv_memory, budget) {
+        (Some(bytes), _) => bytes,
+        (None, Budget::Embedded) => KV_BYTES_EMBEDDED,
+        // mapped weights are counted as free memory although the backend copies them
+        (None, Budget::Machine) => {
+            (free_bytes.saturating_sub(weight_bytes) / KV_SHARE).clamp(KV_BYTES_MIN, KV_BYTES_MAX)
+        }
+    };
+    let limits = limits(&model.graph, kv_dtype(args.kv_type, &model.weights), kv_bytes, args)?;
+    warm(&model.weights, weight_bytes);
+    let executor = {
+        let _bar = (weight_bytes >= BAR_BYTES_MIN).then(|| Progress::start("preparing weights", 0));
+        backend.load(&model.graph, &model.weights, &limits)?
+    };
+    let options =
+        EngineOptions { limits: limits.clone(), waiting: args.max_waiting, vocab: model.graph.vocab };
+    let handle = Handle::start(executor, options).context("the engine's thread could not be started")?;
+    let class = handle.numeric_class();
+    tracing::info!(
+        family = model.graph.family,
+        weights = size::show(weight_bytes),
+        kv = size::show(kv_bytes),
+        path = class.path,
+        ?limits,
+        "engine started"
+    );
+    Ok(Started { handle, device: device_name(&*backend), limits, model })
+}
+
+/// The backend and what it runs on, for people.
+pub(crate) fn device_name(backend: &dyn Backend) -> String {
+    let device = backend.device();
+    let told = device.name.starts_with(device.backend);
+    if told { device.name } else { format!("{} {}", device.backend, device.name) }
+}
+
+/// The element type of keys and values; `auto` follows the type that most of the weights' bytes have.
+pub(crate) fn kv_dtype(choice: KvType, weights: &Weights) -> KvDType {
+    let bytes = |f32s: bool| -> usize {
+        let views = weights.names().filter_map(|n| weights.tensor(n).ok());
+        views.filter(|t| (t.dtype == DType::F32) == f32s).map(|t| t.bytes.len()).sum()
+    };
+    match choice {
+        KvType::F32 => KvDType::F32,
+        KvType::Bf16 => KvDType::BF16,
+        KvType::Auto if bytes(true) > bytes(false) => KvDType::F32,
+        KvType::Auto => KvDType::BF16,
+    }
+}
+
+/// The limits that fit the model, the operator's wishes and the memory.
+///
+/// A context that was not asked for shrinks to what the memory holds; one that was asked for and does not fit is
+/// refused.
+fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) -> Result<Limits, Usage> {
+    let refuse = |what: String| Err(Usage(what));
+    if args.tokens_per_step < args.max_sequences || args.max_sequences == 0 {
+        return refuse(format!(
+            "--tokens-per-step {} and --max-sequences {}: every sequence needs a token of the step",
+            args.tokens_per_step, args.max_sequences
+        ));
+    }
+    let layout = KvLayout::of(graph, kv_dtype);
+    let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
+    // one page is never given out
+    let pages = (kv_bytes / page_bytes.max(1) as u64).min(u64::from(u32::MAX)) as usize;
+    let holds = pages.saturating_sub(1) * PAGE_TOKENS;
+    let wanted = args.context.unwrap_or(graph.context);
+    if wanted == 0 || wanted > graph.context {
+        let made_for = graph.context;
+        return refuse(format!("--context {wanted}: expected 1 to {made_for}, what the model was made for"));
+    }
+    if holds == 0 || (args.context.is_some() && holds < wanted) {
+        let context = wanted.max(PAGE_TOKENS);
+        let needed = ((context.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+        return refuse(format!(
+            "--kv-memory: {} hold {holds} tokens; one sequence of {context} tokens needs {} (or a smaller --context)",
+            size::show(kv_bytes),
+            size::show(needed)
+        ));
+    }
+    // more pages than all sequences together can use are memory for nothing but old prefixes: allow twice as many
+    let useful = 2 * args.max_sequences * wanted.div_ceil(PAGE_TOKENS) + 1;
+    Ok(Limits {
+        context: wanted.min(holds),
+        tokens_per_step: args.tokens_per_step,
+        chunks: args.max_sequences,
+        output_rows: args.max_sequences,
+        pages: vec![pages.min(useful); layout.groups.len()],
+        kv_dtype,
+    })
+}
+
+/// Brings mapped weights from disk into memory with a bar that shows how far it is; the backend's own pass over them
+/// shows none.
+fn warm(weights: &Weights, weight_bytes: u64) {
+    if weight_bytes < BAR_BYTES_MIN {
+        return;
+    }
+    const SYSTEM_PAGE_BYTES: usize = 4096;
+    let mut progress = Progress::start("reading weights", weight_bytes);
+    for view in weights.names().filter_map(|n| weights.tensor(n).ok()) {
+        for piece in view.bytes.chunks(1 << 24) {
+            let touched = piece.iter().step_by(SYSTEM_PAGE_BYTES).fold(0u8, |sum, b| sum.wrapping_add(*b));
+            std::hint::black_box(touched);
+            progress.advance(piece.len() as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use mainstay_models::graph::{Block, KvSpec};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        engine: EngineArgs,
+    }
+
+    fn args(words: &[&str]) -> EngineArgs {
+        Command::parse_from(std::iter::once(&"test").chain(words)).engine
+    }
+
+    /// A page of f32 takes 2 layers * (K and V) * 4 heads * 8 * 4 bytes * 32 tokens = 16 KiB.
+    fn graph() -> Graph {
+        Graph {
+            family: "test",
+            prologue: Block::default(),
+            blocks: vec![],
+            layers: vec![],
+            epilogue: Block::default(),
+            kv: vec![KvSpec { heads: 4, head_dim: 8, window: None }; 2],
+            hidden: 32,
+            vocab: 100,
+            context: 1000,
+        }
+    }
+
+    fn plan(kv_bytes: u64, words: &[&str]) -> Result<Limits, String> {
+        limits(&graph(), KvDType::F32, kv_bytes, &args(words)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn pages_follow_memory() {
+        let limits = plan(100 << 14, &[]).unwrap();
+        assert_eq!((limits.pages, limits.context), (vec![100], 1000));
+        let limits = plan(u64::MAX, &["--max-sequences", "10"]).unwrap();
+        assert_eq!(limits.pages, vec![2 * 10 * 32 + 1]);
+    }
+
+    #[test]
+    fn an_open_context_shrinks_and_a_wanted_one_is_refused() {
+        assert_eq!(plan(11 << 14, &[]).unwrap().context, 320);
+        assert_eq!(plan(11 << 14, &["--context", "320"]).unwrap().context, 320);
+        let refused = plan(11 << 14, &["--context", "321"]).unwrap_err();
+        assert!(
+            refused.contains("320") && refused.contains("321") && refused.contains("192 KiB"),
+            "{refused}"
+        );
+        let refused = plan(1 << 14, &[]).unwrap_err();
+        assert!(refused.contains("hold 0 tokens"), "{refused}");
+    }
+
+    #[test]
+    fn impossible_limits_are_refused_with_numbers() {
+        let refused = plan(1 << 24, &["--context", "1001"]).unwrap_err();
+        assert!(refused.contains("1001") && refused.contains("1000"), "{refused}");
+        let refused = plan(1 << 24, &["--max-sequences", "65", "--tokens-per-step", "64"]).unwrap_err();
+        assert!(refused.contains("65") && refused.contains("64"), "{refused}");
+    }
+}

@@ -1,0 +1,8 @@
+//! The `mainstay` command from outside: arguments, exit codes, one line on stdout, signals, HTTP, the hub.
+
+mod arguments;
+mod hub;
+mod hub_server;
+mod program;
+mod serving;
+mod talking;

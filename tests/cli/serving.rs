@@ -1,0 +1,111 @@
+//! `mainstay serve`: the ready line, keys, a streamed chat, signals.
+
+use std::io::Read;
+
+use serde_json::Value;
+
+use crate::program::{Scratch, Server, mainstay};
+
+const CHAT: &str = r#"{"model": "mainstay-default", "messages": [{"role": "user", "content": "Hello!"}],
+    "stream": true, "temperature": 0, "max_tokens": 24}"#;
+
+#[test]
+fn one_ready_line_then_a_streamed_chat_then_exit_0() {
+    let server = Server::start(&[]);
+    let line = server.ready_line.trim_end();
+    assert!(line.starts_with("mainstay ready on http://127.0.0.1:"), "{line}");
+    assert!(line.contains("(model mainstay-default, "), "{line}");
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.get("/v1/models").json()["data"][0]["id"], "mainstay-default");
+    let reply = server.post("/v1/chat/completions", CHAT);
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let events = reply.events();
+    assert_eq!(events.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> =
+        events[..events.len() - 1].iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert!(!text.is_empty());
+    server.signal("TERM");
+    let (code, rest) = server.wait();
+    assert_eq!((code, rest.as_str()), (Some(0), ""), "nothing but the ready line on stdout");
+}
+
+#[test]
+fn a_running_answer_may_finish_after_the_signal() {
+    let server = Server::start(&[]);
+    let body = CHAT.replace("\"max_tokens\": 24", "\"max_tokens\": 200, \"ignore_eos\": true");
+    let mut stream = server.send("POST", "/v1/chat/completions", "Content-Type: application/json\r\n", &body);
+    // the first event shows that the answer is under way
+    let mut reply = vec![0; 400];
+    stream.read_exact(&mut reply).unwrap();
+    server.signal("TERM");
+    stream.read_to_end(&mut reply).unwrap();
+    let reply = String::from_utf8(reply).unwrap();
+    assert!(reply.contains("data: [DONE]"), "{reply}");
+    assert_eq!(server.wait().0, Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let server = Server::start(&["--drain-s", "3600"]);
+    // a request whose body never comes holds the drain open
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n";
+    let mut held = std::net::TcpStream::connect(&server.address).unwrap();
+    std::io::Write::write_all(&mut held, head.as_bytes()).unwrap();
+    server.signal("INT");
+    while server.get("/health").status == 200 {}
+    server.signal("TERM");
+    assert_eq!(server.wait().0, Some(0));
+}
+
+#[test]
+fn keys_are_asked_for() {
+    let server = Server::start(&["--api-key", "first", "--api-key", "acme:second", "--host", "0.0.0.0"]);
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.get("/v1/models").status, 401);
+    assert_eq!(server.get("/metrics").status, 401, "other machines can connect");
+    for key in ["first", "second"] {
+        let header = format!("Authorization: Bearer {key}\r\n");
+        assert_eq!(server.request("GET", "/v1/models", &header, "").status, 200, "{key}");
+    }
+    assert_eq!(server.request("GET", "/v1/models", "Authorization: Bearer third\r\n", "").status, 401);
+}
+
+#[test]
+fn a_file_and_the_environment_configure() {
+    let scratch = Scratch::new();
+    let file = scratch.0.join("mainstay.toml");
+    std::fs::write(&file, "port = 0\nserved-model-name = \"acme/small\"\nmax_sequences = 4\n").unwrap();
+    let mut command = mainstay(&["serve"]);
+    command.env("MAINSTAY_CONFIG", &file).env("MAINSTAY_API_KEYS", "one,two");
+    let server = Server::spawn(command);
+    assert!(server.ready_line.contains("(model acme/small, "), "{}", server.ready_line);
+    let reply = server.request("GET", "/v1/models", "Authorization: Bearer two\r\n", "");
+    assert_eq!(reply.json()["data"][0]["id"], "acme/small");
+}
+
+#[test]
+fn a_model_that_does_not_load_ends_with_1() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.0.join("config.json"), r#"{"model_type": "abacus"}"#).unwrap();
+    let ended = mainstay(&["serve", "--port", "0", &scratch.0.to_string_lossy()]).output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let stderr = String::from_utf8(ended.stderr).unwrap();
+    assert!(stderr.contains("abacus"), "{stderr}");
+    assert!(ended.stdout.is_empty());
+}
+
+#[test]
+fn a_data_directory_is_made_or_refused() {
+    let scratch = Scratch::new();
+    let dir = scratch.0.join("data");
+    let server = Server::start(&["--data-dir", &dir.to_string_lossy()]);
+    assert!(dir.is_dir());
+    drop(server);
+    let file = scratch.0.join("file");
+    std::fs::write(&file, "").unwrap();
+    let ended = mainstay(&["serve", "--port", "0", "--data-dir", &file.to_string_lossy()]).output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("data directory"));
+}
