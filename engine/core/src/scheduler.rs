@@ -342,8 +342,4 @@ fn score(out: &StepOutput, row: usize) -> Score {
 }
 
 #[cfg(test)]
-mod fuzz;
-#[cfg(test)]
-mod rig;
-#[cfg(test)]
 mod tests;

@@ -1,7 +1,10 @@
 //! What the scheduler promises, one promise a test.
 
-use super::rig::{Client, Rig, VOCAB, alone, limits, request};
+mod fuzz;
+mod rig;
+
 use super::*;
+use rig::{Client, Rig, VOCAB, alone, limits, request};
 
 fn prompt(len: usize, salt: u32) -> Vec<u32> {
     (0..len as u32).map(|i| (i * i + i / 7 + salt) % VOCAB as u32).collect()
@@ -166,7 +169,7 @@ fn choices_compute_their_prompt_once_and_copy_its_last_page() {
     assert!((0..2).all(|group| shared[group].iter().all(|&p| rig.pool.refs(group, p) == 3)));
     rig.turns(1);
     assert_eq!(chunks(&rig), [1, 1, 1]);
-    // Two copy in each group; the last one writes in place.
+    // Two copy, in each group; the last one writes in place.
     assert_eq!(rig.step.copies.len(), 4);
     assert_eq!(rig.pool.used_len(), 2 * 4);
     rig.drain();
@@ -308,7 +311,7 @@ fn a_failed_step_fails_its_requests_and_no_other() {
     );
     let wanted = crate::Request { choices: 2, ..request(&prompt(40, 0), 10) };
     let mut failing = rig.submit(wanted.clone());
-    let waiting = crate::Request { ..request(&prompt(40, 0), 2) };
+    let waiting = request(&prompt(40, 0), 2);
     let mut spared = rig.submit(waiting.clone());
     rig.turns(2);
     assert!(!rig.turn());

@@ -7,7 +7,7 @@ use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::*;
+use super::super::*;
 use crate::key::{Identity, KeyChain};
 use crate::{Request, SamplingRequest, StopRule};
 

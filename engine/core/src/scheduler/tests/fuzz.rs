@@ -4,8 +4,8 @@
 use mainstay_backend_api::KvDType;
 use mainstay_backend_api::echo::{EchoExecutor, expected_logprob};
 
+use super::super::*;
 use super::rig::{Client, Rig, VOCAB, alone, request};
-use super::*;
 use crate::{Request, StopRule};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
