@@ -28,6 +28,11 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
 }
 
+/// Threads that compute where nothing else is asked for: the physical cores that the process may use.
+pub fn default_threads() -> usize {
+    machine::physical_cores()
+}
+
 /// Compiles graphs for this machine's processor.
 #[derive(Clone, Debug)]
 pub struct CpuBackend {
@@ -44,7 +49,7 @@ impl CpuBackend {
         let refused = |e: mainstay_kernels_cpu::IsaError| LoadError::Resources { what: e.to_string() };
         let isa = options.isa.map_or_else(Isa::from_environment, Ok).map_err(refused)?;
         let kernels = Kernels::new(isa).map_err(refused)?;
-        let threads = options.threads.unwrap_or_else(machine::physical_cores);
+        let threads = options.threads.unwrap_or_else(default_threads);
         if threads == 0 {
             return Err(LoadError::Resources { what: "expected at least 1 thread, found 0".into() });
         }

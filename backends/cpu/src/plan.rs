@@ -278,8 +278,10 @@ impl<'a> Fuse<'a> {
             self.mark(v);
         }
         for v in 0..self.ops.len() {
-            if !self.absorbed[v] {
-                self.emit(v)?;
+            if !self.absorbed[v]
+                && let Some(call) = self.emit(v)?
+            {
+                self.draft.calls.push(call);
             }
         }
         Ok(self.draft)
@@ -350,18 +352,25 @@ impl<'a> Fuse<'a> {
         })
     }
 
-    fn emit(&mut self, v: Value) -> Result<(), LoadError> {
-        let call = match &self.ops[v] {
-            Op::Input if self.role == Role::Prologue => return Err(self.unsupported(v)),
-            Op::Input => return Ok(self.draft.enter(v, self.role == Role::Epilogue)),
-            Op::SelectRows { input } if self.role == Role::Epilogue => {
-                return Ok(self.draft.alias(v, *input));
+    /// The last call that computes `v`; `None` where `v` is a view.
+    fn emit(&mut self, v: Value) -> Result<Option<Call<Value>>, LoadError> {
+        let ops = self.ops;
+        let allowed = match &ops[v] {
+            Op::Input => self.role != Role::Prologue,
+            Op::SelectRows { .. } => self.role == Role::Epilogue,
+            Op::Attend(_) | Op::Rope { .. } => self.role == Role::Layer,
+            Op::Embed { .. } => self.role == Role::Prologue,
+            _ => true,
+        };
+        if !allowed {
+            let what = format!("{} in the {:?} of a graph", ops[v].name(), self.role).to_lowercase();
+            return Err(LoadError::Unsupported { backend: "cpu", what });
+        }
+        Ok(Some(match &ops[v] {
+            Op::Input | Op::SelectRows { .. } | Op::Slice { .. } => {
+                self.view(v);
+                return Ok(None);
             }
-            Op::SelectRows { .. } => return Err(self.unsupported(v)),
-            Op::Slice { input, start, .. } => return Ok(self.draft.slice(v, *input, *start)),
-            Op::Attend(_) if self.role != Role::Layer => return Err(self.unsupported(v)),
-            Op::Attend(attend) => return self.attend(v, attend),
-            Op::Embed { .. } if self.role != Role::Prologue => return Err(self.unsupported(v)),
             Op::Embed { weight } => {
                 Call::Embed { weight: self.draft.matrix(weight, RowOrder::Plain), out: v }
             }
@@ -389,20 +398,21 @@ impl<'a> Fuse<'a> {
                 self.linear(*input, v, After::Gate(function(*f)))
             }
             Op::GatedActivate { input, f } => Call::Gate { f: function(*f), input: *input, out: v },
-            Op::Rope { .. } if self.role != Role::Layer => return Err(self.unsupported(v)),
             Op::Rope { input, rope } => {
-                let (index, head_dim) = (self.rope(rope), rope.head_dim);
                 self.draft.calls.push(Call::Copy { input: *input, out: v });
-                Call::Rope { rope: index, head_dim, out: v }
+                Call::Rope { rope: self.rope(rope), head_dim: rope.head_dim, out: v }
             }
-        };
-        self.draft.calls.push(call);
-        Ok(())
+            Op::Attend(attend) => self.attend(v, attend),
+        }))
     }
 
-    fn unsupported(&self, v: Value) -> LoadError {
-        let what = format!("{} in the {:?} of a graph", self.ops[v].name(), self.role).to_lowercase();
-        LoadError::Unsupported { backend: "cpu", what }
+    /// Makes `v` another look at a value.
+    fn view(&mut self, v: Value) {
+        match &self.ops[v] {
+            Op::SelectRows { input } => self.draft.alias(v, *input),
+            Op::Slice { input, start, .. } => self.draft.slice(v, *input, *start),
+            _ => self.draft.enter(v, self.role == Role::Epilogue),
+        }
     }
 
     /// Which of a sum's operands was absorbed as a product.
@@ -451,7 +461,7 @@ impl<'a> Fuse<'a> {
         path
     }
 
-    fn attend(&mut self, v: Value, a: &graph::Attend) -> Result<(), LoadError> {
+    fn attend(&mut self, v: Value, a: &graph::Attend) -> Call<Value> {
         let shape = Heads {
             heads: a.heads,
             kv_heads: a.kv_heads,
@@ -463,8 +473,7 @@ impl<'a> Fuse<'a> {
         let (q, k) = (self.head(a.q), self.head(a.k));
         let queries = self.draft.extra(a.heads * a.head_dim);
         self.draft.calls.push(Call::Append { q, k, v: a.v, queries, shape });
-        self.draft.calls.push(Call::Attend { queries, out: v, shape });
-        Ok(())
+        Call::Attend { queries, out: v, shape }
     }
 }
 
@@ -489,3 +498,7 @@ pub(crate) fn pairing(layout: RopeLayout) -> Pairing {
         RopeLayout::Interleaved => Pairing::Interleaved,
     }
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

@@ -285,3 +285,152 @@ pub(crate) fn softmax<S: Simd>(s: S, tile: SoftmaxTile<'_>) {
 pub(crate) fn sum<S: Simd>(s: S, lanes: &[f32]) -> f32 {
     lanes.as_chunks::<LANES>().0.first().map_or(0.0, |v| s.sum(s.load(v)))
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::Isa;
+    use crate::kv::{KvBlockMut, KvPart};
+    use crate::math;
+    use crate::simd::scalar::Scalar;
+
+    fn noise(i: usize) -> f32 {
+        let x = (i as u32 + 1).wrapping_mul(0x9E37_79B9);
+        ((x ^ (x >> 15)).wrapping_mul(0x85EB_CA6B) >> 8) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn exp(x: f32) -> f32 {
+        math::exp(Scalar, [x; LANES])[0]
+    }
+
+    /// Keys and values by token, as they are read back.
+    struct Rows {
+        keys: Vec<Vec<f32>>,
+        values: Vec<Vec<f32>>,
+    }
+
+    /// One row in plain loops: the definition that the kernels are held to, bit for bit.
+    fn attend_plainly(query: &[f32], rows: &Rows, position: usize, shape: &AttendShape) -> Vec<f32> {
+        let dim = shape.head_dim;
+        let query: Vec<f32> = query.iter().map(|q| q * shape.scale).collect();
+        let oldest = (position + 1).saturating_sub(shape.window);
+        let mut largest = f32::NEG_INFINITY;
+        let mut totals = [0.0f32; LANES];
+        let mut sums = vec![0.0f32; dim];
+        for first in (0..=position).step_by(BLOCK_TOKENS) {
+            let mut scores = [f32::NEG_INFINITY; BLOCK_TOKENS];
+            let seen = oldest.max(first)..(position + 1).min(first + BLOCK_TOKENS);
+            for t in seen.clone() {
+                let dot = (0..dim).fold(0.0f32, |sum, d| rows.keys[t][d].mul_add(query[d], sum));
+                let cap = |c: f32| c * math::tanh(Scalar, [dot / c; LANES])[0];
+                scores[t - first] = shape.softcap.map_or(dot, cap);
+            }
+            let new = scores.iter().fold(largest, |m, &s| if s > m { s } else { m });
+            if seen.is_empty() {
+                continue;
+            }
+            let weights = scores.map(|s| exp(s - new));
+            let factor = if new > largest { exp(largest - new) } else { 1.0 };
+            sums.iter_mut().for_each(|s| *s *= factor);
+            for (i, total) in totals.iter_mut().enumerate() {
+                *total = *total * factor + (weights[i] + weights[i + LANES]);
+            }
+            for t in seen {
+                for (sum, v) in sums.iter_mut().zip(&rows.values[t]) {
+                    *sum = v.mul_add(weights[t - first], *sum);
+                }
+            }
+            largest = new;
+        }
+        let factor = 1.0 / Scalar.sum(totals);
+        sums.iter().map(|s| s * factor).collect()
+    }
+
+    /// Blocks whose unused slots hold NaN, and the rows in them.
+    fn cache<E: Copy>(
+        count: usize,
+        dim: usize,
+        nan: E,
+        view: impl Fn(&mut [E]) -> KvBlockMut<'_>,
+        stored: impl Fn(f32) -> f32,
+    ) -> (Vec<Vec<E>>, Rows) {
+        let mut blocks = vec![vec![nan; block_len(dim)]; count.div_ceil(BLOCK_TOKENS)];
+        let mut rows = Rows { keys: Vec::new(), values: Vec::new() };
+        for t in 0..count {
+            let row = |n: usize| (0..dim).map(|d| noise(t * 1000 + d * 2 + n) * 2.0).collect::<Vec<_>>();
+            let mut block = view(&mut blocks[t / BLOCK_TOKENS]);
+            block.store_row(KvPart::Keys, t % BLOCK_TOKENS, &row(0));
+            block.store_row(KvPart::Values, t % BLOCK_TOKENS, &row(1));
+            rows.keys.push(row(0).into_iter().map(&stored).collect());
+            rows.values.push(row(1).into_iter().map(&stored).collect());
+        }
+        (blocks, rows)
+    }
+
+    fn check(isa: Isa, shape: AttendShape, position: usize, tokens: usize, narrow: bool) {
+        let kernels = Kernels::new(isa).unwrap();
+        let (dim, group) = (shape.head_dim, shape.group);
+        let count = position + tokens;
+        let (floats, plain) = cache(count, dim, f32::NAN, |b| KvBlockMut::F32(b), |x| x);
+        let (halves, rounded) =
+            cache(count, dim, bf16::NAN, |b| KvBlockMut::BF16(b), |x| bf16::from_f32(x).to_f32());
+        let rows = if narrow { rounded } else { plain };
+        let queries: Vec<f32> = (0..tokens * group * dim).map(|i| noise(i + 77) * 3.0).collect();
+        let mut state = Attention::new(tokens * group, dim);
+        kernels.attend_start(
+            &mut state,
+            shape,
+            Mat::new(&queries, tokens, group * dim, group * dim),
+            position,
+        );
+        for i in 0..floats.len() {
+            let block = if narrow { KvBlock::BF16(&halves[i]) } else { KvBlock::F32(&floats[i]) };
+            kernels.attend_block(&mut state, block, i * BLOCK_TOKENS);
+        }
+        let mut out = vec![0.0; queries.len()];
+        kernels.attend_finish(&state, &mut MatMut::new(&mut out, tokens, group * dim, group * dim));
+        for (i, query) in queries.chunks(dim).enumerate() {
+            let wanted = attend_plainly(query, &rows, position + i / group, &shape);
+            let found = &out[i * dim..][..dim];
+            let equal = wanted.iter().zip(found).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(
+                equal,
+                "{isa:?}, {shape:?}, {tokens} tokens at {position}, row {i}: {found:?}, not {wanted:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn equals_plain_loops_bit_for_bit() {
+        for isa in Isa::supported() {
+            for (group, head_dim) in [(1, 8), (2, 20), (3, 16), (7, 32)] {
+                for (window, softcap) in [(usize::MAX, None), (5, None), (33, Some(3.0))] {
+                    let shape = AttendShape { group, head_dim, scale: 0.3, window, softcap };
+                    for (position, tokens) in [(0, 1), (0, 16), (31, 1), (30, 5), (70, 9), (95, 1)] {
+                        check(isa, shape, position, tokens, (position + tokens) % 2 == 0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_definition_is_attention() {
+        let shape = AttendShape { group: 1, head_dim: 8, scale: 0.4, window: 50, softcap: None };
+        let (_, rows) = cache(80, 8, 0.0, |b| KvBlockMut::F32(b), |x| x);
+        let query: Vec<f32> = (0..8).map(|d| noise(d + 5)).collect();
+        let found = attend_plainly(&query, &rows, 79, &shape);
+        let dot = |t: usize| -> f64 {
+            query.iter().zip(&rows.keys[t]).map(|(q, k)| f64::from(*q) * f64::from(*k) * 0.4).sum()
+        };
+        let weights: Vec<f64> = (30..80).map(|t| dot(t).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for (d, found) in found.iter().enumerate() {
+            let wanted: f64 =
+                (30..80).map(|t| weights[t - 30] * f64::from(rows.values[t][d])).sum::<f64>() / total;
+            assert!((f64::from(*found) - wanted).abs() < 1e-5, "{found}, expected {wanted}");
+        }
+    }
+}

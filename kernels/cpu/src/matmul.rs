@@ -63,9 +63,9 @@ const AHEAD_BYTES: usize = 1024;
 /// Rows that a part should have at most: their activations and sums stay in the second cache.
 pub const PART_ROWS: usize = 192;
 
-/// Floats of scratch that a part of `rows` rows needs, for tiles of at most `tile` rows.
+/// Floats of scratch that a part of up to `rows` rows needs, for tiles of at most `tile` rows.
 pub fn scratch_len(rows: usize, tile: usize) -> usize {
-    let sums = if rows <= tile { rows * STREAMS } else { rows * PAIR };
+    let sums = (rows.min(tile) * STREAMS).max(rows * PAIR);
     (sums + BLOCK_COLS * PAIR) * LANES
 }
 
@@ -87,7 +87,8 @@ impl Kernels {
         let gated = matches!(product.after, After::Gate(_));
         let width = part.panels.len() * LANES / if gated { 2 } else { 1 };
         assert!(out.rows() == rows && out.cols() >= width, "{} x {} for {part:?}", out.rows(), out.cols());
-        assert!(!gated || (part.panels.start % 2 == 0 && part.panels.len() % 2 == 0), "{part:?} cuts a pair");
+        let whole = part.panels.start.is_multiple_of(2) && part.panels.len().is_multiple_of(2);
+        assert!(!gated || whole, "{part:?} cuts a pair");
         let few = product.rows <= self.tile_rows();
         let group = if few { STREAMS } else { PAIR };
         let mut panel = part.panels.start;

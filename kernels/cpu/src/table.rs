@@ -22,6 +22,7 @@ pub(crate) struct Table {
     pub(crate) softcap: unsafe fn(f32, &mut [f32]),
     pub(crate) softmax: unsafe fn(SoftmaxTile<'_>),
     pub(crate) sum: unsafe fn(&[f32]) -> f32,
+    pub(crate) fma_burst: unsafe fn(usize) -> f64,
 }
 
 macro_rules! table {
@@ -41,6 +42,7 @@ macro_rules! table {
                 softcap,
                 softmax,
                 sum,
+                fma_burst,
             };
 
             /// # Safety
@@ -61,6 +63,7 @@ macro_rules! table {
                 fn softcap(cap: f32, values: &mut [f32]) => elementwise::softcap;
                 fn softmax(tile: SoftmaxTile<'_>) => attend::softmax;
                 fn sum(lanes: &[f32]) -> f32 => attend::sum;
+                fn fma_burst(rounds: usize) -> f64 => tile::fma_burst;
             );
         }
     };

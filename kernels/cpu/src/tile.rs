@@ -125,3 +125,25 @@ unsafe fn tile<S: Simd, E: Element, const P: usize, const T: usize>(s: S, o: &Op
         }
     }
 }
+
+/// Keeps the fused multiply-add units busy for some rounds; returns the flops of one round.
+#[inline(always)]
+pub(crate) fn fma_burst<S: Simd>(s: S, rounds: usize) -> f64 {
+    // Units of 4 cycles' latency, two of them, want 8 registers in flight; sixteen lanes may be several registers.
+    if S::ACCUMULATORS >= 12 { burst::<S, 12>(s, rounds) } else { burst::<S, 6>(s, rounds) }
+}
+
+#[inline(always)]
+fn burst<S: Simd, const N: usize>(s: S, rounds: usize) -> f64 {
+    let mut acc = [s.splat(1.0); N];
+    let (a, b) = (s.splat(std::hint::black_box(0.999)), s.splat(std::hint::black_box(1e-3)));
+    for _ in 0..rounds {
+        for x in &mut acc {
+            *x = s.fma(*x, a, b);
+        }
+    }
+    for x in acc {
+        std::hint::black_box(s.sum(x));
+    }
+    (N * LANES * 2) as f64
+}

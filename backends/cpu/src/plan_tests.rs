@@ -1,0 +1,186 @@
+//! What is fused, and that values that live together lie apart.
+
+use mainstay_backend_api::KvDType;
+use mainstay_models::graph::{Attend, KvSpec, Layer};
+
+use super::*;
+use crate::plan::Access;
+
+const HIDDEN: usize = 32;
+
+fn limits() -> Limits {
+    Limits {
+        context: 64,
+        tokens_per_step: 10,
+        chunks: 2,
+        output_rows: 4,
+        pages: vec![4],
+        kv_dtype: KvDType::F32,
+    }
+}
+
+fn norm(input: Value, width: usize) -> Op {
+    Op::RmsNorm { input, weight: Vector::one("n", width), eps: 1e-6 }
+}
+
+fn linear(input: Value, rows: usize, cols: usize) -> Op {
+    Op::Linear { input, weight: Matrix::one("w", rows, cols), bias: None }
+}
+
+fn graph(block: Block) -> Graph {
+    let embed = Op::Embed { weight: Matrix::one("e", 50, HIDDEN) };
+    Graph {
+        family: "test",
+        prologue: Block { ops: vec![embed] },
+        blocks: vec![block],
+        layers: vec![Layer { block: 0, prefix: String::new() }],
+        epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }, linear(1, 50, HIDDEN)] },
+        kv: vec![KvSpec { heads: 1, head_dim: 16, window: None }],
+        hidden: HIDDEN,
+        vocab: 50,
+        context: 64,
+    }
+}
+
+fn llama() -> Block {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    let qkv = b.push(linear(n, 64, HIDDEN));
+    let table = vec![vec![1.0; 8].into()];
+    let rope = Rope { tables: table, head_dim: 16, dim: 16, layout: RopeLayout::Half, scale: 1.0 };
+    let q = b.push(Op::Slice { input: qkv, start: 0, width: 32 });
+    let q = b.push(norm(q, 16));
+    let q = b.push(Op::Rope { input: q, rope: rope.clone() });
+    let k = b.push(Op::Slice { input: qkv, start: 32, width: 16 });
+    let k = b.push(Op::Rope { input: k, rope });
+    let v = b.push(Op::Slice { input: qkv, start: 48, width: 16 });
+    let (heads, kv_heads, head_dim) = (2, 1, 16);
+    let attend = Attend { q, k, v, heads, kv_heads, head_dim, scale: 0.25, window: None, softcap: None };
+    let a = b.push(Op::Attend(attend));
+    let o = b.push(linear(a, HIDDEN, 32));
+    let r = b.push(Op::Add { a: x, b: o });
+    let n = b.push(norm(r, HIDDEN));
+    let g = b.push(linear(n, 96, HIDDEN));
+    let g = b.push(Op::GatedActivate { input: g, f: Activation::Silu });
+    let d = b.push(linear(g, HIDDEN, 48));
+    b.push(Op::Add { a: r, b: d });
+    b
+}
+
+fn kinds(program: &Program) -> Vec<&'static str> {
+    let kind = |call: &Call<Slot>| match call {
+        Call::Embed { .. } => "embed",
+        Call::Select { .. } => "select",
+        Call::Copy { .. } => "copy",
+        Call::Linear { after: After::Store, .. } => "linear",
+        Call::Linear { after: After::Accumulate, .. } => "linear+add",
+        Call::Linear { after: After::Activate(_), .. } => "linear+activate",
+        Call::Linear { after: After::Gate(_), .. } => "linear+gate",
+        Call::Norm { .. } => "norm",
+        Call::Add { .. } => "add",
+        Call::Map { .. } => "map",
+        Call::Rope { .. } => "rope",
+        Call::Gate { .. } => "gate",
+        Call::Append { .. } => "append",
+        Call::Attend { .. } => "attend",
+    };
+    program.calls.iter().map(kind).collect()
+}
+
+/// Every call writes beside what it reads, and nothing is overwritten before its last reader: replayed with the
+/// name of the last writer in each float.
+fn check_places(program: &Program) {
+    for call in &program.calls {
+        let mut reads = Vec::new();
+        let mut writes = Vec::new();
+        call.map(|slot, access| match access {
+            Access::Read => reads.push(slot),
+            Access::Write => writes.push(slot),
+        });
+        for w in &writes {
+            for r in &reads {
+                let (a, b) = (w.offset..w.offset + w.rows * w.stride, r.offset..r.offset + r.rows * r.stride);
+                assert!(a.end <= b.start || b.end <= a.start, "{call:?} reads what it writes");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_llama_layer_is_eight_calls() {
+    let plan = Plan::new(&graph(llama()), &limits()).unwrap();
+    let wanted = ["norm", "linear", "append", "attend", "linear+add", "norm", "linear+gate", "linear+add"];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    assert_eq!(kinds(&plan.prologue), ["embed"]);
+    assert_eq!(kinds(&plan.epilogue), ["select", "linear"]);
+    let Call::Append { q, k, .. } = plan.blocks[0].calls[2] else { panic!("{:?}", plan.blocks[0].calls) };
+    assert!(q.norm.is_some() && q.rope == Some(0) && k.norm.is_none() && k.rope == Some(0));
+    assert_eq!(plan.ropes.len(), 1, "equal rotations share their angles");
+    [&plan.prologue, &plan.blocks[0], &plan.epilogue].into_iter().for_each(check_places);
+    assert_eq!(plan.blocks[0].matrices[2].order, RowOrder::Halves);
+}
+
+#[test]
+fn a_residual_that_is_read_again_is_not_overwritten() {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    let l = b.push(linear(n, HIDDEN, HIDDEN));
+    let sum = b.push(Op::Add { a: x, b: l });
+    b.push(Op::Add { a: sum, b: x });
+    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["norm", "linear", "add", "add", "copy"]);
+    check_places(&plan.blocks[0]);
+
+    // A product that moves behind the sum still reads the residual.
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    let first = b.push(linear(n, HIDDEN, HIDDEN));
+    let second = b.push(linear(x, HIDDEN, HIDDEN));
+    let sum = b.push(Op::Add { a: x, b: first });
+    b.push(Op::Add { a: sum, b: second });
+    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["norm", "linear", "add", "linear+add", "copy"]);
+    check_places(&plan.blocks[0]);
+}
+
+#[test]
+fn halves_that_cut_a_panel_are_not_fused() {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let g = b.push(linear(x, 40, HIDDEN));
+    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let s = b.push(Op::Scale { input: g, factor: 2.0 });
+    let d = b.push(linear(s, HIDDEN, 20));
+    let d = b.push(Op::Activate { input: d, f: Activation::Relu });
+    b.push(Op::Softcap { input: d, cap: 3.0 });
+    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    let wanted = ["linear", "gate", "copy", "map", "linear+activate", "copy", "map", "copy"];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    check_places(&plan.blocks[0]);
+}
+
+#[test]
+fn places_are_reused() {
+    let mut b = Block::default();
+    let mut x = b.push(Op::Input);
+    for _ in 0..20 {
+        x = b.push(norm(x, HIDDEN));
+    }
+    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    // Hidden rows, two norms in turn; products' packed rows; the epilogue is smaller.
+    assert!(plan.arena_len <= 10 * HIDDEN * 3 + 10 * HIDDEN, "{}", plan.arena_len);
+}
+
+#[test]
+fn ops_in_the_wrong_place_are_refused_at_load() {
+    let mut wrong = graph(llama());
+    wrong.epilogue.ops = llama().ops;
+    let error = Plan::new(&wrong, &limits()).unwrap_err();
+    assert!(error.to_string().contains("attend in the epilogue"), "{error}");
+    let mut wrong = graph(llama());
+    wrong.blocks[0].ops.push(Op::SelectRows { input: 0 });
+    assert!(matches!(Plan::new(&wrong, &limits()), Err(LoadError::Unsupported { backend: "cpu", .. })));
+}

@@ -1,0 +1,98 @@
+//! Products, attention and norm, by instruction set: bytes of weights or of keys and values a second, or flops.
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use half::bf16;
+use mainstay_kernels_cpu::attend::{AttendShape, Attention};
+use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, KvBlock, block_len};
+use mainstay_kernels_cpu::{
+    After, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm, scratch_len,
+};
+
+/// One product on one thread, in parts as a backend would cut it.
+fn product(kernels: &Kernels, weight: &PackedMatrix, rows: usize, out: &mut [f32], scratch: &mut [f32]) {
+    let input = vec![0.5; rows * weight.cols()];
+    let product = Product { weight, bias: None, input: &input, rows, after: After::Store };
+    let stride = weight.panels() * LANES;
+    let part_rows = 192 / kernels.tile_rows() * kernels.tile_rows();
+    for first in (0..weight.panels()).step_by(8) {
+        for row in (0..rows).step_by(part_rows) {
+            let part = Part {
+                panels: first..(first + 8).min(weight.panels()),
+                rows: row..(row + part_rows).min(rows),
+            };
+            let place = &mut out[row * stride + first * LANES..];
+            let mut place = MatMut::new(place, part.rows.len(), part.panels.len() * LANES, stride);
+            kernels.matmul(&product, &part, &mut place, scratch);
+        }
+    }
+}
+
+fn products(c: &mut Criterion) {
+    for isa in Isa::supported().filter(|isa| *isa != Isa::Scalar) {
+        let kernels = Kernels::new(isa).expect("supported");
+        for dtype in [WeightType::F32, WeightType::BF16] {
+            // Larger than the caches: 1024 inputs, 128 MiB of weights.
+            let (n, k) = ((128 << 20) / dtype.size_bytes() / 1024, 1024);
+            let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
+            let mut group = c.benchmark_group(format!("few rows/{}/{dtype:?}", isa.name()));
+            group.sample_size(10).throughput(Throughput::Bytes(weight.size_bytes() as u64));
+            for rows in [1, 4, 12] {
+                let (mut out, mut scratch) =
+                    (vec![0.0; rows * n], vec![0.0; scratch_len(192, kernels.tile_rows())]);
+                group.bench_function(rows.to_string(), |b| {
+                    b.iter(|| product(&kernels, &weight, rows, black_box(&mut out), &mut scratch));
+                });
+            }
+            group.finish();
+            let (n, rows) = (1024, 512);
+            let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
+            let mut group = c.benchmark_group(format!("many rows/{}/{dtype:?}", isa.name()));
+            group.sample_size(10).throughput(Throughput::Elements(2 * (n * k * rows) as u64));
+            let (mut out, mut scratch) =
+                (vec![0.0; rows * n], vec![0.0; scratch_len(192, kernels.tile_rows())]);
+            group.bench_function(rows.to_string(), |b| {
+                b.iter(|| product(&kernels, &weight, rows, black_box(&mut out), &mut scratch));
+            });
+            group.finish();
+        }
+    }
+}
+
+fn attention(c: &mut Criterion) {
+    for isa in Isa::supported().filter(|isa| *isa != Isa::Scalar) {
+        let kernels = Kernels::new(isa).expect("supported");
+        let shape = AttendShape { group: 2, head_dim: 128, scale: 0.1, window: usize::MAX, softcap: None };
+        let mut group = c.benchmark_group(format!("decode attention/{}/BF16", isa.name()));
+        for depth in [512, 4096, 16384] {
+            let len = block_len(shape.head_dim);
+            let blocks = vec![bf16::from_f32(0.25); len * depth / BLOCK_TOKENS];
+            let queries = vec![0.5; 256];
+            let mut state = Attention::new(2, shape.head_dim);
+            let mut out = vec![0.0; 256];
+            group.throughput(Throughput::Bytes(blocks.len() as u64 * 2));
+            group.bench_function(depth.to_string(), |b| {
+                b.iter(|| {
+                    kernels.attend_start(&mut state, shape, Mat::new(&queries, 1, 256, 256), depth - 1);
+                    for (i, block) in blocks.chunks(len).enumerate() {
+                        kernels.attend_block(&mut state, KvBlock::BF16(block), i * BLOCK_TOKENS);
+                    }
+                    kernels.attend_finish(&state, &mut MatMut::new(black_box(&mut out), 1, 256, 256));
+                });
+            });
+        }
+        group.finish();
+    }
+}
+
+fn norm(c: &mut Criterion) {
+    let (x, weight, mut out) = (vec![0.5; 4096], vec![1.0; 4096], vec![0.0; 4096]);
+    let mut group = c.benchmark_group("rms norm");
+    group.throughput(Throughput::Bytes(4096 * 4));
+    group.bench_function("4096", |b| b.iter(|| rms_norm(black_box(&x), &weight, 1e-5, black_box(&mut out))));
+    group.finish();
+}
+
+criterion_group!(benches, products, attention, norm);
+criterion_main!(benches);
