@@ -34,7 +34,7 @@ pub struct RequestId(pub u64);
 /// Starts engines and talks to them. When the last handle is gone, the engine finishes what it has and ends.
 #[derive(Clone)]
 pub struct Handle {
-    /// Not bounded itself: a request enters only with a seat, and whoever sends stops or shutdowns holds one.
+    /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
     inbox: UnboundedSender<Message>,
     shared: Arc<Shared>,
 }

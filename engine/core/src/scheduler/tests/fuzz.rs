@@ -156,7 +156,12 @@ impl World {
         let r = &mut self.random;
         let base = r.pick(&self.bases);
         let mut prompt = base[..r.below(base.len().min(self.context - 20))].to_vec();
-        prompt.extend((0..1 + r.below(12)).map(|_| r.below(VOCAB) as u32));
+        if r.one_in(4) {
+            // Pages end where the prompt ends, and the last one may be known.
+            prompt = base[..r.pick(&[32, 64])].to_vec();
+        } else {
+            prompt.extend((0..1 + r.below(12)).map(|_| r.below(VOCAB) as u32));
+        }
         let mut wanted = request(&prompt, r.below(100));
         wanted.tenant = r.pick(&["a", "a", "b"]).into();
         wanted.choices = if r.one_in(4) { 1 + r.below(self.choices_max) as u32 } else { 1 };

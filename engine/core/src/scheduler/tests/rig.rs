@@ -112,6 +112,7 @@ impl Rig {
         let fell = self.sequences().filter(|s| before.get(&s.id).is_some_and(|&b| s.computed < b)).count();
         let preempted = (self.scheduler.totals.preemptions - preemptions) as usize;
         assert!(fell <= preempted, "{fell} sequences lost tokens, {preempted} were preempted");
+        assert!(!self.sequences().any(|s| s.submission.events.is_closed()), "a cancelled sequence is kept");
         self.audit();
         self.own_pages();
     }
