@@ -272,7 +272,7 @@ fn selecting_equals_sorting() {
         let mut logits: Vec<f32> = seeded.logits(len, 20.0).iter().map(|l| l.round()).collect();
         logits[len / 2] = f32::NAN;
         let mut order: Vec<usize> = (0..len).filter(|&i| !logits[i].is_nan()).collect();
-        order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
         for count in [0, 1, 2, 100, 256, len] {
             let count = count.min(len);
             select_largest(&logits, count, &mut keys);
@@ -308,7 +308,7 @@ fn nothing_grows_after_the_first_rows() {
         (s.top_p, s.repetition_penalty, s.bias, s.history) = (0.99, 1.5, 0..1, 0..10);
     });
     let row = OutputRow { top_logprobs: Some(5000), ..row(s) };
-    sample(&logits, &row, &step, &mut scratch, &mut Vec::new()).unwrap();
+    sample(&logits, &row, &step, &mut scratch, &mut Vec::new()).expect("finite logits");
     assert_eq!(sizes(&scratch), before);
 }
 
@@ -322,7 +322,7 @@ fn rows_fill_an_output() {
     let step = Step { outputs, return_logits: true, ..Step::default() };
     let mut out = StepOutput::default();
     for _ in 0..2 {
-        sample_rows(&logits, &step, &mut SampleScratch::new(3), &mut out).unwrap();
+        sample_rows(&logits, &step, &mut SampleScratch::new(3), &mut out).expect("finite logits");
         assert_eq!(out.tokens, [2, 1]);
         assert_eq!(out.logprobs[0], 0.0);
         assert!(out.top_logprobs[0].is_empty());

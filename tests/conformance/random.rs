@@ -1,0 +1,122 @@
+//! Seeded randomness: numbers, and weights for any graph.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use mainstay_models::Weights;
+use mainstay_models::graph::{Block, Graph, Matrix, Op, Vector};
+use mainstay_models::weights::DType;
+use safetensors::tensor::TensorView;
+
+/// A small generator (SplitMix64), so that every case is named by its seed.
+pub(crate) struct Random(u64);
+
+impl Random {
+    /// From a seed.
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A count below `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// One of several.
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Heads or tails.
+    pub(crate) fn coin(&mut self) -> bool {
+        self.below(2) == 0
+    }
+
+    /// A number in [-1, 1).
+    pub(crate) fn signed(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Token ids.
+    pub(crate) fn tokens(&mut self, vocab: usize, len: usize) -> Vec<u32> {
+        (0..len).map(|_| self.below(vocab) as u32).collect()
+    }
+
+    /// Another order (Fisher and Yates).
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Tensors by name: shape and values.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Weights that fit a graph: matrices that keep the size of their input about the same, norms around 1, small biases.
+pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weights {
+    let mut tensors = Tensors::new();
+    add(&graph.prologue, "", &mut tensors, random);
+    for layer in &graph.layers {
+        add(&graph.blocks[layer.block], &layer.prefix, &mut tensors, random);
+    }
+    add(&graph.epilogue, "", &mut tensors, random);
+    let stored: BTreeMap<String, (Vec<usize>, Vec<u8>)> =
+        tensors.into_iter().map(|(name, (shape, values))| (name, (shape, store(&values, dtype)))).collect();
+    let kind = match dtype {
+        DType::F32 => safetensors::Dtype::F32,
+        DType::F16 => safetensors::Dtype::F16,
+        DType::BF16 => safetensors::Dtype::BF16,
+    };
+    let views = stored.iter().map(|(name, (shape, bytes))| {
+        (name, TensorView::new(kind, shape.clone(), bytes).expect("sizes fit"))
+    });
+    let bytes = safetensors::serialize(views, None).expect("tensors serialise");
+    Weights::from_bytes(Path::new("seeded"), bytes).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn store(values: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+    }
+}
+
+fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) {
+    let mut matrix = |m: &Matrix, scale: f32| {
+        for (name, rows) in &m.parts {
+            let values = (0..rows * m.cols).map(|_| random.signed() * scale).collect();
+            tensors.insert(format!("{prefix}{name}"), (vec![*rows, m.cols], values));
+        }
+    };
+    for op in &block.ops {
+        match op {
+            Op::Embed { weight } => matrix(weight, 1.7),
+            // Uniform numbers in [-s, s) have the variance s^2 / 3.
+            Op::Linear { weight, .. } => matrix(weight, (3.0 / weight.cols as f32).sqrt()),
+            _ => {}
+        }
+    }
+    let mut vector = |v: &Vector, centre: f32, spread: f32| {
+        for (name, len) in &v.parts {
+            let values = (0..*len).map(|_| centre + random.signed() * spread).collect();
+            tensors.insert(format!("{prefix}{name}"), (vec![*len], values));
+        }
+    };
+    for op in &block.ops {
+        match op {
+            Op::Linear { bias: Some(bias), .. } => vector(bias, 0.0, 0.5),
+            Op::RmsNorm { weight, .. } => vector(weight, 1.0, 0.5),
+            _ => {}
+        }
+    }
+}

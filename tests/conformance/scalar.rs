@@ -1,0 +1,166 @@
+//! The meaning of every op, spelled out for one whole sequence in f64: what the reference backend is held to.
+
+use mainstay_models::Weights;
+use mainstay_models::graph::{Activation, Attend, Block, Graph, Matrix, Op, Rope, RopeLayout, Vector};
+
+type Row = Vec<f64>;
+
+/// The logits of every row.
+pub(crate) fn logits(graph: &Graph, weights: &Weights, tokens: &[u32], rope_table: usize) -> Vec<Vec<f32>> {
+    let sequence = Sequence { weights, tokens, rope_table };
+    let mut rows = sequence.block(&graph.prologue, "", vec![Row::new(); tokens.len()]);
+    for layer in &graph.layers {
+        rows = sequence.block(&graph.blocks[layer.block], &layer.prefix, rows);
+    }
+    rows = sequence.block(&graph.epilogue, "", rows);
+    rows.iter().map(|r| r.iter().map(|&v| v as f32).collect()).collect()
+}
+
+struct Sequence<'a> {
+    weights: &'a Weights,
+    tokens: &'a [u32],
+    rope_table: usize,
+}
+
+impl Sequence<'_> {
+    fn block(&self, block: &Block, prefix: &str, input: Vec<Row>) -> Vec<Row> {
+        let mut values: Vec<Vec<Row>> = Vec::new();
+        for op in &block.ops {
+            let value = self.op(op, prefix, &values, &input);
+            values.push(value);
+        }
+        values.pop().expect("a block has an op")
+    }
+
+    fn op(&self, op: &Op, prefix: &str, values: &[Vec<Row>], entering: &[Row]) -> Vec<Row> {
+        let each = |v: usize, f: &dyn Fn(&[f64]) -> Row| values[v].iter().map(|r| f(r)).collect();
+        match op {
+            Op::Input => entering.to_vec(),
+            Op::Embed { weight } => {
+                let table = self.matrix(weight, prefix);
+                self.tokens.iter().map(|&t| table[t as usize].clone()).collect()
+            }
+            Op::Linear { input, weight, bias } => {
+                let matrix = self.matrix(weight, prefix);
+                let bias = bias.as_ref().map_or(vec![0.0; matrix.len()], |b| self.vector(b, prefix));
+                each(*input, &|row| matrix.iter().zip(&bias).map(|(w, b)| dot(w, row) + b).collect())
+            }
+            Op::RmsNorm { input, weight, eps } => {
+                let weight = self.vector(weight, prefix);
+                let norm = |group: &[f64]| -> Row {
+                    let root = (dot(group, group) / group.len() as f64 + f64::from(*eps)).sqrt();
+                    group.iter().zip(&weight).map(|(x, w)| x / root * w).collect()
+                };
+                each(*input, &|row| row.chunks(weight.len()).flat_map(norm).collect())
+            }
+            Op::Add { a, b } => {
+                let add = |(a, b): (&Row, &Row)| a.iter().zip(b).map(|(a, b)| a + b).collect();
+                values[*a].iter().zip(&values[*b]).map(add).collect()
+            }
+            Op::Scale { input, factor } => {
+                each(*input, &|row| row.iter().map(|x| x * f64::from(*factor)).collect())
+            }
+            Op::Softcap { input, cap } => {
+                each(*input, &|row| row.iter().map(|&x| softcap(x, *cap)).collect())
+            }
+            Op::Slice { input, start, width } => each(*input, &|row| row[*start..start + width].to_vec()),
+            Op::Activate { input, f } => each(*input, &|row| row.iter().map(|&x| activate(x, *f)).collect()),
+            Op::GatedActivate { input, f } => each(*input, &|row| {
+                let (gate, up) = row.split_at(row.len() / 2);
+                gate.iter().zip(up).map(|(&g, u)| activate(g, *f) * u).collect()
+            }),
+            Op::Rope { input, rope } => {
+                let rows = values[*input].iter().enumerate();
+                rows.map(|(position, row)| self.rotate(row, rope, position)).collect()
+            }
+            Op::Attend(a) => attend(a, values),
+            Op::SelectRows { input } => values[*input].clone(),
+        }
+    }
+
+    fn rotate(&self, row: &[f64], rope: &Rope, position: usize) -> Row {
+        let (mut out, half) = (row.to_vec(), rope.dim / 2);
+        for head in out.chunks_mut(rope.head_dim) {
+            for i in 0..half {
+                let (a, b) = match rope.layout {
+                    RopeLayout::Half => (i, i + half),
+                    RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                };
+                let angle = position as f64 * f64::from(rope.tables[self.rope_table][i]);
+                let (sin, cos) = (angle.sin() * f64::from(rope.scale), angle.cos() * f64::from(rope.scale));
+                (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+            }
+        }
+        out
+    }
+
+    fn matrix(&self, matrix: &Matrix, prefix: &str) -> Vec<Row> {
+        let all: Row =
+            matrix.parts.iter().flat_map(|(name, _)| self.tensor(&format!("{prefix}{name}"))).collect();
+        all.chunks(matrix.cols).map(<[f64]>::to_vec).collect()
+    }
+
+    fn vector(&self, vector: &Vector, prefix: &str) -> Row {
+        vector.parts.iter().flat_map(|(name, _)| self.tensor(&format!("{prefix}{name}"))).collect()
+    }
+
+    fn tensor(&self, name: &str) -> Row {
+        let tensor = self.weights.tensor(name).unwrap_or_else(|e| panic!("{e}"));
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        tensor.read_f32(&mut values);
+        values.into_iter().map(f64::from).collect()
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn softcap(x: f64, cap: f32) -> f64 {
+    f64::from(cap) * (x / f64::from(cap)).tanh()
+}
+
+fn activate(x: f64, f: Activation) -> f64 {
+    match f {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+        Activation::GeluErf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Activation::Relu => x.max(0.0),
+        Activation::Tanh => x.tanh(),
+    }
+}
+
+/// 2 / sqrt(pi) times the integral of e^(-t^2) from 0 to x, by Simpson's rule; 1 beyond 6 in f64.
+fn erf(x: f64) -> f64 {
+    const STEPS: usize = 400;
+    let (end, f) = (x.clamp(-6.0, 6.0), |t: f64| (-t * t).exp());
+    let h = end / STEPS as f64;
+    let inner: f64 = (1..STEPS).map(|i| f(i as f64 * h) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+    2.0 / std::f64::consts::PI.sqrt() * h / 3.0 * (f(0.0) + inner + f(end))
+}
+
+fn attend(a: &Attend, values: &[Vec<Row>]) -> Vec<Row> {
+    let (q, k, v) = (&values[a.q], &values[a.k], &values[a.v]);
+    let head = |row: &[f64], h: usize| row[h * a.head_dim..(h + 1) * a.head_dim].to_vec();
+    let one = |row: usize, h: usize| -> Row {
+        let (query, kv) = (head(&q[row], h), h / (a.heads / a.kv_heads));
+        let first = a.window.map_or(0, |w| (row + 1).saturating_sub(w));
+        let score = |p: usize| {
+            let score = dot(&query, &head(&k[p], kv)) * f64::from(a.scale);
+            a.softcap.map_or(score, |cap| softcap(score, cap))
+        };
+        let scores: Row = (first..=row).map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Row = scores.iter().map(|s| (s - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut out = vec![0.0; a.head_dim];
+        for (p, w) in (first..=row).zip(&weights) {
+            out.iter_mut().zip(head(&v[p], kv)).for_each(|(o, v)| *o += w / total * v);
+        }
+        out
+    };
+    (0..q.len()).map(|row| (0..a.heads).flat_map(|h| one(row, h)).collect()).collect()
+}
