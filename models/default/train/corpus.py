@@ -331,7 +331,7 @@ FIXED = [(q.split("|"), a) for q, a in [
      "The server keeps the state of our conversation on disk. After a restart it loads that state and we can go on."),
     ("How do I load a bigger model?|How do I use another model?|Can I use a better model?|How do I change the model?", "Start the server with the path of another model."),
     ("Is my data safe?|Where is my data stored?|Do you send my data away?", "Everything stays on your own computer."),
-    ("Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|tell me a joke", "Why did the computer go to the doctor? Because it had a virus."),
+    ("Tell me a joke.|Do you know a joke?|Make me laugh.|tell me a joke", "Why did the computer go to the doctor? Because it had a virus."),
     ("What are the days of the week?|List the days of the week.|Name the days of the week.", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and Sunday."),
     ("What are the seasons?|Name the four seasons.", "The four seasons are spring, summer, autumn and winter."),
     ("What are the months of the year?|List the months.", "January, February, March, April, May, June, July, August, September, October, November and December."),
@@ -418,9 +418,28 @@ def little(r, split):
     return pick([f"What is the opposite of {c}?", f"Opposite of {c}?"]), f"The opposite of {c} is {OPPOSITES[c]}."
 
 
+def something(r, split):
+    """Open-ended requests: many answers are right, so that sampling at temperature 1 gives different texts."""
+    q = r.choice(["Say something.", "Say something", "Say anything.", "Tell me something.", "Tell me anything.", "Talk to me.", "Surprise me.",
+                  "Say something nice.", "Tell me something new.", "Chat with me.", "Go on.", "What is on your mind?"])
+    a, b, n = r.choice(ANIMALS + WILD), r.choice(ANIMALS + WILD), r.choice(FIRST[:40])
+    thing, place = r.choice(NOUNS), r.choice(["forest", "garden", "village", "valley", "old castle", "small house"])
+    c, d = r.choice(GROUPS["colors"]), r.choice(["morning", "evening", "night", "day"])
+    feel = r.choice(["happy", "proud", "quiet", "curious", "brave", "kind"])
+    return q, r.choice([
+        lambda: f"The {a} and the {b} are good friends.", lambda: f"I saw {an(a)} in the {place} today.",
+        lambda: f"There is {an(c)} {thing} in the {place}.", lambda: f"It is {an(feel)} {d} in the {place}.",
+        lambda: f"{n} has {an(a)} and {an(c)} {thing}.", lambda: f"Every {d} the {a} walks to the {place}.",
+        lambda: f"Once {an(a)} lost {an(thing)}. The {b} found it again.", lambda: f"My friend {n} likes the {c} {thing}.",
+        lambda: f"Do you like the color {c}? I do.", lambda: f"The {thing} is {c} and the {a} is {feel}.",
+        lambda: f"Did you know that {n} lives in the {place} with {an(b)}?", lambda: f"Nothing is as {feel} as {an(a)} in the {d}."])()
+
+
 def misc(r, split, copying=False):
     """One exchange that depends on nothing before it."""
     k = r.random()
+    if not copying and k > .93:
+        return something(r, split)
     if copying or k < .22:
         return echo(r, split)
     if k < .47:
