@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::cpu_pending::measure;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use mainstay_backend_api::KvDType;
 use mainstay_bench::{LatencyError, Peaks, Plan, Shape};
+use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
 use mainstay_models::weights::DType;
 use mainstay_models::{Model, Weights};
@@ -72,7 +72,7 @@ struct LatencyArgs {
     )]
     batch: Vec<usize>,
     /// Decode steps of each run.
-    #[arg(long, env = "MAINSTAY_BENCH_GEN", value_name = "STEPS", default_value_t = 64)]
+    #[arg(long = "gen", env = "MAINSTAY_BENCH_GEN", value_name = "STEPS", default_value_t = 64)]
     gen_steps: usize,
     /// Runs of each case; the median counts.
     #[arg(long, env = "MAINSTAY_BENCH_REPEAT", value_name = "N", default_value_t = 3)]
@@ -101,7 +101,7 @@ fn latency(args: &LatencyArgs) -> Result<()> {
         kv_dtype: start::kv_dtype(args.model.engine.kv_type, &weights),
     };
     eprintln!("measuring the machine");
-    let threads = args.model.engine.threads.unwrap_or_else(crate::cpu_pending::default_threads);
+    let threads = start::threads(&args.model.engine);
     let peaks = peaks(threads);
     let measured = mainstay_bench::latency(&*backend, (&graph, &weights), &plan, |what| eprintln!("{what}"));
     let measured = measured.map_err(|error| match error {

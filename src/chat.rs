@@ -99,9 +99,9 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
     let result = if stdin().is_terminal() {
         let device = connection.device.as_deref().map(|d| format!(" ({d})")).unwrap_or_default();
         eprintln!("{}{device}; /help for help", connection.client.model());
-        chat.in_terminal(args.data_dir)
+        chat.talk_in_terminal(args.data_dir)
     } else {
-        chat.from_pipe()
+        chat.answer_pipe()
     };
     drop(connection);
     runtime.shutdown_background();
@@ -123,7 +123,7 @@ enum Next {
 }
 
 impl Chat<'_> {
-    fn in_terminal(mut self, data_dir: Option<PathBuf>) -> Result<()> {
+    fn talk_in_terminal(mut self, data_dir: Option<PathBuf>) -> Result<()> {
         let config = rustyline::Config::builder().max_history_size(HISTORY_LINES_MAX)?.build();
         let mut editor = rustyline::DefaultEditor::with_config(config)?;
         let history = data_dir::resolve(data_dir.as_deref()).filter(|dir| match data_dir::prepare(dir) {
@@ -158,7 +158,7 @@ impl Chat<'_> {
         Ok(())
     }
 
-    fn from_pipe(mut self) -> Result<()> {
+    fn answer_pipe(mut self) -> Result<()> {
         for line in stdin().lines() {
             if self.take(&line?)? == Next::Leave {
                 break;

@@ -31,29 +31,32 @@ pub(crate) fn apply(path: &Path, command: Command) -> Result<Command> {
         }
         let values = defaults(value).with_context(|| format!("{file}: key `{key}`"))?;
         command = with_default(command, &option, &values);
-        let names: Vec<String> = command.get_subcommands().map(|s| s.get_name().to_owned()).collect();
-        for name in names {
-            command = command.mut_subcommand(name, |sub| with_default(sub, &option, &values));
-        }
     }
     Ok(command)
 }
 
-fn with_default(command: Command, option: &str, values: &[OsString]) -> Command {
+/// Gives the option these defaults wherever a command has it.
+fn with_default(mut command: Command, option: &str, values: &[OsString]) -> Command {
     let id = command.get_arguments().find(|a| key(a) == Some(option)).map(|a| a.get_id().clone());
-    let Some(id) = id else { return command };
-    command.mut_arg(id, |arg: Arg| arg.default_values(values.to_vec()))
+    if let Some(id) = id {
+        command = command.mut_arg(id, |arg: Arg| arg.default_values(values.to_vec()));
+    }
+    let names: Vec<String> = command.get_subcommands().map(|s| s.get_name().to_owned()).collect();
+    for name in names {
+        command = command.mut_subcommand(name, |sub| with_default(sub, option, values));
+    }
+    command
 }
 
 fn keys(command: &Command) -> BTreeSet<String> {
-    let of_commands = command.get_subcommands().flat_map(|sub| sub.get_arguments());
-    let all = command.get_arguments().chain(of_commands).filter_map(key);
-    all.filter(|key| !NOT_IN_FILES.contains(key)).map(str::to_owned).collect()
+    let own = command.get_arguments().filter_map(key).filter(|key| !NOT_IN_FILES.contains(key));
+    own.map(str::to_owned).chain(command.get_subcommands().flat_map(keys)).collect()
 }
 
-/// The name of an option in a file: its long name, or what stands for it on the command line.
+/// The name of an option in a file: its long name; MODEL, which has none, is `model`.
 fn key(arg: &Arg) -> Option<&str> {
-    if arg.is_positional() { Some(arg.get_id().as_str()) } else { arg.get_long() }
+    let is_model = arg.is_positional() && arg.get_id() == "model";
+    if is_model { Some("model") } else { arg.get_long() }
 }
 
 /// A TOML value as the words of a command line.
@@ -87,7 +90,9 @@ mod tests {
         let open = open.value_parser(BoolishValueParser::new());
         let key = Arg::new("api_key").long("api-key").action(ArgAction::Append);
         let serve = Command::new("serve").args([port, open, key]);
-        Command::new("mainstay").subcommands([serve, Command::new("doctor")])
+        let depth = Arg::new("depth").long("depth").value_delimiter(',').default_value("0");
+        let bench = Command::new("bench").subcommand(Command::new("latency").arg(depth));
+        Command::new("mainstay").subcommands([serve, bench])
     }
 
     fn file(name: &str, text: &str) -> std::path::PathBuf {
@@ -109,6 +114,15 @@ mod tests {
         assert_eq!(parse(&["mainstay", "serve"]), (9, true, vec!["a".into(), "b".into()]));
         let flags = ["mainstay", "serve", "--port", "10", "--api-key", "c"];
         assert_eq!(parse(&flags), (10, true, vec!["c".into()]));
+    }
+
+    #[test]
+    fn commands_of_commands_are_reached() {
+        let command = apply(&file("inner", "depth = [1, 2]\n"), command()).unwrap();
+        let matches = command.try_get_matches_from(["mainstay", "bench", "latency"]).unwrap();
+        let latency = matches.subcommand_matches("bench").unwrap().subcommand_matches("latency").unwrap();
+        let depths: Vec<&String> = latency.get_many("depth").unwrap().collect();
+        assert_eq!(depths, ["1", "2"]);
     }
 
     #[test]

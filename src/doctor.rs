@@ -66,7 +66,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
 
 fn examine(args: &DoctorArgs) -> Result<Report> {
     let cpu = start::backend(&args.engine).map(|b| start::device_name(&*b)).map_err(|e| format!("{e:#}"));
-    let threads = args.engine.threads.unwrap_or_else(crate::cpu_pending::default_threads);
+    let threads = start::threads(&args.engine);
     let later = || Err("not in this version".to_owned());
     let dir = data_dir::resolve(args.data_dir.as_deref()).ok_or_else(|| "no HOME is set".to_owned());
     let dir = dir.and_then(|dir| match data_dir::prepare(&dir) {
@@ -125,7 +125,7 @@ impl Report {
             ("measured", bench::describe(&self.peaks)),
         ];
         for (name, state) in &self.backends {
-            lines.push(("backend", format!("{name}: {}", state.as_ref().unwrap_or_else(|why| why))));
+            lines.push(("backend", state.clone().unwrap_or_else(|why| format!("{name}: {why}"))));
         }
         lines.push((
             "data dir",

@@ -10,10 +10,21 @@ pub(crate) struct Usage(pub(crate) String);
 /// Prints the error, if any, and gives the exit code.
 pub(crate) fn code(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    // `{:#}` joins the causes on one line; messages from below may still bring line breaks
-    let message = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-    eprintln!("mainstay: {message}");
+    eprintln!("mainstay: {}", causes(&error));
     ExitCode::from(if error.chain().any(|e| e.is::<Usage>()) { 2 } else { 1 })
+}
+
+/// The error and what caused it on one line, without causes that the message before them repeats.
+fn causes(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Ends with clap's word on the command line: help and version as they are, everything else as one line.
@@ -38,6 +49,13 @@ pub(crate) fn one_line(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn causes_stand_once_on_one_line() {
+        let inner = anyhow::anyhow!("no such\nfile");
+        let error = inner.context("a.txt: no such\nfile").context("the model");
+        assert_eq!(causes(&error), "the model: a.txt: no such file");
+    }
 
     #[test]
     fn clap_speaks_in_one_line() {

@@ -14,8 +14,7 @@ use crate::size;
 #[derive(Args, Clone, Debug)]
 pub(crate) struct PullArgs {
     /// org/name or org/name@revision.
-    #[arg(env = "MAINSTAY_MODEL")]
-    model: String,
+    id: String,
 }
 
 /// Options of `mainstay models`.
@@ -32,8 +31,7 @@ enum ModelsCommand {
     /// Remove a fetched model in all its revisions.
     Rm {
         /// org/name.
-        #[arg(env = "MAINSTAY_MODEL")]
-        model: String,
+        id: String,
     },
 }
 
@@ -44,7 +42,7 @@ fn parse(text: &str) -> Result<HubId> {
 
 /// Fetches a model and prints the directory it lies in.
 pub(crate) fn pull(args: &PullArgs) -> Result<()> {
-    let id = parse(&args.model)?;
+    let id = parse(&args.id)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let dir = runtime.block_on(hub::fetch(&id))?;
     println!("{}", dir.display());
@@ -60,9 +58,9 @@ pub(crate) fn run(args: ModelsArgs) -> Result<()> {
             }
             Ok(())
         }
-        ModelsCommand::Rm { model } => {
-            let dir = parse(&model)?.cache_dir();
-            fs::remove_dir_all(&dir).with_context(|| format!("{model}: {}", dir.display()))
+        ModelsCommand::Rm { id } => {
+            let dir = parse(&id)?.cache_dir();
+            fs::remove_dir_all(&dir).with_context(|| format!("{id}: {}", dir.display()))
         }
     }
 }

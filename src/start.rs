@@ -1,9 +1,9 @@
 //! From an open checkpoint to a running engine: the backend, the budget of memory, the limits.
 
-use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use anyhow::{Context, Result};
 use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits, PAGE_TOKENS};
 use mainstay_backend_candle::CandleBackend;
+use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_engine::{EngineOptions, Handle};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::graph::Graph;
@@ -64,6 +64,12 @@ pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
         BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),
         BackendChoice::Neuron => Err(Usage("--backend neuron: not in this version (try cpu)".into()).into()),
     }
+}
+
+/// Threads that the cpu backend would compute with.
+pub(crate) fn threads(args: &EngineArgs) -> usize {
+    let options = CpuOptions { threads: args.threads, isa: None };
+    CpuBackend::new(options).map_or_else(|_| machine::cores(), |backend| backend.threads())
 }
 
 /// Loads the model on its backend and starts the engine's thread. Blocks for as long as that takes.

@@ -88,7 +88,9 @@ fn violations(metadata: &Value) -> Vec<String> {
                     found.extend(forbidden_arrow(name, allowed, import));
                 }
             }
-            None => found.push(format!("{name} is a crate of the workspace and stands in no row of the table")),
+            None => {
+                found.push(format!("{name} is a crate of the workspace and stands in no row of the table"))
+            }
         }
     }
     found

@@ -152,7 +152,7 @@ fn what_does_not_exist_is_said() {
 fn without_the_hub_the_cache_serves() {
     let (hub, home) = (Hub::start(files(), Manners::default()), Scratch::new());
     good(&pull(&hub, &home, None), &home);
-    let nobody = Hub { endpoint: "http://127.0.0.1:1".into(), ..hub };
+    let nobody = hub.unreachable();
     let ended = pull(&nobody, &home, None);
     good(&ended, &home);
     assert!(ended.stderr.contains("using the copy"), "{}", ended.stderr);

@@ -59,6 +59,11 @@ impl Hub {
         hub
     }
 
+    /// The same hub for a client that has no network. Nothing listens on port 1 (tcpmux) of this machine.
+    pub(crate) fn unreachable(self) -> Self {
+        Self { endpoint: "http://127.0.0.1:1".into(), ..self }
+    }
+
     /// Changes its manners from the next request on.
     pub(crate) fn behave(&self, manners: Manners) {
         *self.manners.lock().unwrap() = manners;

@@ -71,7 +71,6 @@ pub(crate) struct Server {
     pub(crate) ready_line: String,
     /// `127.0.0.1:12345`
     pub(crate) address: String,
-    pub(crate) ready_after: Duration,
 }
 
 impl Server {
@@ -83,15 +82,13 @@ impl Server {
     }
 
     pub(crate) fn spawn(mut command: Command) -> Self {
-        let begin = Instant::now();
         let mut child = command.spawn().expect("the command starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let mut ready_line = String::new();
         stdout.read_line(&mut ready_line).expect("stdout can be read");
-        let ready_after = begin.elapsed();
         let address = ready_line.split("http://").nth(1).and_then(|rest| rest.split_whitespace().next());
         let address = address.unwrap_or_else(|| panic!("no address in `{ready_line}`")).to_owned();
-        Self { child, stdout, ready_line, address, ready_after }
+        Self { child, stdout, ready_line, address }
     }
 
     /// Sends a signal by number.

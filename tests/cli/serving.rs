@@ -89,6 +89,7 @@ fn a_file_and_the_environment_configure() {
 fn a_model_that_does_not_load_ends_with_1() {
     let scratch = Scratch::new();
     std::fs::write(scratch.0.join("config.json"), r#"{"model_type": "abacus"}"#).unwrap();
+    std::fs::write(scratch.0.join("tokenizer.json"), "{}").unwrap();
     let ended = mainstay(&["serve", "--port", "0", &scratch.0.to_string_lossy()]).output().unwrap();
     assert_eq!(ended.status.code(), Some(1));
     let stderr = String::from_utf8(ended.stderr).unwrap();

@@ -15,12 +15,15 @@ pub(crate) fn ticks() -> Option<Ticks> {
     parse(&fs::read_to_string("/proc/stat").ok()?, &fs::read_to_string("/proc/self/stat").ok()?)
 }
 
+/// Ticks are coarse (100 a second on each core); a span of fewer says nothing about shares.
+const TICKS_MIN: u64 = 40;
+
 /// The part of all processor time that went to others between two readings, 0 to 1; stolen time counts as theirs.
 pub(crate) fn foreign(before: Option<Ticks>, after: Option<Ticks>) -> Option<f64> {
     let (before, after) = (before?, after?);
     let all = after.all.checked_sub(before.all)?;
     let others = (after.busy - before.busy).saturating_sub(after.own - before.own);
-    (all > 0).then(|| others as f64 / all as f64)
+    (all >= TICKS_MIN).then(|| others as f64 / all as f64)
 }
 
 /// proc_stat(5): `cpu user nice system idle iowait irq softirq steal ...`; proc_pid_stat(5): utime and stime are
@@ -46,5 +49,6 @@ mod tests {
         // 100 ticks passed, 70 busy, 50 ours
         assert_eq!(foreign(before, after), Some(0.2));
         assert_eq!(foreign(None, after), None);
+        assert_eq!(foreign(before, before), None);
     }
 }
