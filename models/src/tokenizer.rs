@@ -1,6 +1,7 @@
 //! Text to tokens and back, by the checkpoint's `tokenizer.json`.
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 
 use tokenizers::DecoderWrapper;
@@ -59,7 +60,7 @@ impl Tokenizer {
     /// [`LoadError::Format`].
     pub fn from_bytes(origin: &Path, json: &[u8]) -> Result<Self, LoadError> {
         let wrong = |what: String| LoadError::format(origin, what);
-        let mut inner = tokenizers::Tokenizer::from_bytes(json)
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json))
             .map_err(|e| wrong(format!("expected a tokenizer, found: {e}")))?;
         inner.with_truncation(None).map_err(|e| wrong(format!("truncation cannot be turned off: {e}")))?;
         inner.with_padding(None);
@@ -70,13 +71,18 @@ impl Tokenizer {
         }
         let largest = inner.get_vocab(true).into_values().max();
         let vocab_len = largest.map_or(0, |id| id as usize + 1);
-        Ok(Self {
+        let tokenizer = Self {
             added: decoder.keys().copied().collect(),
             special: decoder.iter().filter(|(_, t)| t.special).map(|(id, _)| *id).collect(),
             inner,
             spelling,
             vocab_len,
-        })
+        };
+        // The library finds some contradictions of a file only in use: find them now.
+        match guarded(|| tokenizer.inner.encode_fast("", true)) {
+            Ok(_) => Ok(tokenizer),
+            Err(e) => Err(wrong(format!("expected a tokenizer, found one that fails on an empty text: {e}"))),
+        }
     }
 
     /// Token ids of a text. Special tokens written out in the text are recognised, as in transformers.
@@ -84,13 +90,13 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError`]; never for vocabularies that hold all bytes, which are those of all current families.
     pub fn encode(&self, text: &str, special: AddSpecial) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, special == AddSpecial::Yes);
-        Ok(encoding.map_err(|e| TokenizerError(e.to_string()))?.get_ids().to_vec())
+        let encoding = guarded(|| self.inner.encode_fast(text, special == AddSpecial::Yes));
+        Ok(encoding.map_err(TokenizerError)?.get_ids().to_vec())
     }
 
     /// The text of token ids; bytes that form no character become U+FFFD, ids outside the vocabulary nothing.
     pub fn decode(&self, ids: &[u32], special: ShowSpecial) -> String {
-        self.inner.decode(ids, special == ShowSpecial::No).unwrap_or_else(|_| {
+        guarded(|| self.inner.decode(ids, special == ShowSpecial::No)).unwrap_or_else(|_| {
             // A decoder that fails leaves the tokens as they are spelled.
             let bytes = ids.iter().filter_map(|&id| self.token_bytes(id)).flatten().collect::<Vec<_>>();
             String::from_utf8_lossy(&bytes).into_owned()
@@ -120,6 +126,15 @@ impl Tokenizer {
     /// One more than the largest id.
     pub fn vocab_len(&self) -> usize {
         self.vocab_len
+    }
+}
+
+/// Runs the library, which asserts some properties of a file instead of checking them when it is read. It leaves
+/// nothing half-done behind: what it mutates is a cache.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("the tokenizer contradicts itself".to_owned()),
     }
 }
 
