@@ -1,10 +1,11 @@
 //! `mainstay serve`: the ready line, keys, a streamed chat, signals.
 
 use std::io::Read;
+use std::net::TcpStream;
 
 use serde_json::Value;
 
-use crate::program::{Scratch, Server, mainstay};
+use crate::program::{PATIENCE, Scratch, Server, mainstay};
 
 const CHAT: &str = r#"{"model": "mainstay-default", "messages": [{"role": "user", "content": "Hello!"}],
     "stream": true, "temperature": 0, "max_tokens": 24}"#;
@@ -49,14 +50,23 @@ fn a_running_answer_may_finish_after_the_signal() {
 #[test]
 fn a_second_signal_ends_at_once() {
     let server = Server::start(&["--drain-s", "3600"]);
-    // a request whose body never comes holds the drain open
-    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n";
-    let mut held = std::net::TcpStream::connect(&server.address).unwrap();
-    std::io::Write::write_all(&mut held, head.as_bytes()).unwrap();
+    let mut stream = long_stream(&server);
     server.signal("INT");
     while server.get("/health").status == 200 {}
     server.signal("TERM");
     assert_eq!(server.wait().0, Some(0));
+    let mut rest = String::new();
+    // the connection may be reset or closed
+    let _ = stream.read_to_string(&mut rest);
+    assert!(!rest.contains("[DONE]"), "the answer was finished all the same");
+}
+
+/// A stream that is under way and would go on for long.
+fn long_stream(server: &Server) -> TcpStream {
+    let body = CHAT.replace("\"max_tokens\": 24", "\"max_tokens\": 8000, \"ignore_eos\": true");
+    let mut stream = server.send("POST", "/v1/chat/completions", "Content-Type: application/json\r\n", &body);
+    stream.read_exact(&mut [0; 2000]).unwrap();
+    stream
 }
 
 #[test]
@@ -109,4 +119,55 @@ fn a_data_directory_is_made_or_refused() {
     let ended = mainstay(&["serve", "--port", "0", "--data-dir", &file.to_string_lossy()]).output().unwrap();
     assert_eq!(ended.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&ended.stderr).contains("data directory"));
+}
+
+/// The text of a streamed answer to a prompt of its own, at temperature 0.
+fn told(server: &Server, number: usize) -> String {
+    let words = "tree cat red river ".repeat(number % 7);
+    let body = CHAT.replace("Hello!", &format!("{words}My number is {number}. What is my number?"));
+    let reply = server.post("/v1/chat/completions", &body);
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert_eq!(reply.events().last(), Some(&"[DONE]"));
+    let chunks = reply.events().into_iter().filter_map(|e| serde_json::from_str::<Value>(e).ok());
+    chunks.filter_map(|c| c["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect()
+}
+
+#[test]
+fn sixty_four_streams_each_equal_their_lone_run() {
+    let lone = Server::start(&["--max-sequences", "1"]);
+    let expected: Vec<String> = (0..64).map(|i| told(&lone, i)).collect();
+    drop(lone);
+    let server = Server::start(&[]);
+    let found: Vec<String> = std::thread::scope(|scope| {
+        let streams: Vec<_> = (0..64)
+            .map(|i| {
+                scope.spawn({
+                    let server = &server;
+                    move || told(server, i)
+                })
+            })
+            .collect();
+        streams.into_iter().map(|s| s.join().unwrap()).collect()
+    });
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_pages() {
+    let server = Server::start(&[]);
+    let gauge = |name: &str, label: &str| -> f64 {
+        let page = server.get("/metrics").body;
+        let found = page.lines().find(|l| l.starts_with(name) && l.contains(label));
+        let line = found.unwrap_or_else(|| panic!("no {name} with {label} in {page}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let used = || gauge("mainstay_pages{", "state=\"used\"");
+    let stream = long_stream(&server);
+    assert!(used() > 0.0);
+    drop(stream);
+    let begin = std::time::Instant::now();
+    while used() > 0.0 || gauge("vllm:num_requests_running{", "") > 0.0 {
+        assert!(begin.elapsed() < PATIENCE, "the pages are still in use");
+    }
+    assert!(gauge("vllm:generation_tokens_total{", "") < 8000.0, "it ran to its end");
 }
