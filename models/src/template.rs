@@ -113,7 +113,9 @@ impl ChatTemplate {
         }
         let tools = conversation.tools;
         let name = if tools.is_some() && self.has_tool_use() { TOOL_USE } else { DEFAULT };
-        let template = self.environment.get_template(name).map_err(|e| refusal(&e))?;
+        let template = self.environment.get_template(name);
+        let template = template
+            .map_err(|_| TemplateError("there is no default template, only one for tools".to_owned()))?;
         let messages: Vec<Cow<'_, Value>> = conversation.messages.iter().map(shown).collect();
         let mut variables: Vec<(&str, minijinja::Value)> = Vec::new();
         let own = self.special_tokens.iter();

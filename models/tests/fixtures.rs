@@ -134,3 +134,18 @@ fn text_of_all_reference_families() {
         }
     }
 }
+
+#[test]
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn a_trained_checkpoint_opens() {
+    let Some(dir) = shared("real/stories260K/hf") else {
+        println!("skipped: no stories260K (MAINSTAY_SHARED)");
+        return;
+    };
+    let model = Model::open(&dir).unwrap();
+    assert_eq!((model.graph.layers.len(), model.graph.vocab, model.graph.context), (5, 512, 512));
+    assert!(model.template.is_none());
+    let text = "Once upon a time, there was a little girl named Lily.";
+    let ids = model.tokenizer.encode(text, AddSpecial::Yes).unwrap();
+    assert_eq!(model.tokenizer.decode(&ids, ShowSpecial::No), text);
+}
