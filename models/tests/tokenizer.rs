@@ -42,6 +42,15 @@ fn bytes_of_byte_level_tokens_are_the_text() {
 }
 
 #[test]
+fn every_byte_has_one_byte_level_token() {
+    let tokenizer = parse(&raw("llama"));
+    let ids = (0..tokenizer.vocab_len() as u32).filter_map(|id| tokenizer.token_bytes(id));
+    let mut single: Vec<u8> = ids.filter(|b| b.len() == 1).flatten().collect();
+    single.sort_unstable();
+    assert_eq!(single, (0..=255).collect::<Vec<u8>>());
+}
+
+#[test]
 fn bytes_of_sentencepiece_tokens_are_the_text_after_a_space() {
     let tokenizer = parse(&raw("mistral"));
     for text in ["Hello, world!", "naïve 日本語 🙂", "a\n\tb \u{0}"] {
