@@ -1,0 +1,4 @@
+//! A store as its users see it, on a simulated disk.
+
+mod rig;
+mod roundtrip;
