@@ -185,6 +185,15 @@ impl Event {
         }
     }
 
+    /// Whether it is of an answer in flight, which is no part of the session yet.
+    pub(crate) fn is_answer(&self) -> bool {
+        Self::is_answer_kind(self.kind())
+    }
+
+    pub(crate) fn is_answer_kind(kind: u8) -> bool {
+        (8..=10).contains(&kind)
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
         match self {

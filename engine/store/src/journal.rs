@@ -35,15 +35,23 @@ pub(crate) struct Entry {
     pub(crate) event: Event,
 }
 
+/// Whose a damaged entry was, where its head is still readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) session: SessionId,
+    /// It was of an answer in flight, which is no part of the session yet.
+    pub(crate) is_answer: bool,
+}
+
 /// What stands in a file, in order.
 #[derive(Debug)]
 pub(crate) enum Piece {
     Entry(Entry),
-    /// Bytes that are no entry, with entries after them; whose it was, where its head is still readable.
+    /// Bytes that are no entry, with entries after them.
     Damage {
         from: usize,
         to: usize,
-        session: Option<SessionId>,
+        owners: Vec<Owner>,
     },
     /// Bytes that are no entry, at the end.
     Tail {
@@ -108,12 +116,12 @@ fn head(bytes: &[u8], key: &StoreKey) -> Option<Head> {
 /// again. An entry is taken only if it follows the one before it by its chain, or a gap.
 pub(crate) fn scan(bytes: &[u8], key: &StoreKey) -> Vec<Piece> {
     let (mut pieces, mut at) = (Vec::new(), PREAMBLE_BYTES.min(bytes.len()));
-    // Where the bytes since the last entry begin, and whose they seem to be.
-    let mut gap: Option<(usize, Option<SessionId>)> = None;
+    // Where the bytes since the last entry begin, and whose they are.
+    let mut gap: Option<(usize, Vec<Owner>)> = None;
     let (mut last_lsn, mut last_tag) = (0, None);
     while at < bytes.len() {
         let Some(head) = head(&bytes[at..], key) else {
-            gap.get_or_insert((at, None));
+            gap.get_or_insert((at, Vec::new()));
             // The next place that may begin an entry.
             let next = bytes[at + 1..].windows(4).position(|w| w == ENTRY_MAGIC);
             at = next.map_or(bytes.len(), |skip| at + 1 + skip);
@@ -129,14 +137,14 @@ pub(crate) fn scan(bytes: &[u8], key: &StoreKey) -> Vec<Piece> {
             Some((own, event))
         });
         let Some((own, event)) = event else {
-            let begun = gap.get_or_insert((at, None));
-            begun.1 = begun.1.or(Some(head.session));
+            let (_, owners) = gap.get_or_insert((at, Vec::new()));
+            owners.push(Owner { session: head.session, is_answer: Event::is_answer_kind(head.kind) });
             // A head is proven, so its length is; but one that reaches past the end says nothing of what follows.
             at = if whole.is_some() { end + TAG_BYTES } else { at + 4 };
             continue;
         };
-        if let Some((from, session)) = gap.take() {
-            pieces.push(Piece::Damage { from, to: at, session });
+        if let Some((from, owners)) = gap.take() {
+            pieces.push(Piece::Damage { from, to: at, owners });
         }
         pieces.push(Piece::Entry(Entry { lsn: head.lsn, session: head.session, event }));
         (last_lsn, last_tag) = (head.lsn, Some(own));
@@ -386,9 +394,9 @@ mod tests {
             flipped[at] ^= 0x10;
             let pieces = scan(&flipped, &KEY);
             assert_eq!(lsns(&pieces), [1, 3, 4], "byte {at}");
-            let Some(Piece::Damage { from, to, session }) = pieces.get(1) else { panic!("{pieces:?}") };
+            let Some(Piece::Damage { from, to, owners }) = pieces.get(1) else { panic!("{pieces:?}") };
             assert_eq!((*from, *to), (starts[1], starts[2]));
-            assert_eq!(session.is_some(), at >= starts[1] + HEAD_BYTES, "the head tells whose it was");
+            assert_eq!(!owners.is_empty(), at >= starts[1] + HEAD_BYTES, "the head tells whose it was");
         }
     }
 

@@ -190,18 +190,20 @@ fn config(
     let twin = Twin { disk, path: CONFIG, magic: CONFIG_MAGIC };
     let lost = || StoreError::Lost { path: CONFIG.to_owned() };
     match twin.read()? {
-        Found::Whole { bodies, repair } => {
+        Found::Whole { bodies, damaged } => {
             let mut r = Reader::new(&bodies[0], CONFIG);
             let mut parse = || -> Result<_, Malformed> { Ok((r.array()?, r.u32()?)) };
             let (key, page_tokens) = parse().map_err(|_| lost())?;
             if page_tokens as usize != PAGE_TOKENS {
                 return Err(lost());
             }
-            if repair {
+            // Nothing is journaled before the config is whole: then it is a store that was being made.
+            report.is_new = journal::files(disk)?.is_empty();
+            if damaged {
                 let (path, what) = (CONFIG.to_owned(), "one copy is damaged");
                 report.damage.push(Damage { path, offset: 0, bytes: 0, what, session: None });
-                twin.write(&bodies[0])?;
             }
+            twin.mend(&bodies)?;
             Ok(key)
         }
         Found::Damaged => Err(lost()),
@@ -259,10 +261,16 @@ impl Replay<'_> {
 
     fn file(&mut self, name: FileName, next: Option<FileName>, is_first: bool) -> Result<u64, StoreError> {
         let bytes = journal::read(self.disk, name)?;
+        let pieces = journal::scan(&bytes, &self.key);
         let mut damaged = false;
-        if version_of(&bytes, journal::MAGIC) != Some(FORMAT) && !(bytes.is_empty() && next.is_none()) {
-            damaged = true;
-            self.damage(name, (0, PREAMBLE_BYTES), "file header", None);
+        if version_of(&bytes, journal::MAGIC) != Some(FORMAT) {
+            // A file that was being made when the process ended has nothing else in it.
+            if pieces.iter().any(|piece| matches!(piece, Piece::Entry(_))) {
+                damaged = true;
+                self.damage(name, (0, PREAMBLE_BYTES), "file header", None);
+            } else if !pieces.iter().any(|piece| matches!(piece, Piece::Tail { .. })) {
+                self.report.torn_bytes += bytes.len() as u64;
+            }
         }
         if is_first {
             // A journal begins with its first entry, or with a base.
@@ -272,7 +280,7 @@ impl Replay<'_> {
             self.last_lsn = name.lsn.saturating_sub(1);
         }
         let mut base_open = name.is_base;
-        for piece in journal::scan(&bytes, &self.key) {
+        for piece in pieces {
             match piece {
                 Piece::Entry(entry) => {
                     // A writer that lost the directory went on in its own file; the next one tells where it ended.
@@ -283,11 +291,15 @@ impl Replay<'_> {
                     base_open &= !matches!(entry.event, Event::BaseEnd { .. });
                     damaged |= !self.entry(name, entry);
                 }
-                Piece::Damage { from, to, session } => {
+                Piece::Damage { from, to, owners } => {
                     damaged = true;
-                    self.damage(name, (from, to), "journal entry", session);
-                    if let Some(id) = session {
-                        self.table.mark_damaged(id);
+                    self.damage(name, (from, to), "journal entry", owners.first().map(|owner| owner.session));
+                    for owner in owners {
+                        match owner.is_answer {
+                            // It is made again.
+                            true => self.table.drop_answer(owner.session),
+                            false => self.table.mark_damaged(owner.session),
+                        }
                     }
                 }
                 Piece::Tail { from } => {
@@ -327,13 +339,16 @@ impl Replay<'_> {
         if let Event::Start { wall_ms, .. } = entry.event {
             self.wall_ms_seen = self.wall_ms_seen.max(wall_ms);
         }
-        let damages = !matches!(entry.event, Event::Node(_));
+        let (is_node, is_answer) = (matches!(entry.event, Event::Node(_)), entry.event.is_answer());
         match self.table.apply(entry.lsn, entry.session, entry.event) {
             Ok(()) => self.report.entries += 1,
             Err(rejected) => {
                 fits = false;
                 self.damage(name, (0, 0), rejected.0, Some(entry.session));
-                if damages {
+                if is_answer {
+                    self.table.drop_answer(entry.session);
+                } else if !is_node {
+                    // A turn of a base is missed by its session, at that one's entry.
                     self.table.mark_damaged(entry.session);
                 }
             }
@@ -391,7 +406,9 @@ fn segments(disk: &dyn Disk, key: &StoreKey, report: &mut RecoveryReport) -> Res
             if contents.damaged_bytes > 0 {
                 let (path, bytes, what) = (segment.path(), contents.damaged_bytes, "page records");
                 report.damage.push(Damage { path, offset: 0, bytes, what, session: None });
-            } else if let Some(end) = contents.unsealed_end {
+            }
+            report.torn_page_bytes += contents.torn_bytes;
+            if let Some(end) = contents.unsealed_end.filter(|_| contents.torn_bytes == 0) {
                 // It is walked again the next time if this fails.
                 let _ = segment::seal_recovered(disk, key, &segment, end, &contents.slots);
             }

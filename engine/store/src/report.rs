@@ -42,6 +42,8 @@ pub struct RecoveryReport {
     pub fenced_entries: u64,
     /// Bytes cut off the journal's end: an entry that was being written.
     pub torn_bytes: u64,
+    /// Bytes of segments that were being written and hold no whole record.
+    pub torn_page_bytes: u64,
     /// Everything else.
     pub damage: Vec<Damage>,
     /// Copies of damaged files.

@@ -103,8 +103,10 @@ impl Slot {
 #[derive(Debug, Default)]
 pub(crate) struct SegmentContents {
     pub(crate) slots: Vec<Slot>,
-    /// Bytes that are no record though something follows or should.
+    /// Bytes that are no record though they should be, in a segment that was sealed.
     pub(crate) damaged_bytes: u64,
+    /// The same in one that has no index: not all of it was synced.
+    pub(crate) torn_bytes: u64,
     /// Where records end, if there is no index behind them.
     pub(crate) unsealed_end: Option<u64>,
 }
@@ -179,8 +181,10 @@ impl Segment {
             Some(slots) => SegmentContents { slots, ..SegmentContents::default() },
             None => self.walk(&*file, size, key)?,
         };
-        if !sound {
-            contents.damaged_bytes += BLOCK as u64;
+        match (sound, contents.unsealed_end) {
+            (true, _) => {}
+            (false, None) => contents.damaged_bytes += BLOCK as u64,
+            (false, Some(_)) => contents.torn_bytes += read as u64,
         }
         for slot in &contents.slots {
             self.add(slot.disk_bytes());
@@ -228,7 +232,7 @@ impl Segment {
             let record = Record::decode(&block, key).ok().filter(|r| r.header.name.tenant == self.tenant);
             match record {
                 Some(record) if at + (BLOCK + record.payload_bytes) as u64 <= size => {
-                    contents.damaged_bytes += std::mem::take(&mut skipped);
+                    contents.torn_bytes += std::mem::take(&mut skipped);
                     contents.slots.push(Slot::of(&record, at));
                     at += Record::disk_bytes(record.payload_bytes);
                     end = at;

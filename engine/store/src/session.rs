@@ -156,6 +156,12 @@ impl Table {
         }
     }
 
+    pub(crate) fn drop_answer(&mut self, id: SessionId) {
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.in_flight = None;
+        }
+    }
+
     /// Ends the reading of a journal: turns that no session has are let go.
     pub(crate) fn end_replay(&mut self) {
         self.nodes.clear();

@@ -294,8 +294,12 @@ impl Inner {
             apply(&mut state.table, state.next_unwritten, id, event);
             return Ok((level, 0));
         }
-        self.check_epoch()?;
-        let mended = if state.journal.is_broken { self.try_rebase(state) } else { Ok(()) };
+        let mended = match self.check_epoch() {
+            Err(StoreError::Io(e)) => Err(e),
+            Err(e) => return Err(e),
+            Ok(()) if state.journal.is_broken => self.try_rebase(state),
+            Ok(()) => Ok(()),
+        };
         match mended.and_then(|()| state.journal.append(id, &event)) {
             Ok(lsn) => {
                 self.counts.entries.fetch_add(1, Ordering::Relaxed);

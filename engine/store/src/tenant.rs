@@ -51,7 +51,7 @@ impl Tenants {
         for stem in stems {
             let path = format!("{DIR}/{stem}");
             let twin = Twin { disk, path: &path, magic: MAGIC };
-            let Found::Whole { bodies, repair } = twin.read()? else {
+            let Found::Whole { bodies, damaged: one_is } = twin.read()? else {
                 damaged.push(path);
                 continue;
             };
@@ -60,10 +60,10 @@ impl Tenants {
                 damaged.push(path);
                 continue;
             };
-            if repair {
+            if one_is {
                 damaged.push(path.clone());
-                twin.write(&bodies[0])?;
             }
+            twin.mend(&bodies)?;
             tenants.known.insert(TenantId::of(&name), (name.into(), secret));
         }
         Ok(tenants)

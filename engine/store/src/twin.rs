@@ -64,8 +64,12 @@ pub(crate) enum Found {
     Absent,
     /// Copies exist and none is whole.
     Damaged,
-    /// The whole copies' bodies, `a` first; and whether one of the two is damaged or missing.
-    Whole { bodies: Vec<Vec<u8>>, repair: bool },
+    /// The whole copies' bodies, `a` first.
+    Whole {
+        bodies: Vec<Vec<u8>>,
+        /// A copy exists and is not whole.
+        damaged: bool,
+    },
 }
 
 impl Twin<'_> {
@@ -74,18 +78,23 @@ impl Twin<'_> {
     }
 
     pub(crate) fn read(&self) -> Result<Found, StoreError> {
-        let (mut exists, mut bodies) = (false, Vec::new());
+        let (mut exists, mut bodies) = (0, Vec::new());
         for path in self.paths() {
             let Some(bytes) = read_file(self.disk, &path)? else { continue };
-            exists = true;
+            exists += 1;
             refuse_newer(&path, &bytes, self.magic)?;
             bodies.extend(self.body(&bytes).ok());
         }
         Ok(match (exists, bodies.len()) {
-            (false, _) => Found::Absent,
-            (true, 0) => Found::Damaged,
-            (true, whole) => Found::Whole { bodies, repair: whole < 2 },
+            (0, _) => Found::Absent,
+            (_, 0) => Found::Damaged,
+            (exists, whole) => Found::Whole { bodies, damaged: whole < exists },
         })
+    }
+
+    /// Writes the copies anew where they are not two that are whole.
+    pub(crate) fn mend(&self, bodies: &[Vec<u8>]) -> io::Result<()> {
+        if bodies.len() < 2 { self.write(&bodies[0]) } else { Ok(()) }
     }
 
     fn body(&self, bytes: &[u8]) -> Result<Vec<u8>, Malformed> {

@@ -101,7 +101,7 @@ impl Store {
             found.push((path, twin));
         }
         for (path, twin) in found {
-            if !matches!(twin, Found::Whole { repair: false, .. }) {
+            if !matches!(twin, Found::Whole { damaged: false, .. }) {
                 let what = "a copy is damaged";
                 report.damage.push(Damage { path, offset: 0, bytes: 0, what, session: None });
             }
@@ -213,7 +213,7 @@ impl Inner {
                     report.entries += 1;
                     continue;
                 }
-                Piece::Damage { from, to, session } => (from, to, session),
+                Piece::Damage { from, to, owners } => (from, to, owners.first().map(|owner| owner.session)),
                 Piece::Tail { from } => (from, bytes.len(), None),
             };
             let (offset, bytes, what) = (from as u64, (to - from) as u64, "journal entry");

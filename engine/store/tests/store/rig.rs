@@ -23,10 +23,6 @@ impl Rig {
         Self { disk: SimDisk::new(seed), clock: Arc::new(SimClock::new(1_700_000_000_000)), options }
     }
 
-    pub(crate) fn on(disk: SimDisk) -> Self {
-        Self { disk, ..Self::new(0) }
-    }
-
     pub(crate) fn try_open(&self) -> Result<(Store, RecoveryReport), StoreError> {
         // Another start draws other numbers.
         let entropy = Arc::new(SimEntropy::new(self.disk.calls()));
