@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     error::{Miss, StoreError},
     event::{Durability, Event, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings, head_hash},
-    key::{ClassId, KeyChain, PAGE_TOKENS, PageKey, TenantId},
-    pages::{Handed, Page, lock},
+    key::{ClassId, PAGE_TOKENS, PageKey, TenantId},
+    pages::{Handed, Kept, Page, lock},
     record::{PageHeader, PageName},
     session::{Session, Turn},
     store::{Inner, State, Store},
@@ -136,7 +136,7 @@ impl State {
         {
             return Err(StoreError::NameTaken(name.clone()));
         }
-        let limit = lock(&inner.pages.writer).quota(&inner.pages, tenant).sessions;
+        let limit = inner.pages.quota(tenant).sessions;
         if self.table.count(tenant) as u64 >= limit {
             return Err(StoreError::Quota { what: "sessions", limit });
         }
@@ -330,9 +330,6 @@ impl Store {
         let now = info(id, state.session(tenant, id)?);
         drop(state);
         inner.acknowledge(logged, level)?;
-        if now.settings.pinned || now.settings.pinned != old.pinned {
-            inner.keep_pinned();
-        }
         Ok(now)
     }
 
@@ -435,8 +432,9 @@ impl Store {
         self.inner.pages.read(wanted)
     }
 
-    /// Reads pages on the store's own threads, in order, and hands the results to `done`. Pages not begun within
-    /// `patience` are [`Miss::Late`]. Pages after the first miss are not read: nothing could use them.
+    /// Reads pages on the store's own threads, in order, and hands the results to `done`, once. Where they are not there
+    /// within `patience`, all of them are [`Miss::Late`], whatever the disk does. Pages after the first miss are not
+    /// read: nothing could use them.
     pub fn start_read(
         &self,
         wanted: Vec<PageHeader>,
@@ -516,37 +514,30 @@ impl Inner {
         Ok(())
     }
 
-    /// Finds again which pages pinned sessions and those of level `full` keep, newest sessions first within the
-    /// tenant's quota of pinned bytes.
-    pub(crate) fn keep_pinned(&self) {
-        let chains: Vec<(TenantId, KeyChain)> = {
-            let tenants = lock(&self.tenants);
-            tenants.all().iter().filter_map(|(id, _)| Some((*id, tenants.chain(*id)?))).collect()
+    /// What eviction treats apart: the pages of pinned sessions and those of level `full`, newest sessions first
+    /// within the quota of pinned bytes; and those of sessions with a priority.
+    pub(crate) fn kept(&self, tenant: TenantId) -> Kept {
+        let mut kept = Kept::default();
+        let Some(chain) = lock(&self.tenants).chain(tenant) else { return kept };
+        let sessions: Vec<_> = {
+            let state = lock(&self.state);
+            let ids: Vec<_> = state.table.ids(tenant, None).collect();
+            let sessions = ids.iter().rev().filter_map(|&id| state.table.get(tenant, id));
+            let pins = |s: &Session| s.settings.pinned || s.settings.durability == Durability::Full;
+            let apart = sessions.filter(|s| pins(s) || s.settings.priority > 0);
+            apart.filter_map(|s| Some((s.settings.root?, s.tokens(), pins(s)))).collect()
         };
-        for (tenant, chain) in chains {
-            let sessions: Vec<_> = {
-                let state = lock(&self.state);
-                let ids: Vec<_> = state.table.ids(tenant, None).collect();
-                let sessions = ids.iter().rev().filter_map(|&id| state.table.get(tenant, id));
-                let kept =
-                    sessions.filter(|s| s.settings.pinned || s.settings.durability == Durability::Full);
-                kept.filter_map(|s| Some((s.settings.root?, s.tokens()))).collect()
-            };
-            let mut left = lock(&self.pages.writer).quota(&self.pages, tenant).pinned_bytes;
-            let index = lock(&self.pages.index);
-            let mut keys = std::collections::HashSet::new();
-            for (root, tokens) in sessions {
-                for key in chain.keys(root, &tokens) {
-                    let bytes = index.key_bytes(tenant, key);
-                    if keys.contains(&key) || bytes > left {
-                        continue;
-                    }
+        let mut left = self.pages.quota(tenant).pinned_bytes;
+        let index = lock(&self.pages.index);
+        for (root, tokens, pins) in sessions {
+            for key in chain.keys(root, &tokens) {
+                let bytes = index.key_bytes(tenant, key);
+                kept.preferred.insert(key);
+                if pins && bytes <= left && kept.pinned.insert(key) {
                     left -= bytes;
-                    keys.insert(key);
                 }
             }
-            drop(index);
-            lock(&self.pages.kept).insert(tenant, keys);
         }
+        kept
     }
 }

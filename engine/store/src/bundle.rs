@@ -10,7 +10,7 @@ use crate::{
     error::StoreError,
     event::{META_BYTES_MAX, SessionId, Settings, read_settings, write_settings},
     key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
-    pages::{Handed, lock},
+    pages::{Handed, PageWrite, lock},
     record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName},
     store::Store,
     tenant::Tenant,
@@ -232,7 +232,7 @@ impl Store {
             match input.part()? {
                 (TURN, part) if taken + refused == 0 => incoming.turn(&part)?,
                 (PAGE, part) => match incoming.page(&part)? {
-                    Some((header, payload)) => match self.write_patiently(header, payload, ROOM) {
+                    Some(page) => match self.write_patiently(page.header, page.payload, ROOM) {
                         Handed::Dropped => refused += 1,
                         Handed::Queued | Handed::Known => taken += 1,
                     },
@@ -314,7 +314,7 @@ impl Incoming<'_> {
     }
 
     /// A page of this session, named as this tenant names it; `None` where pages are not accepted.
-    fn page(&mut self, part: &[u8]) -> Result<Option<(PageHeader, Box<[u8]>)>, StoreError> {
+    fn page(&mut self, part: &[u8]) -> Result<Option<PageWrite>, StoreError> {
         let mut r = Reader::new(part, "bundle's page");
         let (index, len) = (r.u32()? as usize, usize::from(r.u8()?));
         let (class, group) = (ClassId(r.array()?), r.u16()?);
@@ -337,6 +337,7 @@ impl Incoming<'_> {
         let (parent, tokens) = (self.keys[index], all[..len].to_vec());
         let key = self.tenant.chain.next(parent, &tokens, &[]);
         let name = PageName { tenant: self.tenant.id, key, class, group, kind };
-        Ok(Some((PageHeader { name, content, parent, tokens }, payload.into())))
+        let header = PageHeader { name, content, parent, tokens };
+        Ok(Some(PageWrite { header, payload: payload.into() }))
     }
 }

@@ -78,7 +78,7 @@ pub struct Settings {
     pub ttl_ms: Option<u64>,
     /// Its pages are not evicted, up to the tenant's quota of pinned bytes.
     pub pinned: bool,
-    /// Higher keeps pages longer.
+    /// Above 0, its pages are let go after those of sessions at 0.
     pub priority: u8,
     /// Whether it is on disk, and when a turn is acknowledged if the request does not say.
     pub durability: Durability,

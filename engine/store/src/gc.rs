@@ -33,7 +33,7 @@ pub struct Maintained {
 impl Store {
     /// Sets a tenant's limits, for as long as the store is open.
     pub fn set_quota(&self, tenant: TenantId, quota: Quota) {
-        lock(&self.inner.pages.writer).quotas.insert(tenant, quota);
+        lock(&self.inner.pages.quotas).insert(tenant, quota);
     }
 
     /// Bytes on disk of a tenant's pages.
@@ -56,13 +56,18 @@ impl Store {
     pub fn delete_tenant(&self, tenant: TenantId) -> Result<(), StoreError> {
         let inner = &*self.inner;
         inner.check_epoch()?;
-        let ids: Vec<SessionId> = lock(&inner.state).table.ids(tenant, None).collect();
-        for id in ids {
-            self.delete(tenant, id)?;
+        {
+            let mut state = lock(&inner.state);
+            let ids: Vec<SessionId> = state.table.ids(tenant, None).collect();
+            for id in ids {
+                let durability =
+                    state.table.get(tenant, id).map_or(Durability::Async, |s| s.settings.durability);
+                inner.record(&mut state, id, Event::Delete, durability.min(Durability::Async))?;
+            }
         }
         lock(&inner.pages.writer).drop_tenant(tenant);
         lock(&inner.pages.index).remove_tenant(tenant);
-        lock(&inner.pages.kept).remove(&tenant);
+        lock(&inner.pages.quotas).remove(&tenant);
         // The secret goes first: from here on the rest is unreadable as pages of anyone.
         lock(&inner.tenants).remove(&*inner.disk, tenant)?;
         let dir = segment::tenant_dir(tenant);
@@ -83,15 +88,9 @@ impl Inner {
     pub(crate) fn maintain(&self) -> Result<Maintained, StoreError> {
         self.check_epoch()?;
         let expired_sessions = self.expire()?;
-        self.keep_pinned();
-        let mut evicted_pages = 0;
         let tenants = lock(&self.pages.index).tenants();
-        for tenant in tenants {
-            let quota = lock(&self.pages.writer).quota(&self.pages, tenant).page_bytes;
-            let kept = lock(&self.pages.kept).get(&tenant).cloned().unwrap_or_default();
-            evicted_pages += lock(&self.pages.index).evict(tenant, quota, &kept);
-        }
-        self.pages.counts.evicted.fetch_add(evicted_pages as u64, Ordering::Relaxed);
+        let over = |tenant| self.pages.evict(tenant, self.pages.quota(tenant).page_bytes);
+        let evicted_pages = tenants.into_iter().map(over).sum();
         let mut compacted_segments = 0;
         for segment in self.dying_segments() {
             self.compact(&segment)?;

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,10 +12,10 @@ use std::{
 use crate::{
     aligned::{AlignedBytes, BLOCK},
     disk::{Clock, Disk},
-    error::Miss,
+    error::{Miss, StoreError},
     index::Index,
     key::{ClassId, PageKey, TenantId},
-    options::Options,
+    options::{Options, Quota},
     record::{PageHeader, PageName, Record, StoreKey},
     writer::Writer,
 };
@@ -71,6 +71,18 @@ pub(crate) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
+/// Keys of a tenant that eviction treats apart.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    /// Never let go.
+    pub(crate) pinned: HashSet<PageKey>,
+    /// Let go after all others; the pinned ones among them.
+    pub(crate) preferred: HashSet<PageKey>,
+}
+
+/// Asks the sessions of a tenant what to keep.
+pub(crate) type Keeper = Box<dyn Fn(TenantId) -> Kept + Send + Sync>;
+
 /// A page on its way to the disk.
 pub(crate) struct PageWrite {
     pub(crate) header: PageHeader,
@@ -96,8 +108,9 @@ pub(crate) struct Pages {
     pub(crate) options: Options,
     pub(crate) index: Mutex<Index>,
     pub(crate) writer: Mutex<Writer>,
-    /// Keys that eviction passes over.
-    pub(crate) kept: Mutex<HashMap<TenantId, HashSet<PageKey>>>,
+    pub(crate) quotas: Mutex<HashMap<TenantId, Quota>>,
+    /// Tells what to keep, once there are sessions to ask.
+    pub(crate) keeper: OnceLock<Keeper>,
     ring: Mutex<Ring>,
     /// Something was queued, or written, or the ring closed.
     moved: Condvar,
@@ -125,7 +138,8 @@ impl Pages {
             options,
             index: Mutex::new(index),
             writer: Mutex::new(writer),
-            kept: Mutex::default(),
+            quotas: Mutex::default(),
+            keeper: OnceLock::new(),
             ring: Mutex::default(),
             moved: Condvar::new(),
             counts: PageCounts::default(),
@@ -208,7 +222,9 @@ impl Pages {
         if !lock(&self.writer).write(self, &page) {
             count(&self.counts.dropped);
         }
-        lock(&self.ring).done += 1;
+        let mut ring = lock(&self.ring);
+        ring.done = ring.queued.min(ring.done + 1);
+        drop(ring);
         self.moved.notify_all();
         true
     }
@@ -224,6 +240,43 @@ impl Pages {
         let waited = self.moved.wait_timeout_while(ring, patience, |ring| ring.done < target);
         let (ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
         ring.done >= target
+    }
+
+    pub(crate) fn quota(&self, tenant: TenantId) -> Quota {
+        lock(&self.quotas).get(&tenant).copied().unwrap_or(self.options.quota)
+    }
+
+    /// Lets go of a tenant's pages until at most `bytes` are left, as far as may be.
+    pub(crate) fn evict(&self, tenant: TenantId, bytes: u64) -> usize {
+        if lock(&self.index).bytes(tenant) <= bytes {
+            return 0;
+        }
+        let kept = self.keeper.get().map(|keeper| keeper(tenant)).unwrap_or_default();
+        let mut index = lock(&self.index);
+        let mut evicted = index.evict(tenant, bytes, &kept.preferred);
+        evicted += index.evict(tenant, bytes, &kept.pinned);
+        self.counts.evicted.fetch_add(evicted as u64, Ordering::Relaxed);
+        evicted
+    }
+
+    /// Drops what waits and takes nothing more: another store owns the directory.
+    pub(crate) fn give_up(&self) {
+        let mut ring = lock(&self.ring);
+        ring.closed = true;
+        self.counts.dropped.fetch_add(ring.queue.len() as u64, Ordering::Relaxed);
+        ring.queue.clear();
+        (ring.bytes, ring.done) = (0, ring.queued);
+        self.moved.notify_all();
+    }
+
+    /// Fails once another store has opened the directory.
+    pub(crate) fn check_epoch(&self) -> Result<(), StoreError> {
+        match crate::recover::read_epoch(&*self.disk)? {
+            Some(file) if file.epoch > self.epoch => {
+                Err(StoreError::Fenced { expected: self.epoch, found: file.epoch })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Lets the writing thread end once the ring is empty.

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     aligned::{AlignedBytes, BLOCK, whole_blocks},
-    disk::{Access, Disk, File, create_anew, read_blocks, read_full, write_full},
+    disk::{Access, Disk, File, read_blocks, read_full, write_full},
     error::{Miss, StoreError},
     key::{ClassId, PAGE_TOKENS, PageKey, TenantId, hex},
     record::{Kind, PageName, Record, StoreKey, tag},
@@ -318,7 +318,7 @@ impl Active {
     /// Begins a segment. Its name is durable after the first [`Active::sync`].
     pub(crate) fn begin(disk: &dyn Disk, key: &StoreKey, segment: Segment) -> io::Result<Self> {
         disk.create_dir(&tenant_dir(segment.tenant))?;
-        let file = create_anew(disk, &segment.path())?;
+        let file = disk.create(&segment.path())?;
         write_full(&*file, 0, &file_header(key, segment.tenant, segment.number))?;
         Ok(Self {
             segment: Arc::new(segment),

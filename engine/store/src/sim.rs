@@ -131,6 +131,7 @@ struct State {
     sync_fails: bool,
     capacity: u64,
     short_io: bool,
+    reads_stall: bool,
     /// Handles of an earlier life are of no use.
     life: u64,
 }
@@ -220,6 +221,7 @@ impl SimDisk {
             sync_fails: false,
             capacity: u64::MAX,
             short_io: false,
+            reads_stall: false,
             life: 0,
         })))
     }
@@ -254,6 +256,11 @@ impl SimDisk {
     /// Reads and writes are cut short at random.
     pub fn cut_short(&self) {
         lock(&self.0).short_io = true;
+    }
+
+    /// Reads of files hang from now on, or no longer.
+    pub fn stall_reads(&self, stall: bool) {
+        lock(&self.0).reads_stall = stall;
     }
 
     /// Whether it went off.
@@ -437,6 +444,9 @@ impl SimFile {
 
 impl File for SimFile {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        while lock(&self.disk.0).reads_stall {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         self.with(|state, id| {
             state.call()?;
             let wanted = match state.short_io {

@@ -141,7 +141,9 @@ impl Store {
             // What was read is in memory and in the old files: a full disk must not keep the store from opening.
             let _ = inner.rebase(&mut lock(&inner.state));
         }
-        inner.keep_pinned();
+        let sessions = Arc::downgrade(&inner);
+        let keeper = move |tenant| sessions.upgrade().map(|inner| inner.kept(tenant)).unwrap_or_default();
+        assert!(inner.pages.keeper.set(Box::new(keeper)).is_ok(), "set once, here");
         let threads = if inner.pages.options.threads { inner.start_threads() } else { Vec::new() };
         let readers = inner.pages.options.threads.then(|| crate::reader::Readers::start(&inner));
         Ok((Self { inner, threads, readers, _lock: found.lock }, found.report))
@@ -245,7 +247,7 @@ impl Store {
     /// Ends as a killed process does: nothing more is written. For tests.
     pub fn kill(mut self) {
         self.inner.fenced.store(true, Ordering::Relaxed);
-        self.inner.pages.close();
+        self.inner.pages.give_up();
         self.readers = None;
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -269,13 +271,12 @@ impl Inner {
         if self.fenced.load(Ordering::Relaxed) {
             return Err(StoreError::Fenced { expected, found: 0 });
         }
-        match recover::read_epoch(&*self.disk)? {
-            Some(file) if file.epoch > expected => {
+        self.pages.check_epoch().inspect_err(|e| {
+            if matches!(e, StoreError::Fenced { .. }) {
                 self.fenced.store(true, Ordering::Relaxed);
-                Err(StoreError::Fenced { expected, found: file.epoch })
+                self.pages.give_up();
             }
-            _ => Ok(()),
-        }
+        })
     }
 
     /// Writes an entry of a session and applies it; how durable it is at least without a sync, and its number.
@@ -436,9 +437,6 @@ impl Inner {
             spawn("store-pages", self.clone(), |inner| {
                 let patience = Duration::from_millis(inner.pages.options.sync_ms.clamp(1, 50));
                 while !inner.pages.is_closed() || inner.pages.ring_bytes() > 0 {
-                    if inner.fenced.load(Ordering::Relaxed) {
-                        return;
-                    }
                     inner.pages.write_next(patience);
                     lock(&inner.pages.writer).sync_if_due(&inner.pages);
                 }

@@ -4,7 +4,6 @@ use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
     key::TenantId,
-    options::Quota,
     pages::{PageWrite, Pages, count, lock},
     record::Record,
     segment::{Active, Segment},
@@ -22,7 +21,6 @@ pub(crate) struct Writer {
     /// Above all numbers and serials in use.
     pub(crate) next_number: u64,
     pub(crate) next_serial: u64,
-    pub(crate) quotas: HashMap<TenantId, Quota>,
     unsynced_bytes: u64,
     unsynced_since_ms: Option<u64>,
     paused_until_ms: u64,
@@ -41,7 +39,6 @@ impl Writer {
             actives: HashMap::new(),
             next_number,
             next_serial,
-            quotas: HashMap::new(),
             unsynced_bytes: 0,
             unsynced_since_ms: None,
             paused_until_ms: 0,
@@ -57,7 +54,7 @@ impl Writer {
         }
         let bytes = Pages::disk_bytes(page.payload.len());
         let tenant = page.header.name.tenant;
-        if !self.may_write(pages, bytes) || !self.fits_quota(pages, tenant, bytes) {
+        if !self.may_write(pages, bytes) || !Self::fits_quota(pages, tenant, bytes) {
             return false;
         }
         let record = Record::of(page.header.clone(), &page.payload, self.next_serial, pages.epoch);
@@ -73,6 +70,7 @@ impl Writer {
             std::collections::hash_map::Entry::Vacant(place) => {
                 let segment = Segment::new(tenant, self.next_number);
                 self.next_number += 1;
+                pages.check_epoch().map_err(io::Error::other)?;
                 let begun = Active::begin(&*pages.disk, &pages.key, segment);
                 let active = begun.inspect_err(|e| {
                     self.paused_until_ms = pause(pages, e, self.paused_until_ms);
@@ -147,23 +145,14 @@ impl Writer {
     }
 
     /// Makes room within the tenant's quota.
-    fn fits_quota(&mut self, pages: &Pages, tenant: TenantId, bytes: u64) -> bool {
-        let quota = self.quota(pages, tenant).page_bytes;
-        let mut index = lock(&pages.index);
-        if index.bytes(tenant).saturating_add(bytes) <= quota {
-            return true;
+    fn fits_quota(pages: &Pages, tenant: TenantId, bytes: u64) -> bool {
+        let quota = pages.quota(tenant).page_bytes;
+        let fits = || lock(&pages.index).bytes(tenant).saturating_add(bytes) <= quota;
+        if !fits() {
+            // A tenth at once, so that not every page pays for the search.
+            pages.evict(tenant, (quota - quota / 10).min(quota.saturating_sub(bytes)));
         }
-        // A tenth at once, so that not every page pays for the search.
-        let target = (quota - quota / 10).min(quota.saturating_sub(bytes));
-        let kept = lock(&pages.kept);
-        let none = Default::default();
-        let evicted = index.evict(tenant, target, kept.get(&tenant).unwrap_or(&none));
-        pages.counts.evicted.fetch_add(evicted as u64, std::sync::atomic::Ordering::Relaxed);
-        index.bytes(tenant).saturating_add(bytes) <= quota
-    }
-
-    pub(crate) fn quota(&self, pages: &Pages, tenant: TenantId) -> Quota {
-        self.quotas.get(&tenant).copied().unwrap_or(pages.options.quota)
+        fits()
     }
 
     /// Syncs if enough was written or waited long enough.
@@ -220,7 +209,6 @@ impl Writer {
     /// Forgets a tenant's open segment.
     pub(crate) fn drop_tenant(&mut self, tenant: TenantId) {
         self.actives.remove(&tenant);
-        self.quotas.remove(&tenant);
     }
 
     /// Whether records are still appended to a segment.

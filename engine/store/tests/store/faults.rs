@@ -1,8 +1,8 @@
 //! A disk that fails: errors at any call, no room, syncs that do not, other processes.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
-use mainstay_store::{Append, At, Durability, Handed, Options, Settings, StoreError, sim::Ending};
+use mainstay_store::{Append, At, Durability, Handed, Miss, Options, Settings, StoreError, sim::Ending};
 
 use crate::rig::{Rig, headers, payload, read_pages, settings, tokens, turn, write_pages};
 
@@ -236,4 +236,32 @@ fn ephemeral_sessions_leave_nothing_on_disk() {
     let (store, report) = rig.open();
     assert!(!report.is_damaged());
     assert!(store.list(tenant.id, None, 9).is_empty());
+}
+
+#[test]
+fn a_hung_disk_makes_reads_late_and_holds_nobody() {
+    let rig = Rig { options: Options { reader_threads: 1, ..Options::default() }, ..Rig::new(7) };
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let all = tokens(7, 64);
+    write_pages(&store, &tenant, &all);
+    store.flush().unwrap();
+    rig.disk.stall_reads(true);
+    let (done, read) = std::sync::mpsc::channel();
+    let patience = Duration::from_millis(100);
+    // The second waits behind the first.
+    for _ in 0..2 {
+        let done = done.clone();
+        store.start_read(headers(&tenant, &all), patience, move |pages| done.send(pages).unwrap());
+    }
+    rig.clock.advance(101);
+    for _ in 0..2 {
+        let pages = read.recv().unwrap();
+        assert!(pages.len() == 2 && pages.iter().all(|page| matches!(page, Err(Miss::Late))));
+    }
+    rig.disk.stall_reads(false);
+    store.start_read(headers(&tenant, &all), patience, move |pages| done.send(pages).unwrap());
+    let pages = read.recv().unwrap();
+    assert!(pages.iter().all(Result::is_ok), "it goes on when the disk does");
+    assert!(read.recv().is_err(), "each is answered once");
 }

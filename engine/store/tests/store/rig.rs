@@ -111,12 +111,11 @@ pub(crate) fn turn(store: &Store, tenant: &Tenant, id: SessionId, tokens: &[u32]
     store.append_turn(tenant.id, id, append).map(|done| done.turn)
 }
 
+/// A session, its tokens, and its turns.
+pub(crate) type View = (SessionInfo, Vec<u32>, Vec<(u32, Vec<u32>)>);
+
 /// All of a session that a client can see.
-pub(crate) fn view(
-    store: &Store,
-    tenant: &Tenant,
-    id: SessionId,
-) -> (SessionInfo, Vec<u32>, Vec<(u32, Vec<u32>)>) {
+pub(crate) fn view(store: &Store, tenant: &Tenant, id: SessionId) -> View {
     let turns = store.turns(tenant.id, id).unwrap();
     let turns = turns.iter().map(|turn| (turn.number, turn.tokens.clone())).collect();
     (store.get(tenant.id, id).unwrap(), store.tokens(tenant.id, id).unwrap(), turns)

@@ -349,7 +349,6 @@ fn quotas_expiry_and_pins_hold() {
     write_pages(&store, &a, &pinned);
     write_pages(&store, &b, &tokens(21, 320));
     store.flush().unwrap();
-    store.maintain().unwrap();
     for seed in 30..40 {
         write_pages(&store, &a, &tokens(seed, 32 * 4));
         store.flush().unwrap();
@@ -362,6 +361,18 @@ fn quotas_expiry_and_pins_hold() {
         let held: Vec<_> = headers(&a, &tokens(seed, 128)).iter().map(|h| store.contains(&h.name)).collect();
         assert!(held.is_sorted_by(|a, b| a >= b), "{held:?}");
     }
+    // Those of a session with a priority go last.
+    let dear = tokens(22, 64);
+    let keep = Settings { priority: 1, ..crate::rig::settings(&a, Durability::Async) };
+    let dear_id = store.create(a.id, keep).unwrap().id;
+    turn(&store, &a, dear_id, &dear).unwrap();
+    write_pages(&store, &a, &dear);
+    for seed in 40..50 {
+        write_pages(&store, &a, &tokens(seed, 64));
+        store.flush().unwrap();
+    }
+    assert_eq!((read_pages(&store, &a, &dear), read_pages(&store, &a, &pinned)), (2, 2));
+    store.delete(a.id, dear_id).unwrap();
     // Evicted pages leave the disk when their segments are compacted.
     let used = |prefix: &str| -> usize {
         rig.disk.files().iter().filter(|(p, _)| p.starts_with(prefix)).map(|(_, b)| b.len()).sum()
