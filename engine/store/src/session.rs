@@ -376,3 +376,83 @@ impl Session {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: SessionId = SessionId(1);
+    const FORK: SessionId = SessionId(2);
+
+    /// The entries of a session that was cut inside its first turn, went on, and was forked; by the table's own hashes.
+    fn entries() -> Vec<(SessionId, Event)> {
+        let (tenant, settings) = (TenantId([0; 16]), Settings::default());
+        let whole = head_hash([0; 16], &[1, 2, 3]);
+        let cut = head_hash([0; 16], &[1]);
+        let turn = |number, before, tokens: &[u32]| Event::Turn {
+            number,
+            before,
+            at_ms: 0,
+            tokens: tokens.to_vec(),
+            meta: vec![],
+        };
+        vec![
+            (ID, Event::Create { tenant, settings: settings.clone(), at_ms: 0 }),
+            (ID, turn(1, [0; 16], &[1, 2, 3])),
+            (ID, Event::Rollback { len: 1, hash: cut, at_ms: 0 }),
+            (ID, turn(2, cut, &[9, 9])),
+            (FORK, Event::Fork { of: ID, len: 3, hash: head_hash(cut, &[9, 9]), settings, at_ms: 0 }),
+            (ID, Event::Rollback { len: 2, hash: head_hash(cut, &[9]), at_ms: 0 }),
+            (ID, turn(1, whole, &[4])),
+        ]
+    }
+
+    fn tokens(table: &Table, id: SessionId) -> Option<Vec<u32>> {
+        table.all().find(|(found, _)| *found == id).map(|(_, session)| session.tokens())
+    }
+
+    #[test]
+    fn entries_in_order_make_the_session() {
+        let mut table = Table::default();
+        let entries = entries();
+        let fits = entries.len() - 1;
+        for (lsn, (id, event)) in entries.into_iter().enumerate() {
+            assert_eq!(table.apply(lsn as u64, id, event).is_ok(), lsn < fits, "entry {lsn}");
+        }
+        assert_eq!(tokens(&table, ID), Some(vec![1, 9]));
+        assert_eq!(tokens(&table, FORK), Some(vec![1, 9, 9]));
+    }
+
+    #[test]
+    fn entries_after_a_lost_one_are_rejected_and_change_nothing() {
+        let mut table = Table::default();
+        for (lsn, (id, event)) in entries().into_iter().enumerate() {
+            // The first rollback is lost: numbers and lengths would still fit.
+            if lsn != 2 {
+                assert_eq!(table.apply(lsn as u64, id, event).is_ok(), lsn < 2, "entry {lsn}");
+            }
+        }
+        assert_eq!(tokens(&table, ID), Some(vec![1, 2, 3]));
+        assert_eq!(tokens(&table, FORK), None);
+    }
+
+    #[test]
+    fn a_base_makes_the_table_again() {
+        let mut table = Table::default();
+        entries().into_iter().enumerate().for_each(|(lsn, (id, event))| {
+            let _ = table.apply(lsn as u64, id, event);
+        });
+        let base = table.entries();
+        let mut again = Table::default();
+        for (id, event) in base.clone() {
+            again.apply(0, id, event).unwrap();
+        }
+        again.end_replay();
+        assert_eq!(again.entries(), base);
+        // Without its first turn a session keeps nothing, and says so.
+        let mut less = Table::default();
+        let results: Vec<_> = base.into_iter().skip(1).map(|(id, e)| less.apply(0, id, e).is_ok()).collect();
+        assert!(results.iter().any(|ok| !ok));
+        assert!(less.all().all(|(_, session)| session.damaged && session.len() == 0));
+    }
+}

@@ -131,20 +131,24 @@ impl<'a> Reader<'a> {
             return Err(self.malformed());
         }
         let mut tokens = Vec::with_capacity(count);
+        let (malformed, mut bytes) = (self.malformed(), self.rest.iter());
         for _ in 0..count {
-            let mut token = 0_u64;
-            for place in 0..5 {
-                let byte = self.u8()?;
-                token |= u64::from(byte & 0x7f) << (7 * place);
+            let (mut token, mut place) = (0_u64, 0);
+            loop {
+                let &byte = bytes.next().ok_or(malformed)?;
+                token |= u64::from(byte & 0x7f) << place;
+                place += 7;
                 if byte < 0x80 {
                     break;
                 }
-                if place == 4 {
-                    return Err(self.malformed());
+                // Five bytes hold 35 bits.
+                if place == 35 {
+                    return Err(malformed);
                 }
             }
-            tokens.push(u32::try_from(token).map_err(|_| self.malformed())?);
+            tokens.push(u32::try_from(token).map_err(|_| malformed)?);
         }
+        self.rest = bytes.as_slice();
         Ok(tokens)
     }
 
