@@ -197,3 +197,60 @@ impl Index {
         count
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TENANT: TenantId = TenantId([0; 16]);
+
+    fn insert(index: &mut Index, segment: &Arc<Segment>, key: u8, parent: u8) {
+        let name = PageName {
+            tenant: TENANT,
+            key: PageKey([key; 32]),
+            class: ClassId([0; 32]),
+            group: 0,
+            kind: Kind::Attention,
+        };
+        let parent = PageKey([parent; 32]);
+        let (serial, offset) = (u64::from(key), 0);
+        let slot = Slot { name, parent, serial, offset, payload_bytes: 1, token_count: 32, tail: vec![] };
+        segment.add(slot.disk_bytes());
+        index.insert(segment, slot, &[]);
+    }
+
+    fn held(index: &Index) -> Vec<u8> {
+        let mut keys: Vec<_> = index.entries().map(|entry| entry.slot.name.key.0[0]).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// 1 - 2 - 3
+    ///   \ 4 - 5, and 6 alone.
+    #[test]
+    fn a_page_goes_after_all_its_children() {
+        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(TENANT, 1)));
+        for (key, parent) in [(1, 0), (2, 1), (3, 2), (4, 1), (5, 4), (6, 0)] {
+            insert(&mut index, &segment, key, parent);
+        }
+        let none = HashSet::new();
+        let expected: [&[u8]; 7] =
+            [&[], &[6], &[1, 6], &[1, 4, 6], &[1, 4, 5, 6], &[1, 2, 4, 5, 6], &[1, 2, 3, 4, 5, 6]];
+        for left in (0..=6).rev() {
+            index.evict(TENANT, left * 8192, &none);
+            // The longest unused leaf goes first: 3, then 2 that it leaves bare, then 5, 4, 1 and 6.
+            assert_eq!(held(&index), expected[left as usize], "{left} pages are left");
+        }
+        assert_eq!(segment.live_bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_kept_page_keeps_those_it_follows() {
+        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(TENANT, 1)));
+        for (key, parent) in [(1, 0), (2, 1), (3, 2), (4, 3)] {
+            insert(&mut index, &segment, key, parent);
+        }
+        index.evict(TENANT, 0, &HashSet::from([PageKey([2; 32])]));
+        assert_eq!(held(&index), [1, 2]);
+    }
+}

@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    aligned::BLOCK,
     disk::{Access, Clock, Disk, Entropy, File, Space},
     pages::lock,
 };
@@ -311,10 +312,6 @@ impl SimDisk {
         state.now.files.insert(path.to_owned(), id);
         state.durable.files.insert(path.to_owned(), id);
     }
-
-    fn handle(&self, inode: u64, life: u64) -> Arc<dyn File> {
-        Arc::new(SimFile { disk: self.clone(), inode, life })
-    }
 }
 
 impl Disk for SimDisk {
@@ -332,14 +329,15 @@ impl Disk for SimDisk {
         state.next_inode += 1;
         state.inodes.insert(id, Inode::default());
         state.name(&dir, NameChange::Set(path.to_owned(), id));
-        Ok(self.handle(id, state.life))
+        Ok(Arc::new(SimFile { disk: self.clone(), inode: id, life: state.life, is_direct: false }))
     }
 
-    fn open(&self, path: &str, _access: Access) -> io::Result<Arc<dyn File>> {
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn File>> {
         let mut state = lock(&self.0);
         state.call()?;
         let inode = *state.now.files.get(path).ok_or(io::ErrorKind::NotFound)?;
-        Ok(self.handle(inode, state.life))
+        let is_direct = access == Access::Direct;
+        Ok(Arc::new(SimFile { disk: self.clone(), inode, life: state.life, is_direct }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -430,6 +428,7 @@ struct SimFile {
     disk: SimDisk,
     inode: u64,
     life: u64,
+    is_direct: bool,
 }
 
 impl SimFile {
@@ -450,6 +449,10 @@ impl File for SimFile {
         self.with(|state, id| {
             state.call()?;
             let wanted = match state.short_io {
+                // Past the page cache whole blocks are read, but at the end of a file.
+                true if self.is_direct => {
+                    BLOCK * (1 + state.random.below((into.len() / BLOCK) as u64) as usize)
+                }
                 true if into.len() > 1 => 1 + state.random.below(into.len() as u64) as usize,
                 _ => into.len(),
             };

@@ -265,3 +265,18 @@ fn a_hung_disk_makes_reads_late_and_holds_nobody() {
     assert!(pages.iter().all(Result::is_ok), "it goes on when the disk does");
     assert!(read.recv().is_err(), "each is answered once");
 }
+
+#[test]
+fn a_full_turn_is_refused_while_its_pages_are_missing() {
+    let rig = Rig::new(8);
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let id = store.create(tenant.id, settings(&tenant, Durability::Full)).unwrap().id;
+    let all = tokens(8, 65);
+    write_pages(&store, &tenant, &all[..32]);
+    assert!(matches!(turn(&store, &tenant, id, &all), Err(StoreError::Pages(_))));
+    assert_eq!(store.get(tenant.id, id).unwrap().turn_count, 0);
+    // The last token has not been computed, so the third page is not asked for.
+    write_pages(&store, &tenant, &all[..64]);
+    turn(&store, &tenant, id, &all).unwrap();
+}
