@@ -236,7 +236,7 @@ fn a_killed_process_loses_nothing_acknowledged() {
 
 #[test]
 fn power_loss_takes_only_what_was_not_synced() {
-    seeds(4000).for_each(|seed| lives(1 << 32 | seed, Ending::PowerLoss, 4));
+    seeds(10_000).for_each(|seed| lives(1 << 32 | seed, Ending::PowerLoss, 4));
 }
 
 /// The same work, killed at each of its calls in turn.
