@@ -12,6 +12,7 @@ const OWN: [(&str, &[&str]); 9] = [
     ("mainstay-backend-candle", &["mainstay-backend-api", "mainstay-models"]),
     ("mainstay-backend-cpu", &["mainstay-backend-api", "mainstay-models", "mainstay-kernels-cpu"]),
     ("mainstay-engine", &["mainstay-backend-api", "mainstay-models"]),
+    ("mainstay-store", &[]),
     ("mainstay-server", &["mainstay-engine", "mainstay-models"]),
     ("mainstay-bench", &["mainstay-backend-api", "mainstay-engine", "mainstay-models"]),
     (

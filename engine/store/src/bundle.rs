@@ -1,0 +1,343 @@
+//! A session as a stream of bytes, to be opened by another store: tokens, and pages if wanted.
+
+use std::{
+    io::{Read, Write},
+    time::Duration,
+};
+
+use crate::{
+    api::{Append, SessionInfo},
+    error::StoreError,
+    event::{META_BYTES_MAX, SessionId, Settings, read_settings, write_settings},
+    key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
+    pages::{Handed, PageWrite, lock},
+    record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName},
+    store::Store,
+    tenant::Tenant,
+    twin::{PREAMBLE_BYTES, preamble, refuse_newer, version_of},
+    wire::{Malformed, Reader, Writer},
+};
+
+const MAGIC: [u8; 8] = *b"MSTBUND\n";
+const SESSION: u8 = 1;
+const TURN: u8 = 2;
+const PAGE: u8 = 3;
+const END: u8 = 4;
+/// Longest part.
+const PART_BYTES_MAX: usize = PAYLOAD_BYTES_MAX + META_BYTES_MAX;
+/// Tokens and metadata of a session that is read in, bytes.
+const TURN_BYTES_MAX: usize = 1 << 30;
+/// How long an import waits for room in the ring, a page.
+const ROOM: Duration = Duration::from_secs(5);
+
+/// Which pages an export takes along.
+#[derive(Clone, Copy, Debug)]
+pub struct ExportPages {
+    /// What they were computed with.
+    pub content: ContentId,
+    /// By whom.
+    pub class: ClassId,
+    /// Groups of layers.
+    pub groups: u16,
+}
+
+/// What an import does with a bundle's pages. Nothing proves who computed them: take them only from where one
+/// trusts, for a made-up page says what its maker wants.
+#[derive(Clone, Copy, Debug)]
+pub enum BundlePages {
+    /// Tokens alone; pages are computed again.
+    Refuse,
+    /// Pages of this content, named anew after this root.
+    Accept {
+        /// What this engine computes with.
+        content: ContentId,
+        /// Where the session's chain begins here.
+        root: PageKey,
+    },
+}
+
+/// An imported session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Imported {
+    /// It, with its new id.
+    pub session: SessionInfo,
+    /// Pages taken.
+    pub pages: u32,
+    /// Pages passed over: not wanted, of other content, or no room.
+    pub pages_refused: u32,
+}
+
+/// Writes parts, each followed by the hash of all bytes so far.
+struct Out<'a> {
+    out: &'a mut dyn Write,
+    hasher: blake3::Hasher,
+    parts: u64,
+}
+
+impl Out<'_> {
+    fn raw(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.hasher.update(bytes);
+        Ok(self.out.write_all(bytes)?)
+    }
+
+    fn part(&mut self, kind: u8, head: &[u8], payload: &[u8]) -> Result<(), StoreError> {
+        self.raw(&[kind])?;
+        self.raw(&((head.len() + payload.len()) as u32).to_le_bytes())?;
+        self.raw(head)?;
+        self.raw(payload)?;
+        self.parts += 1;
+        let hash = self.hasher.finalize();
+        self.raw(hash.as_bytes())
+    }
+}
+
+struct In<'a> {
+    input: &'a mut dyn Read,
+    hasher: blake3::Hasher,
+    parts: u64,
+}
+
+impl In<'_> {
+    /// Exactly so many bytes; memory grows with what arrives, not with what is claimed.
+    fn raw(&mut self, count: usize) -> Result<Vec<u8>, StoreError> {
+        let mut bytes = Vec::new();
+        self.input.take(count as u64).read_to_end(&mut bytes)?;
+        if bytes.len() != count {
+            return Err(StoreError::Bundle(format!("ends early: {} of {count} bytes", bytes.len())));
+        }
+        Ok(bytes)
+    }
+
+    fn hashed(&mut self, count: usize) -> Result<Vec<u8>, StoreError> {
+        let bytes = self.raw(count)?;
+        self.hasher.update(&bytes);
+        Ok(bytes)
+    }
+
+    fn part(&mut self) -> Result<(u8, Vec<u8>), StoreError> {
+        let head = self.hashed(5)?;
+        let count = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
+        if count > PART_BYTES_MAX {
+            return Err(StoreError::Bundle(format!("a part of {count} bytes, at most {PART_BYTES_MAX}")));
+        }
+        let payload = self.hashed(count)?;
+        let expected = self.hasher.finalize();
+        if self.hashed(32)? != expected.as_bytes()[..] {
+            return Err(StoreError::Bundle("the hash of a part is wrong".to_owned()));
+        }
+        self.parts += 1;
+        Ok((head[0], payload))
+    }
+}
+
+impl Store {
+    /// Writes a session out. Pages that are not in the store are left out.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or what `out` reports.
+    pub fn export(
+        &self,
+        tenant: TenantId,
+        id: SessionId,
+        pages: Option<ExportPages>,
+        out: &mut dyn Write,
+    ) -> Result<(), StoreError> {
+        let info = self.get(tenant, id)?;
+        let turns = self.turns(tenant, id)?;
+        let mut out = Out { out, hasher: blake3::Hasher::new(), parts: 0 };
+        out.raw(&preamble(MAGIC))?;
+        let mut head = Writer::default();
+        head.option(pages.map(|pages| pages.content), |out, content| {
+            out.raw(&content.0);
+        });
+        write_settings(head.u64(info.created_ms), &info.settings);
+        out.part(SESSION, &head.0, &[])?;
+        for turn in &turns {
+            let mut head = Writer::default();
+            head.tokens(&turn.tokens).bytes(&turn.meta);
+            out.part(TURN, &head.0, &[])?;
+        }
+        if let (Some(pages), Some(root)) = (pages, info.settings.root) {
+            let tokens: Vec<u32> = turns.iter().flat_map(|turn| turn.tokens.iter().copied()).collect();
+            self.export_pages(tenant, root, &tokens, (pages, &mut out))?;
+        }
+        let parts = out.parts;
+        out.part(END, &parts.to_le_bytes(), &[])
+    }
+
+    fn export_pages(
+        &self,
+        tenant: TenantId,
+        root: PageKey,
+        tokens: &[u32],
+        (pages, out): (ExportPages, &mut Out<'_>),
+    ) -> Result<(), StoreError> {
+        let chain = lock(&self.inner.tenants).chain(tenant).ok_or(StoreError::NotFound)?;
+        let mut parent = root;
+        for (i, full) in tokens.chunks(PAGE_TOKENS).enumerate() {
+            let key = chain.next(parent, full, &[]);
+            for group in 0..pages.groups {
+                for kind in [Kind::Attention, Kind::State] {
+                    let like = PageName { tenant, key, class: pages.class, group, kind };
+                    // The last tokens of a session may have no keys and values yet.
+                    let found = if self.contains(&like) {
+                        Some((like, full.len()))
+                    } else {
+                        self.find_tail(&like, parent, full)
+                    };
+                    let Some((name, len)) = found else { continue };
+                    let (content, tokens) = (pages.content, full[..len].to_vec());
+                    let Ok(page) = self.read(&PageHeader { name, content, parent, tokens }) else { continue };
+                    let mut head = Writer::default();
+                    head.u32(i as u32).u8(len as u8).raw(&name.class.0).u16(group).u8(kind as u8);
+                    out.part(PAGE, &head.0, &page)?;
+                }
+            }
+            parent = key;
+        }
+        Ok(())
+    }
+
+    /// Reads a session in, under a new id and, if given, a name. Every hash and count is compared, and no length is
+    /// believed; where anything is wrong no session is made.
+    ///
+    /// # Errors
+    /// [`StoreError::Bundle`], [`StoreError::Newer`], and those of [`Store::create`].
+    pub fn import(
+        &self,
+        tenant: &Tenant,
+        input: &mut dyn Read,
+        name: Option<String>,
+        pages: BundlePages,
+    ) -> Result<Imported, StoreError> {
+        let mut input = In { input, hasher: blake3::Hasher::new(), parts: 0 };
+        let first = input.hashed(PREAMBLE_BYTES)?;
+        refuse_newer("the bundle", &first, MAGIC)?;
+        if version_of(&first, MAGIC).is_none() {
+            return Err(StoreError::Bundle("not a session bundle".to_owned()));
+        }
+        let (SESSION, head) = input.part()? else {
+            return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
+        };
+        let (content, mut settings) = parse_session(&head)?;
+        let accepted = match pages {
+            BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
+            _ => None,
+        };
+        let (turns, tokens, keys) = (Vec::new(), Vec::new(), Vec::new());
+        let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
+        let (mut taken, mut refused) = (0, 0);
+        loop {
+            let before = input.parts;
+            match input.part()? {
+                (TURN, part) if taken + refused == 0 => incoming.turn(&part)?,
+                (PAGE, part) => match incoming.page(&part)? {
+                    Some(page) => match self.write_patiently(page.header, page.payload, ROOM) {
+                        Handed::Dropped => refused += 1,
+                        Handed::Queued | Handed::Known => taken += 1,
+                    },
+                    None => refused += 1,
+                },
+                (END, part) if part == before.to_le_bytes() => break,
+                (kind, _) => return Err(StoreError::Bundle(format!("part {before} has kind {kind}"))),
+            }
+        }
+        settings.root = match pages {
+            BundlePages::Accept { root, .. } => Some(root),
+            BundlePages::Refuse => None,
+        };
+        (settings.name, settings.pinned) = (name, false);
+        let session = self.import_turns(tenant.id, settings, incoming.turns)?;
+        Ok(Imported { session, pages: taken, pages_refused: refused })
+    }
+
+    fn import_turns(
+        &self,
+        tenant: TenantId,
+        settings: Settings,
+        turns: Vec<(Vec<u32>, Vec<u8>)>,
+    ) -> Result<SessionInfo, StoreError> {
+        let durability = settings.durability;
+        let id = self.create(tenant, settings)?.id;
+        for (i, (tokens, meta)) in turns.into_iter().enumerate() {
+            // Turns of a bundle are written at once and made durable together.
+            let append = Append {
+                expected_turn: Some(i as u32),
+                tokens,
+                meta,
+                durability: Some(durability.min(crate::Durability::Async)),
+            };
+            if let Err(e) = self.append_turn(tenant, id, append) {
+                self.delete(tenant, id)?;
+                return Err(e);
+            }
+        }
+        if durability >= crate::Durability::Turn {
+            self.flush()?;
+        }
+        self.get(tenant, id)
+    }
+}
+
+fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, Settings), Malformed> {
+    let mut r = Reader::new(part, "bundle's session");
+    let content = r.option(Reader::array)?.map(ContentId);
+    let _created_ms = r.u64()?;
+    let settings = read_settings(&mut r)?;
+    r.end()?;
+    Ok((content, settings))
+}
+
+/// A session on its way in.
+struct Incoming<'a> {
+    tenant: &'a Tenant,
+    accepted: Option<(ContentId, PageKey)>,
+    turns: Vec<(Vec<u32>, Vec<u8>)>,
+    turn_bytes: usize,
+    tokens: Vec<u32>,
+    /// Keys of its pages by index, the root before the first; made with the first page.
+    keys: Vec<PageKey>,
+}
+
+impl Incoming<'_> {
+    fn turn(&mut self, part: &[u8]) -> Result<(), Malformed> {
+        let mut r = Reader::new(part, "bundle's turn");
+        let (tokens, meta) = (r.tokens()?, r.bytes()?.to_vec());
+        r.end()?;
+        self.turn_bytes += part.len();
+        if self.turn_bytes > TURN_BYTES_MAX || meta.len() > META_BYTES_MAX {
+            return Err(Malformed("bundle's turn"));
+        }
+        self.tokens.extend_from_slice(&tokens);
+        self.turns.push((tokens, meta));
+        Ok(())
+    }
+
+    /// A page of this session, named as this tenant names it; `None` where pages are not accepted.
+    fn page(&mut self, part: &[u8]) -> Result<Option<PageWrite>, StoreError> {
+        let mut r = Reader::new(part, "bundle's page");
+        let (index, len) = (r.u32()? as usize, usize::from(r.u8()?));
+        let (class, group) = (ClassId(r.array()?), r.u16()?);
+        let kind = match r.u8()? {
+            0 => Kind::Attention,
+            1 => Kind::State,
+            _ => return Err(r.malformed().into()),
+        };
+        const HEAD_BYTES: usize = 4 + 1 + 32 + 2 + 1;
+        let payload = &part[HEAD_BYTES..];
+        let all = self.tokens.chunks(PAGE_TOKENS).nth(index).ok_or(r.malformed())?;
+        if len == 0 || len > all.len() || payload.len() > PAYLOAD_BYTES_MAX {
+            return Err(r.malformed().into());
+        }
+        let Some((content, root)) = self.accepted else { return Ok(None) };
+        if self.keys.is_empty() {
+            self.keys.push(root);
+            self.keys.extend(self.tenant.chain.keys(root, &self.tokens));
+        }
+        let (parent, tokens) = (self.keys[index], all[..len].to_vec());
+        let key = self.tenant.chain.next(parent, &tokens, &[]);
+        let name = PageName { tenant: self.tenant.id, key, class, group, kind };
+        let header = PageHeader { name, content, parent, tokens };
+        Ok(Some(PageWrite { header, payload: payload.into() }))
+    }
+}

@@ -1,0 +1,246 @@
+//! Looking at everything: a whole check, a slow one in steps, and a copy of a live store.
+
+use std::sync::Arc;
+
+use crate::{
+    aligned::BLOCK,
+    disk::{Access, Disk, create_anew, read_full, write_full},
+    error::{Miss, StoreError},
+    event::Event,
+    index::Entry,
+    journal::{self, FileName, Piece},
+    key::{TenantId, hex},
+    pages::{count, lock},
+    recover::{CONFIG, CONFIG_MAGIC, EpochFile, QUARANTINE, epoch_twin},
+    report::Damage,
+    segment::{self, Segment},
+    store::{Inner, Store},
+    tenant,
+    twin::{Found, Twin},
+};
+
+/// What a whole check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VerifyReport {
+    /// Sessions.
+    pub sessions: usize,
+    /// Journal entries proven.
+    pub entries: u64,
+    /// Pages proven, by their digests.
+    pub pages: u64,
+    /// Their payload bytes.
+    pub page_bytes: u64,
+    /// What is not as it was written.
+    pub damage: Vec<Damage>,
+}
+
+/// Where the scrubber is: the last segment it finished.
+pub(crate) type ScrubPlace = Option<(TenantId, u64)>;
+
+/// What a step of the scrubber did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scrubbed {
+    /// Pages proven.
+    pub pages: u64,
+    /// Pages that were damaged, and are let go.
+    pub damaged: u64,
+    /// All segments have been seen; the next step begins anew.
+    pub done: bool,
+}
+
+/// Bytes copied at once.
+const COPY_BYTES: usize = 1 << 20;
+
+impl Store {
+    /// Reads everything and compares it with its checksums and digests. Changes nothing.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn verify(&self) -> Result<VerifyReport, StoreError> {
+        let inner = &*self.inner;
+        let mut report = VerifyReport::default();
+        self.verify_twins(&mut report)?;
+        {
+            // Nobody appends meanwhile.
+            let state = lock(&inner.state);
+            report.sessions = state.table.all().count();
+            let mut files = journal::files(&*inner.disk)?;
+            let base = files.iter().rposition(|file| file.is_base).unwrap_or(0);
+            for name in files.drain(..).skip(base) {
+                inner.verify_journal(name, &mut report)?;
+            }
+        }
+        let mut entries: Vec<Entry> = lock(&inner.pages.index).entries().cloned().collect();
+        entries.sort_unstable_by_key(|e| (e.segment.tenant, e.segment.number, e.slot.offset));
+        for entry in entries {
+            match inner.prove(&entry) {
+                Ok(bytes) => {
+                    report.pages += 1;
+                    report.page_bytes += bytes;
+                }
+                Err(Miss::Unreadable(_)) if !inner.is_current(&entry) => {}
+                Err(miss) => {
+                    let what = if let Miss::Damaged(what) = miss { what } else { "unreadable" };
+                    let (path, offset, bytes) =
+                        (entry.segment.path(), entry.slot.offset, entry.slot.disk_bytes());
+                    report.damage.push(Damage { path, offset, bytes, what, session: None });
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    fn verify_twins(&self, report: &mut VerifyReport) -> Result<(), StoreError> {
+        let disk = &*self.inner.disk;
+        let config = Twin { disk, path: CONFIG, magic: CONFIG_MAGIC }.read()?;
+        let mut found = vec![(CONFIG.to_owned(), config), ("EPOCH".to_owned(), epoch_twin(disk).read()?)];
+        let tenants = lock(&self.inner.tenants).all();
+        for (id, _) in tenants {
+            let path = format!("{}/{}", tenant::DIR, hex(&id.0));
+            let twin = Twin { disk, path: &path, magic: tenant::MAGIC }.read()?;
+            found.push((path, twin));
+        }
+        for (path, twin) in found {
+            if !matches!(twin, Found::Whole { damaged: false, .. }) {
+                let what = "a copy is damaged";
+                report.damage.push(Damage { path, offset: 0, bytes: 0, what, session: None });
+            }
+        }
+        Ok(())
+    }
+
+    /// Proves the pages of the next segment; a damaged page is let go. Call it now and then.
+    pub fn scrub(&self) -> Scrubbed {
+        let inner = &*self.inner;
+        let mut place = lock(&inner.scrub);
+        let next = {
+            let index = lock(&inner.pages.index);
+            let segments = index.segments.iter().filter(|(key, _)| place.is_none_or(|place| **key > place));
+            segments.min_by_key(|(key, _)| **key).map(|(key, segment)| (*key, segment.clone()))
+        };
+        let Some((key, segment)) = next else {
+            *place = None;
+            return Scrubbed { done: true, ..Scrubbed::default() };
+        };
+        let mut scrubbed = Scrubbed::default();
+        for entry in inner.entries_of(&segment) {
+            match inner.prove(&entry) {
+                Ok(_) => scrubbed.pages += 1,
+                Err(Miss::Damaged(_)) => {
+                    scrubbed.damaged += 1;
+                    count(&inner.pages.counts.damaged);
+                    lock(&inner.pages.index).remove_at(&entry);
+                }
+                // The disk may answer another time.
+                Err(_) => {}
+            }
+        }
+        *place = Some(key);
+        scrubbed
+    }
+
+    /// Copies the store, as it is at one moment, to an empty directory.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] where `to` is not empty, or either disk fails.
+    pub fn snapshot(&self, to: &dyn Disk) -> Result<(), StoreError> {
+        let inner = &*self.inner;
+        if !to.list("")?.is_empty() {
+            return Err(StoreError::Io(std::io::ErrorKind::DirectoryNotEmpty.into()));
+        }
+        for dir in [journal::DIR, segment::DIR, tenant::DIR, QUARANTINE] {
+            to.create_dir(dir)?;
+        }
+        let copy_twin = |path: &str, magic| -> Result<(), StoreError> {
+            match (Twin { disk: &*inner.disk, path, magic }).read()? {
+                Found::Whole { bodies, .. } => Ok(Twin { disk: to, path, magic }.write(&bodies[0])?),
+                _ => Err(StoreError::Lost { path: path.to_owned() }),
+            }
+        };
+        copy_twin(CONFIG, CONFIG_MAGIC)?;
+        let tenants = lock(&inner.tenants).all();
+        for (id, _) in tenants {
+            copy_twin(&format!("{}/{}", tenant::DIR, hex(&id.0)), tenant::MAGIC)?;
+        }
+        let (entries, wall_ms) = {
+            let mut state = lock(&inner.state);
+            (state.table.entries(), inner.now_ms(&mut state))
+        };
+        let epoch = inner.pages.epoch;
+        let (name, start) = (FileName { lsn: 1, is_base: true }, Event::Start { epoch, wall_ms });
+        let base = journal::write_base(to, &inner.pages.key, name, &start, &entries)?;
+        journal::publish_base(to, &base, name)?;
+        self.copy_segments(to)?;
+        EpochFile { epoch, closed_lsn: base.last_lsn() }.write(to)?;
+        to.sync_dir("")?;
+        Ok(())
+    }
+
+    fn copy_segments(&self, to: &dyn Disk) -> Result<(), StoreError> {
+        let disk = &*self.inner.disk;
+        let segments: Vec<Arc<Segment>> = lock(&self.inner.pages.index).segments.values().cloned().collect();
+        for segment in segments {
+            let path = segment.path();
+            let from = match disk.open(&path, Access::Read) {
+                // Compacted meanwhile: pages are a cache.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                opened => opened?,
+            };
+            to.create_dir(&segment::tenant_dir(segment.tenant))?;
+            let file = create_anew(to, &path)?;
+            let (mut at, mut buffer) = (0, vec![0; COPY_BYTES]);
+            loop {
+                let read = read_full(&*from, at, &mut buffer)?;
+                if read == 0 {
+                    break;
+                }
+                write_full(&*file, at, &buffer[..read])?;
+                at += read as u64;
+            }
+            file.sync()?;
+            to.sync_dir(&segment::tenant_dir(segment.tenant))?;
+        }
+        Ok(to.sync_dir(segment::DIR)?)
+    }
+}
+
+impl Inner {
+    fn verify_journal(&self, name: FileName, report: &mut VerifyReport) -> Result<(), StoreError> {
+        let bytes = journal::read(&*self.disk, name)?;
+        for piece in journal::scan(&bytes, &self.pages.key) {
+            let (from, to, session) = match piece {
+                Piece::Entry(_) => {
+                    report.entries += 1;
+                    continue;
+                }
+                Piece::Damage { from, to, owners } => (from, to, owners.first().map(|owner| owner.session)),
+                Piece::Tail { from } => (from, bytes.len(), None),
+            };
+            let (offset, bytes, what) = (from as u64, (to - from) as u64, "journal entry");
+            report.damage.push(Damage { path: name.path(), offset, bytes, what, session });
+        }
+        Ok(())
+    }
+
+    /// Reads a page and compares its digest; its payload bytes.
+    fn prove(&self, entry: &Entry) -> Result<u64, Miss> {
+        let (record, bytes) = entry.segment.read(&*self.disk, &self.pages.key, &entry.slot)?;
+        if !record.digest_holds(&bytes[BLOCK..BLOCK + record.payload_bytes]) {
+            return Err(Miss::Damaged("digest"));
+        }
+        Ok(record.payload_bytes as u64)
+    }
+
+    fn is_current(&self, entry: &Entry) -> bool {
+        let segment = &entry.segment;
+        lock(&self.pages.index).segments.contains_key(&(segment.tenant, segment.number))
+    }
+
+    fn entries_of(&self, segment: &Arc<Segment>) -> Vec<Entry> {
+        let index = lock(&self.pages.index);
+        let mut entries: Vec<_> =
+            index.entries().filter(|entry| Arc::ptr_eq(&entry.segment, segment)).cloned().collect();
+        entries.sort_unstable_by_key(|entry| entry.slot.offset);
+        entries
+    }
+}

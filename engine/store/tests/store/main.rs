@@ -1,0 +1,7 @@
+//! A store as its users see it, on a simulated disk.
+
+mod crash;
+mod damage;
+mod faults;
+mod rig;
+mod roundtrip;
