@@ -1,8 +1,8 @@
 //! Drives an executor with hand-made steps: sequences with their pages, and nothing of the engine.
 
 use mainstay_backend_api::{
-    Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, OutputRow, PAGE_TOKENS, PageBytes,
-    PageId, PageRef, Sampling, Step, StepOutput, Ticket, Want,
+    Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow, PAGE_TOKENS,
+    PageBytes, PageId, PageRef, Sampling, Step, StepOutput, Ticket, Want,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
@@ -19,12 +19,15 @@ pub(crate) struct Named {
 /// instruction set of this machine, each on another number of threads.
 pub(crate) fn backends() -> Vec<Named> {
     let mut all = vec![Named { name: "candle".into(), backend: Box::new(CandleBackend::cpu()) }];
-    all.extend(Isa::supported().zip(1..).map(|(isa, threads)| {
-        let options = CpuOptions { threads: Some(threads), isa: Some(isa) };
-        let backend = CpuBackend::new(options).unwrap_or_else(|e| panic!("{e}"));
-        Named { name: format!("cpu/{}", isa.name()), backend: Box::new(backend) }
-    }));
+    all.extend(Isa::supported().zip(1..).map(|(isa, threads)| cpu(isa, threads)));
     all
+}
+
+/// The cpu backend with this instruction set and number of threads.
+pub(crate) fn cpu(isa: Isa, threads: usize) -> Named {
+    let options = CpuOptions { threads: Some(threads), isa: Some(isa) };
+    let backend = CpuBackend::new(options).unwrap_or_else(|e| panic!("{e}"));
+    Named { name: format!("cpu/{} on {threads} threads", isa.name()), backend: Box::new(backend) }
 }
 
 /// Pages of each group, page 0 not counted.
@@ -89,7 +92,12 @@ impl Rig {
 
     /// Whether equal bits are promised whatever the batch, the chunks and the pages.
     pub(crate) fn is_exact(&self) -> bool {
-        self.executor.numeric_class().invariance == Invariance::Full
+        self.numeric_class().invariance == Invariance::Full
+    }
+
+    /// What decides the bits of its results.
+    pub(crate) fn numeric_class(&self) -> NumericClass {
+        self.executor.numeric_class()
     }
 
     /// Gives pages out in another order from now on.
