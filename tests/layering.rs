@@ -5,14 +5,14 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 /// Every crate of the workspace with the crates of ours that it may import.
-const OWN: [(&str, &[&str]); 9] = [
+const OWN: [(&str, &[&str]); 10] = [
     ("mainstay-models", &[]),
     ("mainstay-kernels-cpu", &[]),
     ("mainstay-backend-api", &["mainstay-models"]),
     ("mainstay-backend-candle", &["mainstay-backend-api", "mainstay-models"]),
     ("mainstay-backend-cpu", &["mainstay-backend-api", "mainstay-models", "mainstay-kernels-cpu"]),
-    ("mainstay-engine", &["mainstay-backend-api", "mainstay-models"]),
-    ("mainstay-store", &[]),
+    ("mainstay-store", &["mainstay-backend-api"]),
+    ("mainstay-engine", &["mainstay-backend-api", "mainstay-models", "mainstay-store"]),
     ("mainstay-server", &["mainstay-engine", "mainstay-models"]),
     ("mainstay-bench", &["mainstay-backend-api", "mainstay-engine", "mainstay-models"]),
     (
@@ -23,6 +23,7 @@ const OWN: [(&str, &[&str]); 9] = [
             "mainstay-backend-api",
             "mainstay-backend-candle",
             "mainstay-backend-cpu",
+            "mainstay-store",
             "mainstay-engine",
             "mainstay-server",
             "mainstay-bench",
@@ -36,7 +37,7 @@ const FOREIGN: [(&str, &[&str]); 8] = [
     ("cudarc", &[]),
     ("axum", &["mainstay-server", "mainstay-bench", "mainstay"]),
     ("reqwest", &["mainstay-server", "mainstay-bench", "mainstay"]),
-    ("tokio", &["mainstay-engine", "mainstay-server", "mainstay-bench", "mainstay"]),
+    ("tokio", &["mainstay-store", "mainstay-engine", "mainstay-server", "mainstay-bench", "mainstay"]),
     ("tokenizers", &["mainstay-models"]),
     ("hf-hub", &["mainstay"]),
     ("anyhow", &["mainstay"]),
@@ -138,6 +139,8 @@ fn fabricated_arrows_are_found() {
         ("mainstay-models", "mainstay-engine"),
         ("mainstay-kernels-cpu", "mainstay-models"),
         ("mainstay-engine", "mainstay-backend-cpu"),
+        ("mainstay-store", "mainstay-models"),
+        ("mainstay-server", "mainstay-store"),
         ("mainstay-server", "mainstay-backend-api"),
         ("mainstay-backend-cpu", "candle-core"),
         ("mainstay-engine", "axum"),

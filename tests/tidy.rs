@@ -17,11 +17,12 @@ const TEXT_ENDINGS: [&str; 7] = ["rs", "toml", "md", "py", "sh", "jinja", "yml"]
 const EMPTY_NAMES: [&str; 9] = ["ctx", "mgr", "util", "utils", "misc", "common", "helper", "helpers", "v2"];
 
 /// Where memory is handled by hand; everything else is safe Rust.
-const UNSAFE_PATHS: [&str; 6] = [
+const UNSAFE_PATHS: [&str; 7] = [
     "kernels/",
     "backends/cpu/src/pool.rs",
     "backends/cpu/src/arena.rs",
     "backends/cpu/tests/allocation.rs",
+    "engine/store/src/aligned.rs",
     "models/src/weights.rs",
     "models/tests/hostile.rs",
 ];
