@@ -83,7 +83,7 @@ fn examine(args: &DoctorArgs) -> Result<Report> {
         peaks: bench::peaks(threads),
         backends: vec![
             ("cpu", cpu),
-            ("candle", Ok(start::device_name(&CandleBackend::cpu()))),
+            ("candle", Ok(start::device_name(&CandleBackend::best()))),
             ("cuda", later()),
             ("neuron", later()),
         ],

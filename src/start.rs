@@ -60,7 +60,7 @@ pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
             let backend = CpuBackend::new(CpuOptions { threads: args.threads, isa });
             Ok(Box::new(backend.map_err(|e| Usage(e.to_string()))?))
         }
-        BackendChoice::Candle => Ok(Box::new(CandleBackend::cpu())),
+        BackendChoice::Candle => Ok(Box::new(CandleBackend::best())),
         BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),
         BackendChoice::Neuron => Err(Usage("--backend neuron: not in this version (try cpu)".into()).into()),
     }

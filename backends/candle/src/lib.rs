@@ -38,6 +38,11 @@ impl CandleBackend {
         Ok(Self { device })
     }
 
+    /// On the Apple GPU where there is one and the feature is built in, else on the processor.
+    pub fn best() -> Self {
+        Self::metal().unwrap_or_else(|_| Self::cpu())
+    }
+
     /// What stands behind the slash in names: `cpu` or `metal`.
     fn path(device: &Device) -> &'static str {
         if device.is_metal() { "metal" } else { "cpu" }
