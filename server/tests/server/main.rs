@@ -1,0 +1,8 @@
+//! The server as a client sees it: over TCP, on an engine whose executor is a fake.
+
+mod chat;
+mod completions;
+mod errors;
+mod lifecycle;
+mod streams;
+mod testbed;

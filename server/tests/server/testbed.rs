@@ -1,0 +1,294 @@
+//! A server on a port of its own, and a client that sees every byte.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderMap, Request, StatusCode};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use mainstay_backend_api::echo::EchoExecutor;
+use mainstay_backend_api::{KvDType, Limits};
+use mainstay_engine::{EngineOptions, Handle};
+use mainstay_models::Generation;
+use mainstay_models::template::ChatTemplate;
+use mainstay_models::tokenizer::Tokenizer;
+use mainstay_server::{Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel};
+use serde_json::{Map, Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+pub(crate) const MODEL: &str = "org/echo";
+/// The end-of-text token of the tokenizer under test.
+pub(crate) const EOS: u32 = 507;
+pub(crate) const CONTEXT: usize = 2048;
+
+/// Shows what it is given.
+const TEMPLATE: &str = "{%- for m in messages -%}
+{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}
+{%- for call in m.tool_calls or [] -%}{{ call.function.name ~ ' ' ~ call.function.arguments | tojson }}{%- endfor -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if tools -%}{{ 'tools' }}{%- endif -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}";
+
+/// A server to be started.
+pub(crate) struct Setup {
+    pub(crate) options: ServerOptions,
+    pub(crate) pages: usize,
+    pub(crate) waiting: usize,
+    pub(crate) chunks: usize,
+    pub(crate) gate: Option<Receiver<()>>,
+    pub(crate) fail_every: Option<u64>,
+    pub(crate) template: Option<String>,
+    pub(crate) generation: Generation,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            options: ServerOptions::default(),
+            pages: 1024,
+            waiting: 256,
+            chunks: 64,
+            gate: None,
+            fail_every: None,
+            template: Some(TEMPLATE.to_owned()),
+            generation: Generation { eos: vec![EOS], ..Generation::default() },
+        }
+    }
+}
+
+/// A server under test. Dropping it ends it.
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    pub(crate) engine: Handle,
+    pub(crate) trigger: ShutdownTrigger,
+    pub(crate) task: JoinHandle<std::io::Result<()>>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Reply {
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        let kind = self.headers.get("content-type").map(|value| value.to_str().unwrap());
+        assert_eq!(kind, Some("application/json"), "{self:?}");
+        serde_json::from_slice(&self.body).unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn ok(&self) -> Value {
+        assert_eq!(self.status, 200, "{self:?}");
+        self.json()
+    }
+
+    /// The error object, which must be whole.
+    #[track_caller]
+    pub(crate) fn error(&self, status: u16) -> Value {
+        assert_eq!(self.status.as_u16(), status, "{self:?}");
+        let error = self.json()["error"].clone();
+        let keys: Vec<&str> = error.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["message", "type", "param", "code"]);
+        assert!(
+            error["message"].as_str().is_some_and(|m| !m.is_empty()) && error["type"].is_string(),
+            "{error}"
+        );
+        for key in ["param", "code"] {
+            assert!(error[key].is_null() || error[key].is_string(), "{error}");
+        }
+        error
+    }
+}
+
+/// Starts a server whose model is ready.
+pub(crate) async fn start(setup: Setup) -> Server {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/qwen2/tokenizer.json");
+    let tokenizer = Arc::new(Tokenizer::from_bytes(&path, &std::fs::read(&path).unwrap()).unwrap());
+    let limits = Limits {
+        context: CONTEXT,
+        tokens_per_step: 256,
+        chunks: setup.chunks,
+        output_rows: 256,
+        pages: vec![setup.pages],
+        kv_dtype: KvDType::F32,
+    };
+    let vocab = tokenizer.vocab_len();
+    let mut executor = EchoExecutor::new(vocab, limits.clone());
+    if let Some(gate) = setup.gate {
+        executor = executor.gated(gate);
+    }
+    if let Some(n) = setup.fail_every {
+        executor = executor.failing_every(n);
+    }
+    let options = EngineOptions { limits, waiting: setup.waiting, vocab };
+    let engine = Handle::start(Box::new(executor), options).unwrap();
+    let registry = Registry::loading([MODEL.to_owned()]);
+    registry.ready(ServedModel {
+        id: MODEL.to_owned(),
+        created: 1_700_000_000,
+        tokenizer: tokenizer.clone(),
+        template: setup.template.map(|source| ChatTemplate::new(&source, Map::new()).unwrap()),
+        generation: setup.generation,
+        vocab,
+        context: engine.limits().context,
+        engine: engine.clone(),
+    });
+    listen(registry, setup.options, (engine, tokenizer)).await
+}
+
+/// Serves a registry.
+pub(crate) async fn listen(
+    registry: Registry,
+    options: ServerOptions,
+    (engine, tokenizer): (Handle, Arc<Tokenizer>),
+) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (trigger, signal) = shutdown_channel();
+    let task = tokio::spawn(serve(listener, registry, options, signal));
+    Server { address, engine, trigger, task, tokenizer }
+}
+
+impl Server {
+    /// Sends a request on a connection of its own; dropping the result closes it.
+    pub(crate) async fn open(&self, request: Request<Body>) -> Open {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let response = sender.send_request(request).await.unwrap();
+        Open { response, buffer: Vec::new(), connection, _sender: sender }
+    }
+
+    pub(crate) async fn send(&self, request: Request<Body>) -> Reply {
+        let mut open = self.open(request).await;
+        let (status, headers) = (open.response.status(), open.response.headers().clone());
+        let body = open.response.body_mut().collect().await.unwrap().to_bytes();
+        Reply { status, headers, body }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Reply {
+        self.send(Request::get(path).header("host", "test").body(Body::empty()).unwrap()).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Reply {
+        self.send(request(path, body)).await
+    }
+
+    pub(crate) async fn stream(&self, path: &str, body: &Value) -> Open {
+        let open = self.open(request(path, body)).await;
+        assert_eq!(open.response.status(), 200);
+        assert_eq!(open.response.headers()["content-type"], "text/event-stream");
+        open
+    }
+
+    /// Waits until no sequence holds pages or waits.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let stats = self.engine.stats();
+            if stats.running == 0 && stats.waiting == 0 && stats.pages_used == 0 {
+                return;
+            }
+            tokio::task::yield_now().await;
+            std::thread::yield_now();
+        }
+    }
+}
+
+pub(crate) fn request(path: &str, body: &Value) -> Request<Body> {
+    let request = Request::post(path).header("host", "test").header("content-type", "application/json");
+    request.body(Body::from(body.to_string())).unwrap()
+}
+
+/// A response whose body is read piece by piece.
+pub(crate) struct Open {
+    pub(crate) response: axum::http::Response<Incoming>,
+    buffer: Vec<u8>,
+    connection: JoinHandle<hyper::Result<()>>,
+    _sender: hyper::client::conn::http1::SendRequest<Body>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl Open {
+    /// The next block of the stream without its blank line, `None` at the end. Every block is UTF-8.
+    pub(crate) async fn block(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
+                let block = self.buffer.drain(..end + 2).collect::<Vec<u8>>();
+                return Some(String::from_utf8(block[..end].to_vec()).unwrap());
+            }
+            let Some(frame) = self.response.body_mut().frame().await else {
+                assert_eq!(self.buffer, b"", "a block was cut");
+                return None;
+            };
+            self.buffer.extend_from_slice(frame.unwrap().data_ref().unwrap());
+        }
+    }
+
+    /// The JSON of the next event, `None` at `[DONE]`, after which nothing may come, or at the end without one.
+    pub(crate) async fn event(&mut self) -> Option<Value> {
+        let block = self.block().await?;
+        let data = block.strip_prefix("data: ").unwrap_or_else(|| panic!("no data: {block:?}"));
+        if data == "[DONE]" {
+            assert_eq!(self.block().await, None);
+            return None;
+        }
+        Some(serde_json::from_str(data).unwrap())
+    }
+
+    pub(crate) async fn events(mut self) -> Vec<Value> {
+        let mut events = Vec::new();
+        while let Some(event) = self.event().await {
+            events.push(event);
+        }
+        events
+    }
+}
+
+/// A chat request with some fields set.
+pub(crate) fn chat(patch: Value) -> Value {
+    patched(json!({"model": MODEL, "messages": [{"role": "user", "content": "Say something."}]}), patch)
+}
+
+/// A completion request with some fields set.
+pub(crate) fn completion(patch: Value) -> Value {
+    patched(json!({"model": MODEL, "prompt": "The quick brown fox"}), patch)
+}
+
+fn patched(mut body: Value, patch: Value) -> Value {
+    let Value::Object(patch) = patch else { panic!("a patch is an object") };
+    body.as_object_mut().unwrap().extend(patch);
+    body
+}
+
+pub(crate) const CHAT: &str = "/v1/chat/completions";
+pub(crate) const COMPLETIONS: &str = "/v1/completions";
+
+/// The joined text of a choice's deltas.
+pub(crate) fn joined(events: &[Value], choice: usize) -> String {
+    let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
+    let own = choices.filter(|found| found["index"] == choice);
+    own.filter_map(|found| found["delta"]["content"].as_str().or(found["text"].as_str())).collect()
+}
