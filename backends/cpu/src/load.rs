@@ -27,6 +27,9 @@ pub(crate) struct ModelWeights {
 /// Panels that a thread packs at a time.
 const RUN_PANELS: usize = 16;
 
+/// Columns that are packed at a time: 16 rows of them stay in the first cache.
+const RUN_COLS: usize = 64;
+
 /// Two uses of equal key are one matrix in memory.
 type Key = (Vec<(String, usize)>, usize, RowOrder);
 
@@ -127,8 +130,19 @@ fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     }
 }
 
+/// The source that holds a row of all of them, and the row there.
+fn locate<'a>(sources: &[Source<'a>], mut row: usize) -> (SourceRows<'a>, usize) {
+    for source in sources {
+        if row < source.count {
+            return (source.rows, row);
+        }
+        row -= source.count;
+    }
+    unreachable!("a row beyond all sources")
+}
+
 fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, threads: usize) {
-    let rows = packed.rows();
+    let (rows, cols) = (packed.rows(), packed.cols());
     let runs: Vec<(usize, PanelWriter<'_>)> = packed.panels_mut(RUN_PANELS).enumerate().collect();
     let threads = threads.min(runs.len()).max(1);
     let runs = Mutex::new(runs);
@@ -137,14 +151,13 @@ fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, thre
             let run = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let Some((index, mut writer)) = run else { return };
             let first = index * RUN_PANELS;
-            for row in writer.row_range(first, rows) {
-                let mut from = source_row(row, rows, order);
-                for part in sources {
-                    if from < part.count {
-                        writer.put(row - first * LANES, part.rows, from);
-                        break;
+            for panel in 0..writer.panels() {
+                for col in (0..cols).step_by(RUN_COLS) {
+                    let lanes = panel * LANES..((panel + 1) * LANES).min(rows - first * LANES);
+                    for row in lanes {
+                        let (part, from) = locate(sources, source_row(first * LANES + row, rows, order));
+                        writer.put(row, part, from, col..(col + RUN_COLS).min(cols));
                     }
-                    from -= part.count;
                 }
             }
         }

@@ -131,6 +131,8 @@ impl Kernels {
     ) {
         let dim = state.shape.head_dim;
         let width = value_width(dim);
+        let values = &block[BLOCK_TOKENS * dim..];
+        let next = block.as_ptr_range().end.cast::<u8>();
         let weights = &mut state.weights[..count * BLOCK_TOKENS];
         weights.fill(0.0);
         let scores = Operands {
@@ -141,7 +143,9 @@ impl Kernels {
             right_row: 1,
             right_step: count,
             len: dim,
-            ahead: 0,
+            ask: values.as_ptr().cast(),
+            ask_panel: BLOCK_TOKENS * width / 2 * size_of::<E>(),
+            ask_step: BLOCK_TOKENS * width / 2 * size_of::<E>() / dim,
             sums: weights.as_mut_ptr(),
             sums_row: BLOCK_TOKENS,
         };
@@ -159,7 +163,6 @@ impl Kernels {
         // SAFETY: the table was chosen for this machine; the slices are as long as count says.
         unsafe { (self.table().softmax)(softmax) };
 
-        let values = &block[BLOCK_TOKENS * dim..];
         let add = |first_row: usize, rows: usize, tokens: (usize, usize), sums: &mut [f32]| {
             if tokens.0 >= tokens.1 {
                 return;
@@ -173,7 +176,9 @@ impl Kernels {
                 right_row: BLOCK_TOKENS,
                 right_step: 1,
                 len: tokens.1 - tokens.0,
-                ahead: 0,
+                ask: next,
+                ask_panel: 0,
+                ask_step: 0,
                 sums: sums.as_mut_ptr(),
                 sums_row: width,
             };

@@ -114,7 +114,7 @@ impl Kernels {
     fn add_streamed(&self, product: &Product<'_>, panels: &Range<usize>, sums: &mut [f32]) {
         let cols = product.weight.cols();
         let size = product.weight.dtype().size_bytes();
-        let left = self.left(product.weight, panels.start, 0);
+        let left = left(product.weight, panels.start, 0);
         macro_rules! go {
             ($run:expr, $element:ty) => {{
                 let operands = Operands {
@@ -125,7 +125,9 @@ impl Kernels {
                     right_row: 1,
                     right_step: product.rows,
                     len: cols,
-                    ahead: AHEAD_BYTES / size,
+                    ask: left.wrapping_add(AHEAD_BYTES),
+                    ask_panel: product.weight.dtype().panel_bytes(cols),
+                    ask_step: LANES * size,
                     sums: sums.as_mut_ptr(),
                     sums_row: panels.len() * LANES,
                 };
@@ -152,12 +154,13 @@ impl Kernels {
     ) {
         let cols = product.weight.cols();
         let count = panels.len();
+        let panel_bytes = product.weight.dtype().panel_bytes(cols);
         assert!(wide.len() >= count * BLOCK_COLS * LANES);
         let mut first = 0;
         while first < cols {
             let len = BLOCK_COLS.min(cols - first);
-            let (left, left_panel) = if product.weight.dtype() == WeightType::F32 {
-                (self.left(product.weight, panels.start, first).cast::<f32>(), cols * LANES)
+            let (wide_left, left_panel) = if product.weight.dtype() == WeightType::F32 {
+                (left(product.weight, panels.start, first).cast::<f32>(), cols * LANES)
             } else {
                 for p in 0..count {
                     let block = &mut wide[p * BLOCK_COLS * LANES..][..len * LANES];
@@ -165,20 +168,30 @@ impl Kernels {
                 }
                 (wide.as_ptr(), BLOCK_COLS * LANES)
             };
+            let following = if first + len < cols { (panels.start, first + len) } else { (panels.end, 0) };
+            let next = if following.0 < product.weight.panels() {
+                left(product.weight, following.0, following.1)
+            } else {
+                wide_left.cast()
+            };
             let mut row = rows.start;
             while row < rows.end {
                 let tile = self.tile_rows().min(rows.end - row);
                 // The tile's last row may be followed by rows of the same tile that another part holds.
                 let whole = self.tile_rows().min(product.rows - row);
+                // While the first tile is computed, the weights of the next block come closer.
+                let asks = row == rows.start;
                 let operands = Operands {
-                    left,
+                    left: wide_left,
                     left_panel,
                     left_step: LANES,
                     right: product.input[row * cols + first * whole..].as_ptr(),
                     right_row: 1,
                     right_step: whole,
                     len,
-                    ahead: 0,
+                    ask: if asks { next } else { wide_left.cast() },
+                    ask_panel: if asks { panel_bytes } else { 0 },
+                    ask_step: if asks { panel_bytes / cols } else { 0 },
                     sums: sums[(row - rows.start) * count * LANES..].as_mut_ptr(),
                     sums_row: count * LANES,
                 };
@@ -191,15 +204,9 @@ impl Kernels {
         }
     }
 
-    /// The address of a panel's column.
-    fn left(&self, weight: &PackedMatrix, panel: usize, col: usize) -> *const u8 {
-        let at = panel * weight.dtype().panel_bytes(weight.cols()) + weight.dtype().panel_bytes(col);
-        weight.bytes()[at..].as_ptr()
-    }
-
     /// Widens `out.len() / 16` columns of a panel from column `first`.
     fn widen(&self, weight: &PackedMatrix, panel: usize, first: usize, out: &mut [f32]) {
-        let from = self.left(weight, panel, first);
+        let from = left(weight, panel, first);
         assert!(first + out.len() / LANES <= weight.cols());
         // SAFETY: the columns are inside the panel.
         unsafe {
@@ -245,4 +252,10 @@ fn start_sums(bias: Option<&[f32]>, panels: &Range<usize>, sums: &mut [f32]) {
             sums.chunks_exact_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
         }
     }
+}
+
+/// The address of a panel's column.
+fn left(weight: &PackedMatrix, panel: usize, col: usize) -> *const u8 {
+    let at = panel * weight.dtype().panel_bytes(weight.cols()) + weight.dtype().panel_bytes(col);
+    weight.bytes()[at..].as_ptr()
 }

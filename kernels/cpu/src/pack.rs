@@ -138,50 +138,48 @@ fn bf16_of(e: &[u8]) -> bf16 {
     bf16::from_le_bytes([e[0], e[1]])
 }
 
+/// Writes the elements of a line into one lane of a panel.
+fn spread<const FROM: usize, const TO: usize>(
+    line: &[u8],
+    panel: &mut [u8],
+    lane: usize,
+    convert: impl Fn([u8; FROM]) -> [u8; TO],
+) {
+    let places = panel.as_chunks_mut::<TO>().0[lane..].iter_mut().step_by(LANES);
+    places.zip(line.as_chunks::<FROM>().0).for_each(|(p, e)| *p = convert(*e));
+}
+
 impl PanelWriter<'_> {
     /// Panels in this run.
     pub fn panels(&self) -> usize {
         self.bytes.len() / self.dtype.panel_bytes(self.cols).max(1)
     }
 
-    /// Copies row `from_row` of `source` into row `row` of this run. Elements keep their type; f32 is the one type
-    /// that any other may be widened to.
+    /// Copies columns `cols` of row `from_row` of `source` into row `row` of this run. Elements keep their type; f32
+    /// is the one type that any other may be widened to. A panel is filled fastest a few columns at a time.
     ///
     /// # Panics
-    /// If a row is out of range, or the element types differ and the matrix is not f32.
-    pub fn put(&mut self, row: usize, source: SourceRows<'_>, from_row: usize) {
+    /// If a row or a column is out of range, or the element types differ and the matrix is not f32.
+    pub fn put(&mut self, row: usize, source: SourceRows<'_>, from_row: usize, cols: Range<usize>) {
         let from = source.dtype.size_bytes();
-        let to = self.dtype.size_bytes();
-        let row_bytes = self.cols * from;
-        let line = &source.bytes[from_row * row_bytes..][..row_bytes];
-        let start = row / LANES * self.dtype.panel_bytes(self.cols) + row % LANES * to;
-        let places = self.bytes[start..].chunks_mut(LANES * to);
-        let elements = line.chunks_exact(from);
+        let line = &source.bytes[(from_row * self.cols + cols.start) * from..][..cols.len() * from];
+        let panel = self.dtype.panel_bytes(self.cols);
+        let place =
+            &mut self.bytes[row / LANES * panel..][..panel][cols.start * LANES * self.dtype.size_bytes()..];
+        let lane = row % LANES;
         match (self.dtype, source.dtype) {
-            (WeightType::F32, WeightType::F32) => {
-                places.zip(elements).for_each(|(p, e)| p[..4].copy_from_slice(e));
-            }
+            (WeightType::F32, WeightType::F32) => spread::<4, 4>(line, place, lane, |e| e),
             (WeightType::F32, WeightType::F16) => {
-                places
-                    .zip(elements)
-                    .for_each(|(p, e)| p[..4].copy_from_slice(&f16_of(e).to_f32().to_le_bytes()));
+                spread::<2, 4>(line, place, lane, |e| f16::from_le_bytes(e).to_f32().to_le_bytes());
             }
             (WeightType::F32, WeightType::BF16) => {
-                places
-                    .zip(elements)
-                    .for_each(|(p, e)| p[..4].copy_from_slice(&bf16_of(e).to_f32().to_le_bytes()));
+                spread::<2, 4>(line, place, lane, |e| bf16::from_le_bytes(e).to_f32().to_le_bytes());
             }
             (to, from) => {
                 assert_eq!(to, from, "a {from:?} row cannot be stored as {to:?}");
-                places.zip(elements).for_each(|(p, e)| p[..2].copy_from_slice(e));
+                spread::<2, 2>(line, place, lane, |e| e);
             }
         }
-    }
-
-    /// The first and last row of a run of panels that begins at `first_panel`, cut at `rows`.
-    pub fn row_range(&self, first_panel: usize, rows: usize) -> Range<usize> {
-        let first = first_panel * LANES;
-        first..(first + self.panels() * LANES).min(rows)
     }
 }
 
@@ -226,8 +224,9 @@ mod tests {
             let mut packed = PackedMatrix::zeroed(to, rows, cols).expect("small");
             let mut first = 0;
             for mut writer in packed.panels_mut(2) {
-                for row in writer.row_range(first, rows) {
-                    writer.put(row - first * LANES, SourceRows { dtype: from, bytes }, row);
+                for row in first * LANES..((first + writer.panels()) * LANES).min(rows) {
+                    writer.put(row - first * LANES, SourceRows { dtype: from, bytes }, row, 0..2);
+                    writer.put(row - first * LANES, SourceRows { dtype: from, bytes }, row, 2..cols);
                 }
                 first += writer.panels();
             }

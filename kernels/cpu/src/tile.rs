@@ -20,8 +20,10 @@ pub(crate) struct Operands<E> {
     pub(crate) right_step: usize,
     /// Values of k.
     pub(crate) len: usize,
-    /// How far ahead the left operand is asked into the cache.
-    pub(crate) ahead: usize,
+    /// What is asked into the cache meanwhile: an address and its distances in bytes, as the left operand's.
+    pub(crate) ask: *const u8,
+    pub(crate) ask_panel: usize,
+    pub(crate) ask_step: usize,
     /// `[rows][panels * 16]`, read, added to and written.
     pub(crate) sums: *mut f32,
     /// From row to row of the sums.
@@ -103,11 +105,12 @@ unsafe fn tile<S: Simd, E: Element, const P: usize, const T: usize>(s: S, o: &Op
         }
         let mut left = o.left.add(first * o.left_panel);
         let mut right = o.right;
+        let mut ask = o.ask.wrapping_add(first * o.ask_panel);
         for _ in 0..o.len {
             let mut w = [s.splat(0.0); P];
             for p in 0..P {
                 w[p] = E::read(s, left.add(p * o.left_panel));
-                s.prefetch(left.wrapping_add(p * o.left_panel + o.ahead).cast());
+                s.prefetch(ask.wrapping_add(p * o.ask_panel));
             }
             for t in 0..T {
                 let x = s.splat(*right.add(t * o.right_row));
@@ -117,6 +120,7 @@ unsafe fn tile<S: Simd, E: Element, const P: usize, const T: usize>(s: S, o: &Op
             }
             left = left.wrapping_add(o.left_step);
             right = right.wrapping_add(o.right_step);
+            ask = ask.wrapping_add(o.ask_step);
         }
         for t in 0..T {
             for p in 0..P {

@@ -27,7 +27,7 @@ fn weights(dtype: WeightType, rows: usize, cols: usize) -> (PackedMatrix, Vec<f3
     let stored = stored.collect();
     let mut packed = PackedMatrix::zeroed(dtype, rows, cols).expect("small");
     for mut writer in packed.panels_mut(usize::MAX / 1024 / LANES / cols) {
-        (0..rows).for_each(|r| writer.put(r, SourceRows { dtype, bytes: &bytes }, r));
+        (0..rows).for_each(|r| writer.put(r, SourceRows { dtype, bytes: &bytes }, r, 0..cols));
     }
     (packed, stored)
 }
