@@ -3,6 +3,8 @@
 //! A row's result depends on its own query and on the blocks that hold a token visible to it, in ascending order,
 //! each cut at the row's own first and last visible token. Rows computed together only share loads.
 
+use std::ops::Range;
+
 use crate::elementwise::softcap_vector;
 use crate::kv::{BLOCK_TOKENS, KvBlock, block_len, value_width};
 use crate::math::exp;
@@ -113,8 +115,8 @@ impl Kernels {
             let count = self.tile_rows().min(rows - row);
             if state.visible[row..row + count].iter().any(|v| v.0 < v.1) {
                 match block {
-                    KvBlock::F32(b) => self.attend_tile(state, b, row, count, self.table().tile_f32),
-                    KvBlock::BF16(b) => self.attend_tile(state, b, row, count, self.table().tile_bf16),
+                    KvBlock::F32(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f32),
+                    KvBlock::BF16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_bf16),
                 }
             }
             row += count;
@@ -125,77 +127,84 @@ impl Kernels {
         &self,
         state: &mut Attention,
         block: &[E],
-        row: usize,
-        count: usize,
+        rows: Range<usize>,
         tile: TileFn<E>,
     ) {
-        let dim = state.shape.head_dim;
-        let width = value_width(dim);
-        let values = &block[BLOCK_TOKENS * dim..];
-        let next = block.as_ptr_range().end.cast::<u8>();
-        let weights = &mut state.weights[..count * BLOCK_TOKENS];
-        weights.fill(0.0);
-        let scores = Operands {
-            left: block.as_ptr(),
-            left_panel: LANES,
-            left_step: BLOCK_TOKENS,
-            right: state.queries[row * dim..][..count * dim].as_ptr(),
-            right_row: 1,
-            right_step: count,
-            len: dim,
-            ask: values.as_ptr().cast(),
-            ask_panel: BLOCK_TOKENS * width / 2 * size_of::<E>(),
-            ask_step: BLOCK_TOKENS * width / 2 * size_of::<E>() / dim,
-            sums: weights.as_mut_ptr(),
-            sums_row: BLOCK_TOKENS,
-        };
-        // SAFETY: keys are [dim][32], the tile's queries [dim][count], weights [count][32].
-        unsafe { tile(&scores, BLOCK_TOKENS / LANES, count) };
-        let visible = &state.visible[row..row + count];
-        let softmax = SoftmaxTile {
-            weights,
-            largest: &mut state.largest[row..row + count],
-            totals: &mut state.totals[row * LANES..][..count * LANES],
-            visible,
-            softcap: state.shape.softcap,
-            sums: &mut state.sums[row * width..][..count * width],
-        };
-        // SAFETY: the table was chosen for this machine; the slices are as long as count says.
-        unsafe { (self.table().softmax)(softmax) };
-
-        let add = |first_row: usize, rows: usize, tokens: (usize, usize), sums: &mut [f32]| {
-            if tokens.0 >= tokens.1 {
+        self.weigh(state, block, &rows, tile);
+        let Attention { visible, weights, sums, shape, .. } = state;
+        let width = value_width(shape.head_dim);
+        let values = &block[BLOCK_TOKENS * shape.head_dim..];
+        let visible = &visible[rows.clone()];
+        let sums = &mut sums[rows.start * width..rows.end * width];
+        let mut add = |own: Range<usize>, tokens: Range<usize>| {
+            if tokens.is_empty() {
                 return;
             }
-            let sums = &mut sums[(row + first_row) * width..][..rows * width];
+            let sums = &mut sums[own.start * width..own.end * width];
             let operands = Operands {
-                left: values[tokens.0 * width..tokens.1 * width].as_ptr(),
+                left: values[tokens.start * width..tokens.end * width].as_ptr(),
                 left_panel: LANES,
                 left_step: width,
-                right: state.weights[first_row * BLOCK_TOKENS + tokens.0..].as_ptr(),
+                right: weights[own.start * BLOCK_TOKENS + tokens.start..].as_ptr(),
                 right_row: BLOCK_TOKENS,
                 right_step: 1,
-                len: tokens.1 - tokens.0,
-                ask: next,
+                len: tokens.len(),
+                ask: values.as_ptr().cast(),
                 ask_panel: 0,
                 ask_step: 0,
                 sums: sums.as_mut_ptr(),
                 sums_row: width,
             };
             // SAFETY: values are [tokens][width], weights [rows][32], sums [rows][width].
-            unsafe { tile(&operands, width / LANES, rows) };
+            unsafe { tile(&operands, width / LANES, own.len()) };
         };
         // Tokens that all rows see are added for all at once; what only some see, row by row, before and after.
         let low = visible.iter().map(|v| v.0).max().unwrap_or(0);
         let high = visible.iter().map(|v| v.1).min().unwrap_or(0);
-        let shared = if low < high { (low, high) } else { (BLOCK_TOKENS, BLOCK_TOKENS) };
+        let shared = if low < high { low..high } else { BLOCK_TOKENS..BLOCK_TOKENS };
         for (r, v) in visible.iter().enumerate() {
-            add(r, 1, (v.0, v.1.min(shared.0)), &mut state.sums);
+            add(r..r + 1, v.0..v.1.min(shared.start));
         }
-        add(0, count, shared, &mut state.sums);
+        add(0..rows.len(), shared.clone());
         for (r, v) in visible.iter().enumerate() {
-            add(r, 1, (v.0.max(shared.1), v.1), &mut state.sums);
+            add(r..r + 1, v.0.max(shared.end)..v.1);
         }
+    }
+
+    /// Scores of a block's keys, turned into weights, for the rows of one tile.
+    fn weigh<E: Element>(&self, state: &mut Attention, block: &[E], rows: &Range<usize>, tile: TileFn<E>) {
+        let (count, dim) = (rows.len(), state.shape.head_dim);
+        let width = value_width(dim);
+        let value_bytes = BLOCK_TOKENS * width * size_of::<E>();
+        let weights = &mut state.weights[..count * BLOCK_TOKENS];
+        weights.fill(0.0);
+        let operands = Operands {
+            left: block.as_ptr(),
+            left_panel: LANES,
+            left_step: BLOCK_TOKENS,
+            right: state.queries[rows.start * dim..rows.end * dim].as_ptr(),
+            right_row: 1,
+            right_step: count,
+            len: dim,
+            // Meanwhile the values come closer, half of them beside each panel of keys.
+            ask: block[BLOCK_TOKENS * dim..].as_ptr().cast(),
+            ask_panel: value_bytes / 2,
+            ask_step: value_bytes / 2 / dim,
+            sums: weights.as_mut_ptr(),
+            sums_row: BLOCK_TOKENS,
+        };
+        // SAFETY: keys are [dim][32], the tile's queries [dim][count], weights [count][32].
+        unsafe { tile(&operands, BLOCK_TOKENS / LANES, count) };
+        let softmax = SoftmaxTile {
+            weights,
+            largest: &mut state.largest[rows.clone()],
+            totals: &mut state.totals[rows.start * LANES..rows.end * LANES],
+            visible: &state.visible[rows.clone()],
+            softcap: state.shape.softcap,
+            sums: &mut state.sums[rows.start * width..rows.end * width],
+        };
+        // SAFETY: the table was chosen for this machine; the slices are as long as the rows say.
+        unsafe { (self.table().softmax)(softmax) };
     }
 
     /// Writes the results, `[tokens, group * head_dim]`.
