@@ -135,7 +135,10 @@ impl From<RequestError> for ApiError {
                     .code("queue_full")
                     .retry_after(1)
             }
-            RequestError::Invalid { field, .. } => Self::bad_request(message).param(field),
+            RequestError::Invalid { field, what } => {
+                // The engine's word and the API's.
+                Self::field(if field == "choices" { "n" } else { field }, what)
+            }
             RequestError::Device(_) => Self::internal(message),
             RequestError::Shutdown => Self::unavailable(message, "shutting_down"),
         }

@@ -135,9 +135,8 @@ pub(crate) fn add_special(fields: &Fields<'_, '_>, default: AddSpecial) -> Resul
 
 /// Renders and tokenizes a conversation.
 pub(crate) async fn chat(model: &Arc<Model>, input: ChatInput) -> Result<Prompt, ApiError> {
-    let bytes = input.messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum();
     let owned = model.clone();
-    off_thread(bytes, move || {
+    off_thread(input.messages.iter().map(weight).sum(), move || {
         let text = input.render(&owned)?;
         let tokens = encode(&owned, &text, input.special, "messages")?;
         checked(&owned, Prompt { tokens, text: Some(text) }, "messages")
@@ -145,20 +144,35 @@ pub(crate) async fn chat(model: &Arc<Model>, input: ChatInput) -> Result<Prompt,
     .await
 }
 
-/// Tokenizes a plain prompt.
+/// Bytes of text in a value, and one for each part of it.
+fn weight(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + 1,
+        Value::Array(items) => items.iter().map(weight).sum::<usize>() + 1,
+        Value::Object(fields) => {
+            fields.iter().map(|(key, value)| key.len() + weight(value)).sum::<usize>() + 1
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => 1,
+    }
+}
+
+/// Tokenizes plain prompts.
 pub(crate) async fn plain(
     model: &Arc<Model>,
-    input: PromptInput,
+    inputs: Vec<PromptInput>,
     special: AddSpecial,
-) -> Result<Prompt, ApiError> {
-    let text = match input {
-        PromptInput::Tokens(tokens) => return checked(model, Prompt { tokens, text: None }, "prompt"),
-        PromptInput::Text(text) => text,
-    };
+) -> Result<Vec<Prompt>, ApiError> {
+    let bytes = |input: &PromptInput| if let PromptInput::Text(text) = input { text.len() } else { 0 };
     let owned = model.clone();
-    off_thread(text.len(), move || {
-        let tokens = encode(&owned, &text, special, "prompt")?;
-        checked(&owned, Prompt { tokens, text: Some(text) }, "prompt")
+    off_thread(inputs.iter().map(bytes).sum(), move || {
+        let prompt = |input| match input {
+            PromptInput::Tokens(tokens) => checked(&owned, Prompt { tokens, text: None }, "prompt"),
+            PromptInput::Text(text) => {
+                let tokens = encode(&owned, &text, special, "prompt")?;
+                checked(&owned, Prompt { tokens, text: Some(text) }, "prompt")
+            }
+        };
+        inputs.into_iter().map(prompt).collect()
     })
     .await
 }

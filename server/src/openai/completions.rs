@@ -16,6 +16,9 @@ use crate::prompt::add_special;
 use crate::registry::Model;
 use crate::reply::{Shape, finish_reason, ids, stop_reason};
 
+/// Most choices of all prompts of a request together.
+const CHOICES_MAX: usize = 8192;
+
 /// A completion request.
 pub(crate) struct CompletionRequest {
     pub(crate) prompts: Vec<PromptInput>,
@@ -32,6 +35,7 @@ impl CompletionRequest {
         let prompts = options::prompts(fields, model.served.vocab)?;
         let options = GenerationOptions::read(fields, model)?;
         options::check_best_of(fields, options.choices)?;
+        check_choices(prompts.len(), options.choices as usize)?;
         let echo = if fields.bool("echo")?.unwrap_or(false) { Echo::Prompt } else { Echo::No };
         let least = if echo == Echo::Prompt { 0 } else { 1 };
         let max_tokens = fields.count("max_tokens", least..=usize::MAX)?;
@@ -42,6 +46,16 @@ impl CompletionRequest {
         let special = add_special(fields, AddSpecial::Yes)?;
         Ok(Self { prompts, special, options, max_tokens, logprobs, echo, delivery })
     }
+}
+
+fn check_choices(prompts: usize, choices: usize) -> Result<(), ApiError> {
+    if prompts.saturating_mul(choices) > CHOICES_MAX {
+        let message = format!(
+            "expected at most {CHOICES_MAX} choices in all, found {prompts} prompts with n {choices}"
+        );
+        return Err(ApiError::field("prompt", message));
+    }
+    Ok(())
 }
 
 /// The shape of a completion.

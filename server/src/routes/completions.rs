@@ -26,11 +26,9 @@ pub(super) async fn post(
     let fields = Fields::of(&body);
     let model = app.registry.get(fields.required_string("model")?)?;
     let request = CompletionRequest::read(&fields, &model)?;
-    let mut prompts = Vec::with_capacity(request.prompts.len());
-    for input in request.prompts {
-        let prompt = prompt::plain(&model, input, request.special).await?;
-        prompt::check_length(&model, &prompt, request.max_tokens, "prompt")?;
-        prompts.push(prompt);
+    let prompts = prompt::plain(&model, request.prompts, request.special).await?;
+    for prompt in &prompts {
+        prompt::check_length(&model, prompt, request.max_tokens, "prompt")?;
     }
     let job = Job {
         model,

@@ -35,7 +35,8 @@ pub(super) async fn tokenize(State(app): Shared, request: Request) -> Result<Jso
         let expected = "a string, or `messages` in its place";
         let text = fields.string("prompt")?.ok_or_else(|| fields.missing("prompt", expected))?;
         let special = prompt::add_special(&fields, AddSpecial::Yes)?;
-        prompt::plain(&model, PromptInput::Text(text.to_owned()), special).await?
+        let prompts = prompt::plain(&model, vec![PromptInput::Text(text.to_owned())], special).await?;
+        prompts.into_iter().next().expect("one prompt for one text")
     };
     let tokenizer = &model.served.tokenizer;
     let texts: Option<Vec<String>> =

@@ -122,6 +122,7 @@ async fn fields_of_completions() {
         (json!({"prompt": [1, 99_999]}), "prompt"),
         (json!({"prompt": [[1], [-1]]}), "prompt[1]"),
         (json!({"prompt": ""}), "prompt"),
+        (json!({"prompt": vec!["x"; 100], "n": 100}), "prompt"),
         (json!({"logprobs": 10_000}), "logprobs"),
         (json!({"logprobs": true}), "logprobs"),
         (json!({"best_of": 3}), "best_of"),
@@ -189,6 +190,15 @@ async fn prompts_that_do_not_fit() {
     assert_eq!(error["code"], "context_length_exceeded");
     let exact = json!({"prompt": vec![40; CONTEXT - 1], "max_tokens": 1});
     server.post(COMPLETIONS, &completion(exact)).await.ok();
+}
+
+#[tokio::test]
+async fn what_only_the_engine_knows_is_told_in_the_words_of_the_api() {
+    let server = start(Setup { chunks: 4, ..Setup::default() }).await;
+    let error = server.post(CHAT, &chat(json!({"n": 5, "stream": true}))).await.error(400);
+    assert_eq!((&error["param"], &error["message"]), (&json!("n"), &json!("n: expected 1 to 4, found 5")));
+    let error = server.post(CHAT, &chat(json!({"repetition_penalty": 1e30}))).await.error(400);
+    assert_eq!(error["param"], "repetition_penalty");
 }
 
 #[tokio::test]

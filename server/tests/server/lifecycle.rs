@@ -188,7 +188,10 @@ async fn draining_refuses_what_is_new_and_finishes_what_runs() {
     let first = stream.event().await.unwrap();
     server.trigger.advance();
     while server.get("/health").await.status == 200 {}
-    assert_eq!(server.get("/health").await.error(503)["code"], "shutting_down");
+    // Long enough for a server without patience to be gone.
+    for _ in 0..100 {
+        assert_eq!(server.get("/health").await.error(503)["code"], "shutting_down");
+    }
     let reply = server.post(CHAT, &chat(json!({}))).await;
     reply.error(503);
     assert!(reply.headers.contains_key("retry-after"));

@@ -113,6 +113,24 @@ async fn a_stop_string_ends_the_generation_in_the_engine() {
 }
 
 #[tokio::test]
+async fn a_stop_string_ends_its_choice_while_others_go_on() {
+    let server = start(Setup::default()).await;
+    let body = chat(json!({"seed": 1, "temperature": 1, "n": 2, "max_tokens": 1500, "ignore_eos": true}));
+    let whole = server.post(CHAT, &body).await.ok();
+    let texts = [0, 1].map(|index| whole["choices"][index]["message"]["content"].as_str().unwrap());
+    let borders: Vec<usize> = texts[0].char_indices().map(|(at, _)| at).take(60).collect();
+    let stops = borders.windows(9).map(|border| &texts[0][border[0]..border[8]]);
+    let stop = stops.filter(|stop| !stop.contains('\u{FFFD}')).find(|stop| !texts[1].contains(stop)).unwrap();
+    let before = server.engine.stats().generated_tokens;
+    let answer = server.post(CHAT, &with(body, "stop", json!(stop))).await.ok();
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    assert_eq!(answer["choices"][1]["message"]["content"], texts[1]);
+    server.idle().await;
+    let made = server.engine.stats().generated_tokens - before;
+    assert!(made < 2900, "the stopped choice went on: {made} tokens");
+}
+
+#[tokio::test]
 async fn tokens_and_logprobs_are_streamed_whole() {
     let server = start(Setup::default()).await;
     let patch =
