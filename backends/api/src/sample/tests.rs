@@ -268,8 +268,8 @@ fn selecting_equals_sorting() {
     let mut seeded = Seeded(7);
     let mut keys = Vec::new();
     for len in [1, 5, 255, 256, 257, 3000] {
-        // Rounded, so that there are many ties.
-        let mut logits: Vec<f32> = seeded.logits(len, 20.0).iter().map(|l| l.round()).collect();
+        // Rounded, so that there are many ties; adding 0 leaves no -0, which `total_cmp` would order below 0.
+        let mut logits: Vec<f32> = seeded.logits(len, 20.0).iter().map(|l| l.round() + 0.0).collect();
         logits[len / 2] = f32::NAN;
         let mut order: Vec<usize> = (0..len).filter(|&i| !logits[i].is_nan()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
