@@ -48,7 +48,7 @@ impl std::ops::Deref for Page {
 pub enum Handed {
     /// It waits to be written.
     Queued,
-    /// The store has it.
+    /// The store has it, or one of its name waits already.
     Known,
     /// There is no room in the ring, on the disk or in the budget: it is dropped and counted.
     Dropped,
@@ -104,6 +104,8 @@ pub(crate) struct PageWrite {
 #[derive(Default)]
 struct Ring {
     queue: VecDeque<PageWrite>,
+    /// Names of the pages in the queue and of the one that is being written.
+    names: HashSet<PageName>,
     bytes: usize,
     /// Pages ever queued, and those no longer in hand.
     queued: u64,
@@ -211,14 +213,19 @@ impl Pages {
         let has_room =
             |ring: &Ring| ring.queue.is_empty() || ring.bytes + payload.len() <= self.options.ring_bytes;
         let ring = lock(&self.ring);
-        let waited = self.moved.wait_timeout_while(ring, patience, |ring| !has_room(ring) && !ring.closed);
+        let waits = |ring: &mut Ring| !has_room(ring) && !ring.closed && !ring.names.contains(&header.name);
+        let waited = self.moved.wait_timeout_while(ring, patience, waits);
         let (mut ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+        if ring.names.contains(&header.name) {
+            return Handed::Known;
+        }
         if ring.closed || !has_room(&ring) {
             count(&self.counts.dropped);
             return Handed::Dropped;
         }
         ring.bytes += payload.len();
         ring.queued += 1;
+        ring.names.insert(header.name);
         ring.queue.push_back(page);
         self.moved.notify_all();
         Handed::Queued
@@ -238,6 +245,7 @@ impl Pages {
             count(&self.counts.dropped);
         }
         let mut ring = lock(&self.ring);
+        ring.names.remove(&page.header.name);
         ring.done = ring.queued.min(ring.done + 1);
         drop(ring);
         self.moved.notify_all();
@@ -280,6 +288,7 @@ impl Pages {
         ring.closed = true;
         self.counts.dropped.fetch_add(ring.queue.len() as u64, Ordering::Relaxed);
         ring.queue.clear();
+        ring.names.clear();
         (ring.bytes, ring.done) = (0, ring.queued);
         self.moved.notify_all();
     }

@@ -413,6 +413,24 @@ fn quotas_expiry_and_pins_hold() {
 }
 
 #[test]
+fn a_page_that_waits_is_not_queued_twice() {
+    let options = Options { ring_bytes: 2 * crate::rig::PAGE_BYTES, ..Rig::new(0).options };
+    let rig = Rig { options, ..Rig::new(15) };
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let [one, two, three] = headers(&tenant, &tokens(15, 96)).try_into().unwrap();
+    assert_eq!([&one, &two].map(|header| hand(&store, header.clone())), [Handed::Queued; 2]);
+    // Also where the ring is full.
+    assert_eq!([&one, &two].map(|header| hand(&store, header.clone())), [Handed::Known; 2]);
+    assert_eq!(hand(&store, three.clone()), Handed::Dropped);
+    assert_eq!(store.ring_bytes(), 2 * crate::rig::PAGE_BYTES);
+    store.flush().unwrap();
+    assert_eq!(store.page_counts().written.load(std::sync::atomic::Ordering::Relaxed), 2);
+    assert_eq!(hand(&store, one), Handed::Known);
+    assert_eq!(hand(&store, three), Handed::Queued);
+}
+
+#[test]
 fn a_full_ring_and_a_spent_budget_drop_and_count() {
     let options = Options {
         ring_bytes: 2 * crate::rig::PAGE_BYTES,
