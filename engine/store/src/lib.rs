@@ -11,6 +11,7 @@ pub mod crash_disk;
 pub mod disk;
 mod error;
 mod event;
+mod evict;
 mod gc;
 mod index;
 mod journal;

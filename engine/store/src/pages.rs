@@ -72,8 +72,10 @@ pub struct PageCounts {
     pub missed: AtomicU64,
     /// Pages whose bytes were not those written.
     pub damaged: AtomicU64,
-    /// Pages let go for room.
+    /// Pages let go for a quota.
     pub evicted: AtomicU64,
+    /// Pages let go because the disk was full.
+    pub evicted_disk_full: AtomicU64,
     /// Segments given up after an error.
     pub abandoned_segments: AtomicU64,
 }
@@ -268,19 +270,6 @@ impl Pages {
 
     pub(crate) fn quota(&self, tenant: TenantId) -> Quota {
         lock(&self.quotas).get(&tenant).copied().unwrap_or(self.options.quota)
-    }
-
-    /// Lets go of a tenant's pages until at most `bytes` are left, as far as may be.
-    pub(crate) fn evict(&self, tenant: TenantId, bytes: u64) -> usize {
-        if lock(&self.index).bytes(tenant) <= bytes {
-            return 0;
-        }
-        let kept = self.keeper.get().map(|keeper| keeper(tenant)).unwrap_or_default();
-        let mut index = lock(&self.index);
-        let mut evicted = index.evict(tenant, bytes, &kept.preferred);
-        evicted += index.evict(tenant, bytes, &kept.pinned);
-        self.counts.evicted.fetch_add(evicted as u64, Ordering::Relaxed);
-        evicted
     }
 
     /// Drops what waits and takes nothing more: another store owns the directory.

@@ -70,7 +70,7 @@ impl Store {
                 inner.verify_journal(name, &mut report)?;
             }
         }
-        let mut entries: Vec<Entry> = lock(&inner.pages.index).entries().cloned().collect();
+        let mut entries = inner.pages.gather(None, |entry| Some(entry.clone()));
         entries.sort_unstable_by_key(|e| (e.segment.tenant, e.segment.number, e.slot.offset));
         for entry in entries {
             match inner.prove(&entry) {
@@ -237,10 +237,10 @@ impl Inner {
         lock(&self.pages.index).segments.contains_key(&(segment.tenant, segment.number))
     }
 
-    fn entries_of(&self, segment: &Arc<Segment>) -> Vec<Entry> {
-        let index = lock(&self.pages.index);
-        let mut entries: Vec<_> =
-            index.entries().filter(|entry| Arc::ptr_eq(&entry.segment, segment)).cloned().collect();
+    /// The pages of a segment, in the order they lie in.
+    pub(crate) fn entries_of(&self, segment: &Arc<Segment>) -> Vec<Entry> {
+        let is_in = |entry: &Entry| Arc::ptr_eq(&entry.segment, segment).then(|| entry.clone());
+        let mut entries = self.pages.gather(Some(segment.tenant), is_in);
         entries.sort_unstable_by_key(|entry| entry.slot.offset);
         entries
     }

@@ -4,6 +4,7 @@ use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
     aligned::BLOCK,
+    evict::Reason,
     key::TenantId,
     pages::{PageWrite, Pages, count, lock},
     record::Record,
@@ -160,7 +161,7 @@ impl Writer {
         let fits = || lock(&pages.index).bytes(tenant).saturating_add(bytes) <= quota;
         if !fits() {
             // A tenth at once, so that not every page pays for the search.
-            pages.evict(tenant, (quota - quota / 10).min(quota.saturating_sub(bytes)));
+            pages.evict(tenant, (quota - quota / 10).min(quota.saturating_sub(bytes)), Reason::Quota);
         }
         fits()
     }
