@@ -53,5 +53,5 @@ pub use session::Turn;
 pub use store::{JournalCounts, Store};
 pub use tenant::{TENANT_BYTES_MAX, Tenant};
 pub use twin::FORMAT;
-pub use verify::{Scrubbed, VerifyReport};
+pub use verify::{ScrubCounts, Scrubbed, VerifyReport};
 pub use wire::Malformed;

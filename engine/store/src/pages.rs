@@ -299,6 +299,13 @@ impl Pages {
         self.moved.notify_all();
     }
 
+    /// Waits until the store closes; false after `patience`.
+    pub(crate) fn wait_closed(&self, patience: Duration) -> bool {
+        let waited = self.moved.wait_timeout_while(lock(&self.ring), patience, |ring| !ring.closed);
+        let (ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+        ring.closed
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         lock(&self.ring).closed
     }

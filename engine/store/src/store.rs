@@ -25,6 +25,7 @@ use crate::{
     session::Table,
     tenant::{Tenant, Tenants},
     time::Time,
+    verify::{ScrubCounts, ScrubPlace},
     writer::Writer,
 };
 
@@ -84,7 +85,8 @@ pub(crate) struct Inner {
     committed: Condvar,
     fenced: AtomicBool,
     pub(crate) counts: JournalCounts,
-    pub(crate) scrub: Mutex<crate::verify::ScrubPlace>,
+    pub(crate) scrub: Mutex<ScrubPlace>,
+    pub(crate) scrub_counts: ScrubCounts,
 }
 
 impl Store {
@@ -135,6 +137,7 @@ impl Store {
             fenced: AtomicBool::new(false),
             counts: JournalCounts::default(),
             scrub: Mutex::default(),
+            scrub_counts: ScrubCounts::default(),
         });
         if found.wants_base {
             // What was read is in memory and in the old files: a full disk must not keep the store from opening.
@@ -465,7 +468,7 @@ impl Inner {
             let named = std::thread::Builder::new().name(name.to_owned());
             named.spawn(move || run(&inner)).expect("the system has a thread for the store")
         };
-        vec![
+        let mut threads = vec![
             spawn("store-pages", self.clone(), |inner| {
                 let patience = Duration::from_millis(inner.pages.options.sync_ms.clamp(1, 50));
                 while !inner.pages.is_closed() || inner.pages.ring_bytes() > 0 {
@@ -486,7 +489,11 @@ impl Inner {
                     }
                 }
             }),
-        ]
+        ];
+        if self.pages.options.scrub_bytes_per_s > 0 {
+            threads.push(spawn("store-scrub", self.clone(), Inner::scrub_on));
+        }
+        threads
     }
 }
 
