@@ -7,6 +7,7 @@
 pub mod aligned;
 mod api;
 mod bundle;
+mod counts;
 pub mod crash_disk;
 pub mod disk;
 mod error;
@@ -37,6 +38,7 @@ mod writer;
 
 pub use api::{Append, Appended, At, SessionInfo};
 pub use bundle::{BundlePages, ExportPages, ImportAs, Imported};
+pub use counts::{PageTotals, SyncCounts, Unsynced};
 pub use error::{Miss, StoreError};
 pub use event::{Durability, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings};
 pub use gc::Maintained;

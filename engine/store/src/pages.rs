@@ -11,6 +11,7 @@ use std::{
 
 use crate::{
     aligned::{AlignedBytes, BLOCK},
+    counts::SyncCounts,
     disk::{Clock, Disk},
     error::{Miss, StoreError},
     index::Index,
@@ -68,6 +69,10 @@ pub struct PageCounts {
     pub mismatched: AtomicU64,
     /// Pages read and proven.
     pub read: AtomicU64,
+    /// Their payload bytes.
+    pub read_bytes: AtomicU64,
+    /// How long that took in all, microseconds; of reads side by side each counts.
+    pub read_us: AtomicU64,
     /// Reads that found nothing.
     pub missed: AtomicU64,
     /// Pages whose bytes were not those written.
@@ -78,6 +83,8 @@ pub struct PageCounts {
     pub evicted_disk_full: AtomicU64,
     /// Segments given up after an error.
     pub abandoned_segments: AtomicU64,
+    /// Syncs of segments.
+    pub sync: SyncCounts,
 }
 
 pub(crate) fn count(counter: &AtomicU64) {
@@ -170,9 +177,13 @@ impl Pages {
             count(&self.counts.missed);
             return Err(Miss::Absent);
         };
+        let begun_us = self.clock.monotonic_us();
         match entry.segment.read(&*self.disk, &self.keys, &entry.slot) {
             Ok((record, bytes)) if record.header == *wanted => {
+                let took_us = self.clock.monotonic_us().saturating_sub(begun_us);
                 count(&self.counts.read);
+                self.counts.read_bytes.fetch_add(record.payload_bytes as u64, Ordering::Relaxed);
+                self.counts.read_us.fetch_add(took_us, Ordering::Relaxed);
                 Ok(Page { bytes, len: record.payload_bytes, digest: record.digest })
             }
             Ok(_) => {
