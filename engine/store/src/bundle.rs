@@ -79,6 +79,11 @@ pub struct Imported {
     pub pages_refused: u32,
 }
 
+/// What every bundle begins with.
+pub(crate) fn start() -> Vec<u8> {
+    preamble(MAGIC).to_vec()
+}
+
 /// Writes parts, each followed by the hash of all bytes so far.
 struct Out<'a> {
     out: &'a mut dyn Write,

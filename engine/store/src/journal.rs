@@ -76,6 +76,26 @@ pub(crate) fn encode(
         let what = format!("a journal entry has {} bytes, at most {PAYLOAD_BYTES_MAX}", payload.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     }
+    let mut bytes = head_bytes(keys, (lsn, before), whose, (event.kind(), codec, stored_bytes));
+    let stored = match codec {
+        CODEC_PLAIN => payload,
+        _ => {
+            let aad = &bytes[..HEAD_TAGGED_BYTES];
+            keys.seal(whose.tenant, Purpose::JournalEntry, aad, payload).ok_or_else(tenant_is_gone)?
+        }
+    };
+    bytes.extend_from_slice(&stored);
+    let own = keys.tag(&bytes);
+    bytes.extend_from_slice(&own);
+    Ok((bytes, own))
+}
+
+fn head_bytes(
+    keys: &Keys,
+    (lsn, before): (u64, Tag),
+    whose: Whose,
+    (kind, codec, stored_bytes): (u8, u8, usize),
+) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEAD_BYTES + stored_bytes + TAG_BYTES);
     bytes.extend_from_slice(&ENTRY_MAGIC);
     bytes.extend_from_slice(&(stored_bytes as u32).to_le_bytes());
@@ -83,17 +103,24 @@ pub(crate) fn encode(
     bytes.extend_from_slice(&whose.session.0.to_le_bytes());
     bytes.extend_from_slice(&whose.tenant.0);
     bytes.extend_from_slice(&before);
-    bytes.extend_from_slice(&[event.kind(), codec, 0, 0, 0, 0, 0, 0]);
-    let stored = match codec {
-        CODEC_PLAIN => payload,
-        _ => keys.seal(whose.tenant, Purpose::JournalEntry, &bytes, payload).ok_or_else(tenant_is_gone)?,
-    };
+    bytes.extend_from_slice(&[kind, codec, 0, 0, 0, 0, 0, 0]);
     let head_tag = keys.tag(&bytes);
     bytes.extend_from_slice(&head_tag[..HEAD_BYTES - HEAD_TAGGED_BYTES]);
-    bytes.extend_from_slice(&stored);
+    bytes
+}
+
+/// The bytes of an entry of any kind and payload, not sealed.
+pub(crate) fn encode_raw(
+    keys: &Keys,
+    place: (u64, Tag),
+    whose: Whose,
+    (kind, payload): (u8, &[u8]),
+) -> (Vec<u8>, Tag) {
+    let mut bytes = head_bytes(keys, place, whose, (kind, CODEC_PLAIN, payload.len()));
+    bytes.extend_from_slice(payload);
     let own = keys.tag(&bytes);
     bytes.extend_from_slice(&own);
-    Ok((bytes, own))
+    (bytes, own)
 }
 
 struct Head {

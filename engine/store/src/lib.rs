@@ -13,6 +13,8 @@ pub mod disk;
 mod error;
 mod event;
 mod evict;
+#[doc(hidden)]
+pub mod fuzz;
 mod gc;
 mod index;
 mod journal;

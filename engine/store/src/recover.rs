@@ -70,6 +70,12 @@ impl EpochFile {
     }
 }
 
+/// Whether this is the body of an epoch or a config.
+pub(crate) fn parse_any(body: &[u8]) -> bool {
+    let entropy: Arc<dyn Entropy> = Arc::new(crate::disk::SystemEntropy);
+    EpochFile::parse(body).is_ok() | parse_config(body, &entropy, None).is_ok()
+}
+
 pub(crate) fn epoch_twin(disk: &dyn Disk) -> Twin<'_> {
     Twin { disk, path: EPOCH, magic: EPOCH_MAGIC }
 }

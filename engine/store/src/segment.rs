@@ -241,6 +241,13 @@ impl Segment {
         Ok(slots)
     }
 
+    /// Reads the body of an index that lacks nothing but its length and tag.
+    pub(crate) fn parse_any_index(&self, body: &[u8], keys: &Keys) -> Option<Vec<Slot>> {
+        let mut out = Writer::default();
+        out.bytes(body).raw(&keys.tag(body));
+        self.parse_footer(&out.0, keys).ok()
+    }
+
     fn walk(&self, file: &dyn File, size: u64, keys: &Keys) -> io::Result<SegmentContents> {
         let mut contents = SegmentContents::default();
         let (mut at, mut end, mut skipped) = (BLOCK as u64, BLOCK as u64, 0);
@@ -272,6 +279,15 @@ impl Segment {
     }
 }
 
+/// Reads a trailer that lacks nothing but its tag.
+pub(crate) fn parse_any_trailer(bytes: &[u8], keys: &Keys) -> Option<(u64, u64)> {
+    let mut block = [0; BLOCK];
+    let len = bytes.len().min(BLOCK - TAG_BYTES);
+    block[..len].copy_from_slice(&bytes[..len]);
+    tag_block(keys, &mut block);
+    parse_trailer(&block, keys)
+}
+
 fn file_header(keys: &Keys, tenant: TenantId, number: u64) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     block[..PREAMBLE_BYTES].copy_from_slice(&preamble(MAGIC));
@@ -294,15 +310,20 @@ fn parse_trailer(block: &[u8; BLOCK], keys: &Keys) -> Option<(u64, u64)> {
     (r.array().ok()? == TRAILER_MAGIC).then_some((r.u64().ok()?, r.u64().ok()?))
 }
 
-/// The bytes of the index behind the records, trailer included; whole blocks.
-fn footer_bytes(keys: &Keys, segment: &Segment, end: u64, slots: &[Slot]) -> io::Result<Vec<u8>> {
+pub(crate) fn index_body(segment: &Segment, slots: &[Slot]) -> Vec<u8> {
     let mut body = Writer::default();
     body.raw(&segment.tenant.0).u64(segment.number).u32(slots.len() as u32);
     slots.iter().for_each(|slot| slot.write(&mut body));
+    body.0
+}
+
+/// The bytes of the index behind the records, trailer included; whole blocks.
+fn footer_bytes(keys: &Keys, segment: &Segment, end: u64, slots: &[Slot]) -> io::Result<Vec<u8>> {
+    let body = index_body(segment, slots);
     let mut out = Writer::default();
     let number = segment.number.to_le_bytes();
     let stored =
-        keys.seal(segment.tenant, Purpose::SegmentIndex, &number, body.0).ok_or_else(tenant_is_gone)?;
+        keys.seal(segment.tenant, Purpose::SegmentIndex, &number, body).ok_or_else(tenant_is_gone)?;
     out.bytes(&stored).raw(&keys.tag(&stored));
     let bytes = out.0.len();
     out.0.resize(whole_blocks(bytes as u64) as usize, 0);

@@ -41,6 +41,11 @@ fn parse(body: &[u8]) -> Result<(String, TenantSecret), Malformed> {
     Ok(found)
 }
 
+/// Whether this is a tenant's body.
+pub(crate) fn parse_any(body: &[u8]) -> bool {
+    parse(body).is_ok()
+}
+
 impl Tenants {
     /// Reads all tenants; the paths of those whose files are damaged go to `damaged`. In a store that seals, one whose
     /// copies are both damaged fails it: its sessions would be lost without anybody's having wanted it.

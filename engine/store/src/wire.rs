@@ -144,6 +144,10 @@ impl<'a> Reader<'a> {
                 token |= u64::from(byte & 0x7f) << place;
                 place += 7;
                 if byte < 0x80 {
+                    // A token has one form.
+                    if byte == 0 && place > 7 {
+                        return Err(malformed);
+                    }
                     break;
                 }
                 // Five bytes hold 35 bits.
@@ -179,6 +183,7 @@ mod tests {
             assert!(Reader::new(&out.0[..cut], "tokens").tokens().is_err(), "cut at {cut}");
         }
         assert!(Reader::new(&[0xff, 0xff, 0xff, 0xff, 1], "tokens").tokens().is_err());
+        assert!(Reader::new(&[1, 0, 0, 0, 0x81, 0], "tokens").tokens().is_err(), "1 in two bytes");
         // 2^32 does not fit.
         assert!(Reader::new(&[1, 0, 0, 0, 0x80, 0x80, 0x80, 0x80, 0x10], "tokens").tokens().is_err());
     }

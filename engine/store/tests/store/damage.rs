@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use mainstay_store::{
     Append, At, Durability, Options, RecoveryReport, SessionId, Settings, Store, StoreError,
-    sim::{Ending, SimDisk},
+    sim::{Ending, Random, SimDisk},
 };
 
 use crate::rig::{Rig, headers, read_pages, settings, tokens, turn, write_pages};
@@ -140,6 +140,38 @@ fn a_file_cut_at_any_length_is_harmless_or_told() {
             }
         }
     }
+}
+
+/// Several changes at once: two may hide each other, as a cut journal and the mark that would tell of it.
+#[test]
+fn any_few_changes_are_harmless_or_told() {
+    let (disk, golden) = small_store(true);
+    let files: Vec<_> = disk.files().into_iter().collect();
+    let count = if cfg!(debug_assertions) { 300 } else { 4000 };
+    let mut changed = 0;
+    for seed in (0..count).step_by(crate::STRIDE as usize) {
+        let (mut random, copy) = (Random::new(seed), disk.copy(seed));
+        for _ in 0..2 + random.below(3) {
+            let (path, _) = &files[random.below(files.len() as u64) as usize];
+            let mut bytes = copy.files()[path].clone();
+            let at = random.below(bytes.len() as u64 + 1) as usize;
+            let end = bytes.len().min(at + random.below(300) as usize);
+            let (other, _) = &files[random.below(files.len() as u64) as usize];
+            match random.below(4) {
+                0 if !path.starts_with("tenants") => bytes.truncate(at),
+                1 => bytes[at..end].fill(random.bits() as u8),
+                2 => {
+                    let from = copy.files()[other].clone();
+                    let from = from.get(at..end).unwrap_or_default();
+                    bytes[at..at + from.len()].copy_from_slice(from);
+                }
+                _ => bytes[at..end].iter_mut().for_each(|byte| *byte ^= 1 << random.below(8)),
+            }
+            copy.set(path, bytes);
+        }
+        changed += u64::from(!look(&copy, &golden, &format!("seed {seed}")));
+    }
+    assert!(changed > count / crate::STRIDE / 4, "{changed} of {count} were noticed");
 }
 
 #[test]
