@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::atomic::Ordering,
+    time::Duration,
 };
 
 use crate::{
@@ -14,6 +15,8 @@ use crate::{
 
 /// Pages looked at, or let go, under one hold of the lock.
 const STEP: usize = 512;
+/// Between two steps. Without it who waits for the lock is woken and finds it taken again, for as long as this goes on.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// Why pages are let go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +42,12 @@ impl Pages {
         let (mut gathered, mut after) = (Vec::new(), None);
         loop {
             // Of their own, for what is gathered may have to move as it grows.
-            let (mut step, mut last) = (Vec::with_capacity(STEP), None);
+            let (mut step, mut last, mut seen) = (Vec::with_capacity(STEP), None, 0);
             let index = lock(&self.index);
             for entry in index.after(tenant, after).take(STEP) {
                 step.extend(map(entry));
                 last = Some(entry.slot.name);
+                seen += 1;
             }
             drop(index);
             if last.is_none() {
@@ -51,8 +55,9 @@ impl Pages {
             }
             gathered.extend(step);
             after = last;
-            // A lock that is free is not yet another's: let those who wait for it run.
-            std::thread::yield_now();
+            if seen == STEP {
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 
@@ -105,7 +110,9 @@ impl Pages {
                 }
             }
             drop(index);
-            std::thread::yield_now();
+            if chosen.len() == STEP {
+                std::thread::sleep(PAUSE);
+            }
         }
         count
     }
@@ -119,19 +126,19 @@ impl Pages {
                 index.remove(name);
             }
             drop(index);
-            std::thread::yield_now();
+            if names.len() == STEP {
+                std::thread::sleep(PAUSE);
+            }
         }
         lock(&self.index).remove_tenant(tenant);
     }
 }
 
-/// Pages of one tenant whose going frees at least `over` bytes, if there are as many; children before their parents.
+/// Pages of one tenant, given in the order of names, whose going frees at least `over` bytes, if there are as many;
+/// children before their parents.
 fn choose(seen: &[Seen], over: u64, keep: &HashSet<PageKey>) -> Vec<Seen> {
-    let (mut children, mut by_key) = (HashMap::<_, u32>::new(), HashMap::<_, Vec<usize>>::new());
-    for (i, page) in seen.iter().enumerate() {
-        *children.entry(page.parent).or_default() += 1;
-        by_key.entry(page.name.key).or_default().push(i);
-    }
+    let mut children = HashMap::<_, u32>::with_capacity(seen.len());
+    seen.iter().for_each(|page| *children.entry(page.parent).or_default() += 1);
     let is_leaf = |page: &Seen| !children.contains_key(&page.name.key) && !keep.contains(&page.name.key);
     let leaves = seen.iter().enumerate().filter(|(_, page)| is_leaf(page));
     let mut leaves: BTreeSet<_> = leaves.map(|(i, page)| (page.used, page.name, i)).collect();
@@ -145,8 +152,10 @@ fn choose(seen: &[Seen], over: u64, keep: &HashSet<PageKey>) -> Vec<Seen> {
         let left = children.get_mut(&page.parent).expect("counted above");
         *left -= 1;
         if *left == 0 && !keep.contains(&page.parent) {
-            let bare = by_key.get(&page.parent).into_iter().flatten();
-            leaves.extend(bare.map(|&i| (seen[i].used, seen[i].name, i)));
+            // The page of each group and class.
+            let first = seen.partition_point(|page_before| page_before.name.key < page.parent);
+            let bare = seen[first..].iter().take_while(|bare| bare.name.key == page.parent);
+            leaves.extend(bare.zip(first..).map(|(bare, i)| (bare.used, bare.name, i)));
         }
     }
     chosen
