@@ -94,8 +94,7 @@ pub(crate) fn engine(model: Model, args: &EngineArgs, budget: Budget) -> Result<
         let _bar = (weight_bytes >= BAR_BYTES_MIN).then(|| Progress::start("preparing weights", 0));
         backend.load(&model.graph, &model.weights, &limits)?
     };
-    let options =
-        EngineOptions { limits: limits.clone(), waiting: args.max_waiting, vocab: model.graph.vocab };
+    let options = EngineOptions::new(limits.clone(), args.max_waiting, model.graph.vocab);
     let handle = Handle::start(executor, options).context("the engine's thread could not be started")?;
     let class = handle.numeric_class();
     tracing::info!(

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use mainstay_engine::RequestError;
+use mainstay_engine::store::StoreError;
 use serde_json::{Value, json};
 
 /// A refused or failed request.
@@ -80,6 +81,25 @@ impl ApiError {
             .code("model_not_found")
     }
 
+    /// 404: there is no such session, or it is another tenant's.
+    pub(crate) fn no_session() -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "there is no such session")
+            .param("session_id")
+            .code("session_not_found")
+    }
+
+    /// 404: this server has no store.
+    pub(crate) fn no_sessions() -> Self {
+        let message = "this server keeps no sessions: it has no data directory";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("sessions_disabled")
+    }
+
+    /// 409: a turn of the session is running.
+    pub(crate) fn session_busy() -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, "a turn of this session is running; wait for its end")
+            .code("session_busy")
+    }
+
     /// 405.
     pub(crate) fn method(method: &str, path: &str) -> Self {
         let message = format!("the method {method} is not allowed on {path}");
@@ -141,6 +161,27 @@ impl From<RequestError> for ApiError {
             }
             RequestError::Device(_) => Self::internal(message),
             RequestError::Shutdown => Self::unavailable(message, "shutting_down"),
+        }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let message = error.to_string();
+        let refused = |status, code| Self::new(status, INVALID, message.clone()).code(code);
+        match error {
+            StoreError::NotFound => Self::no_session(),
+            StoreError::Conflict { .. } => refused(StatusCode::CONFLICT, "turn_conflict"),
+            StoreError::NameTaken(_) => refused(StatusCode::CONFLICT, "name_taken").param("name"),
+            StoreError::Quota { .. } => refused(StatusCode::FORBIDDEN, "quota_exceeded"),
+            StoreError::Range { .. } | StoreError::TooLong { .. } => Self::bad_request(message),
+            StoreError::Bundle(_) => refused(StatusCode::BAD_REQUEST, "invalid_bundle"),
+            StoreError::Newer { .. } => refused(StatusCode::BAD_REQUEST, "newer_format"),
+            StoreError::Journal(_) | StoreError::Pages(_) => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, SERVER, message).code("not_durable")
+            }
+            StoreError::Fenced { .. } => Self::unavailable(message, "fenced"),
+            _ => Self::internal(message),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use mainstay_engine::{Event, FinishReason, Generation, Request, RequestError, Score, StopRule};
+use mainstay_engine::{Event, FinishReason, Generation, Keep, Request, RequestError, Score, StopRule};
 use tokio::time::Instant;
 
 use crate::choice::{ChoiceText, Ending};
@@ -232,9 +232,9 @@ impl Run {
 
     fn handle(&mut self, at: usize, event: Option<Event>) -> Result<(), ApiError> {
         match event {
-            Some(Event::Started { cached_tokens }) => {
+            Some(Event::Started { kv }) => {
                 self.started = true;
-                self.usage.cached_tokens += cached_tokens;
+                self.usage.cached_tokens += kv.cached_tokens;
             }
             Some(Event::Prompt(scores)) => self.echo_scores(at, scores),
             Some(Event::Token { choice, token, score }) => self.token(at, choice as usize, token, score),
@@ -391,6 +391,8 @@ impl Job {
             },
             logprobs: self.logprobs,
             prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
+            drawn: Vec::new(),
+            keep: Keep::default(),
         }
     }
 }

@@ -18,6 +18,7 @@ mod registry;
 mod reply;
 mod routes;
 mod serve;
+mod sessions;
 mod shutdown;
 mod sse;
 mod stop;

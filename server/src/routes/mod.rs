@@ -26,6 +26,7 @@ use crate::generate::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::serve::ServerOptions;
+use crate::sessions::Sessions;
 use crate::shutdown::{ShutdownSignal, ShutdownStage};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -38,13 +39,15 @@ pub(crate) struct App {
     options: ServerOptions,
     shutdown: ShutdownSignal,
     http: HttpMetrics,
+    sessions: Option<Sessions>,
 }
 
 type Shared = State<Arc<App>>;
 
 /// All routes.
 pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: ShutdownSignal) -> Router {
-    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default() });
+    let sessions = options.store.clone().map(Sessions::new);
+    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
@@ -65,6 +68,11 @@ impl App {
     async fn body(&self, request: Request<Body>) -> Result<Map<String, Value>, ApiError> {
         let limits = BodyLimits { bytes: self.options.body_limit_bytes, pause: self.options.header_timeout };
         body::object(request, limits).await
+    }
+
+    /// The sessions of this server.
+    fn sessions(&self) -> Result<&Sessions, ApiError> {
+        self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
     }
 
     /// The time limits of a request that arrives now.

@@ -137,7 +137,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
     if let Some(n) = setup.fail_every {
         executor = executor.failing_every(n);
     }
-    let options = EngineOptions { limits, waiting: setup.waiting, vocab };
+    let options = EngineOptions::new(limits, setup.waiting, vocab);
     let engine = Handle::start(Box::new(executor), options).unwrap();
     let registry = Registry::loading([MODEL.to_owned()]);
     registry.ready(ServedModel {
