@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
-use mainstay_store::{Durability, Options, Quota, RealDisk, RecoveryReport, Store, StoreError, disk::Disk};
+use mainstay_store::{
+    CrashDisk, Durability, Options, Quota, RealDisk, RecoveryReport, Store, StoreError, disk::Disk,
+};
 
 use crate::exit::Usage;
 use crate::{data_dir, size};
@@ -120,7 +122,11 @@ impl StoreArgs {
 
     fn open_in(&self, dir: &Path) -> Result<Arc<Store>> {
         data_dir::prepare(dir)?;
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir)?);
+        let mut disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir)?);
+        if let Some(at) = crash_point()? {
+            tracing::warn!(at, "{CRASH_AT} is set: the process will end itself, for a test");
+            disk = Arc::new(CrashDisk::new(disk, at));
+        }
         let options = self.options(&*disk);
         let (store, report) =
             open(disk, options).with_context(|| format!("the data directory {}", dir.display()))?;
@@ -132,6 +138,15 @@ impl StoreArgs {
 fn open(disk: Arc<dyn Disk>, options: Options) -> Result<(Store, RecoveryReport), StoreError> {
     use mainstay_store::disk::{SystemClock, SystemEntropy};
     Store::open(disk, Arc::new(SystemClock::default()), Arc::new(SystemEntropy), options)
+}
+
+/// Ends the process at the N-th change on disk: for tests of what a kill at any step leaves.
+const CRASH_AT: &str = "MAINSTAY_CRASH_AT";
+
+fn crash_point() -> Result<Option<u64>, Usage> {
+    let Some(value) = std::env::var_os(CRASH_AT) else { return Ok(None) };
+    let at = value.to_str().and_then(|text| text.parse().ok()).filter(|&at| at > 0);
+    at.map(Some).ok_or_else(|| Usage(format!("{CRASH_AT}: expected a number from 1 on, found {value:?}")))
 }
 
 fn is_taken(error: &anyhow::Error) -> bool {

@@ -137,8 +137,9 @@ impl Rig {
             let mut done = Vec::new();
             self.executor.poll(&mut done);
             let store = self.store.as_ref().expect("pages are handed over only where there is a store");
-            for (header, bytes) in spill.headers.into_iter().zip(done.remove(0).bytes) {
-                store.write(header, bytes);
+            let copy = done.remove(0);
+            for ((header, bytes), digest) in spill.headers.into_iter().zip(copy.bytes).zip(copy.digests) {
+                store.write(header, bytes, digest);
             }
             store.step();
             spill.reads.iter().for_each(|r| self.pool.release(r.page.group as usize, r.page.page));
