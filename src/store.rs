@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use mainstay_store::{
-    CrashDisk, Durability, Options, Quota, RealDisk, RecoveryReport, Store, StoreError, disk::Disk,
+    Durability, Options, Quota, RealDisk, RecoveryReport, Store, StoreError, crash_disk::CrashDisk,
+    disk::Disk,
 };
 
 use crate::exit::Usage;
