@@ -37,7 +37,7 @@ impl Connection {
     async fn load(args: &ModelArgs) -> Result<Self> {
         let source = Source::parse(args.model.as_deref())?;
         let name = source.name();
-        let started = serve::load(source, args.engine.clone()).await?;
+        let started = serve::load(source, args.engine.clone(), None).await?;
         let (device, engine) = (started.device.clone(), started.handle.clone());
         let registry = Registry::default();
         registry.ready(serve::served(name.clone(), started)?);

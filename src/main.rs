@@ -20,6 +20,7 @@ mod serve;
 mod size;
 mod source;
 mod start;
+mod store;
 
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;

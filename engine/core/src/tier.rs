@@ -131,10 +131,7 @@ fn do_job(store: &Store, queued_bytes: &AtomicUsize, job: Job) {
             queued_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
             let patience = if must { ROOM_PATIENCE } else { Duration::ZERO };
             // A page that is left out is counted by the store, and computed again when it is missed.
-            let _: Handed = {
-                let _ = digest;
-                store.write_patiently(header, bytes, patience)
-            };
+            let _: Handed = store.write_patiently(header, bytes, digest, patience);
         }
         Job::Flush(patience, reply) => {
             // Whoever asked may have gone.

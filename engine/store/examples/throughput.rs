@@ -51,7 +51,8 @@ fn main() -> Result<(), StoreError> {
     let begun = Instant::now();
     for (i, header) in pages.iter().enumerate() {
         let payload = vec![i as u8; PAGE_BYTES].into_boxed_slice();
-        store.write_patiently(header.clone(), payload, Duration::from_secs(60));
+        let digest = *blake3::hash(&payload).as_bytes();
+        store.write_patiently(header.clone(), payload, digest, Duration::from_secs(60));
     }
     store.flush()?;
     let gigabytes = (PAGES * PAGE_BYTES) as f64 / 1e9;

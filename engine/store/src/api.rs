@@ -6,7 +6,7 @@ use crate::{
     error::{Miss, StoreError},
     event::{Durability, Event, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings, head_hash},
     key::{ClassId, PAGE_TOKENS, PageKey, TenantId},
-    pages::{Handed, Kept, Page, lock},
+    pages::{Handed, Kept, Page, PageWrite, lock},
     record::{PageHeader, PageName},
     session::{Session, Turn},
     store::{Inner, State, Store},
@@ -447,17 +447,24 @@ impl Store {
         }
     }
 
-    /// Hands over a page to be written behind. Never waits.
-    pub fn write(&self, header: PageHeader, payload: Box<[u8]>) -> Handed {
-        self.inner.pages.hand(header, payload, Duration::ZERO)
+    /// Hands over a page to be written behind. Never waits. `digest` is the BLAKE3 that the device made of the payload
+    /// when it sealed the page; a payload that is another by the time it is written is discarded and counted.
+    pub fn write(&self, header: PageHeader, payload: Box<[u8]>, digest: [u8; 32]) -> Handed {
+        self.inner.pages.hand(PageWrite { header, payload, digest }, Duration::ZERO)
     }
 
     /// Like [`Store::write`], but waits up to `patience` for room: for level `full`.
-    pub fn write_patiently(&self, header: PageHeader, payload: Box<[u8]>, patience: Duration) -> Handed {
+    pub fn write_patiently(
+        &self,
+        header: PageHeader,
+        payload: Box<[u8]>,
+        digest: [u8; 32],
+        patience: Duration,
+    ) -> Handed {
         if !self.inner.pages.options.threads {
             self.inner.pages.wait_written(Duration::ZERO);
         }
-        self.inner.pages.hand(header, payload, patience)
+        self.inner.pages.hand(PageWrite { header, payload, digest }, patience)
     }
 
     /// Waits until all pages handed over before this call are with the system, where a killed process leaves them.

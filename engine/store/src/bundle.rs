@@ -11,7 +11,7 @@ use crate::{
     event::{META_BYTES_MAX, SessionId, Settings, read_settings, write_settings},
     key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
     pages::{Handed, PageWrite, lock},
-    record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName},
+    record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName, digest},
     store::Store,
     tenant::Tenant,
     twin::{PREAMBLE_BYTES, preamble, refuse_newer, version_of},
@@ -232,7 +232,7 @@ impl Store {
             match input.part()? {
                 (TURN, part) if taken + refused == 0 => incoming.turn(&part)?,
                 (PAGE, part) => match incoming.page(&part)? {
-                    Some(page) => match self.write_patiently(page.header, page.payload, ROOM) {
+                    Some(page) => match self.write_patiently(page.header, page.payload, page.digest, ROOM) {
                         Handed::Dropped => refused += 1,
                         Handed::Queued | Handed::Known => taken += 1,
                     },
@@ -338,6 +338,7 @@ impl Incoming<'_> {
         let key = self.tenant.chain.next(parent, &tokens, &[]);
         let name = PageName { tenant: self.tenant.id, key, class, group, kind };
         let header = PageHeader { name, content, parent, tokens };
-        Ok(Some(PageWrite { header, payload: payload.into() }))
+        // The bundle's hashes say that these bytes are those that were exported.
+        Ok(Some(PageWrite { header, payload: payload.into(), digest: digest(payload) }))
     }
 }

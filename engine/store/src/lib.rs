@@ -7,6 +7,7 @@
 pub mod aligned;
 mod api;
 mod bundle;
+pub mod crash_disk;
 pub mod disk;
 mod error;
 mod event;

@@ -16,7 +16,7 @@ use crate::{
     index::Index,
     key::{ClassId, PageKey, TenantId},
     options::{Options, Quota},
-    record::{PageHeader, PageName, Record, StoreKey},
+    record::{Digest, PageHeader, PageName, Record, StoreKey, digest},
     writer::Writer,
 };
 
@@ -25,6 +25,14 @@ use crate::{
 pub struct Page {
     bytes: AlignedBytes,
     len: usize,
+    digest: Digest,
+}
+
+impl Page {
+    /// BLAKE3 of the payload, made by the device that sealed the page: what it must be when it is back on one.
+    pub fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
 }
 
 impl std::ops::Deref for Page {
@@ -40,7 +48,7 @@ impl std::ops::Deref for Page {
 pub enum Handed {
     /// It waits to be written.
     Queued,
-    /// The store has it.
+    /// The store has it, or one of its name waits already.
     Known,
     /// There is no room in the ring, on the disk or in the budget: it is dropped and counted.
     Dropped,
@@ -55,6 +63,8 @@ pub struct PageCounts {
     pub written_bytes: AtomicU64,
     /// Pages not written: ring, disk, quota or budget full, or the disk failed.
     pub dropped: AtomicU64,
+    /// Pages whose payload was not what the device had sealed: the copy raced with something. None reaches the disk.
+    pub mismatched: AtomicU64,
     /// Pages read and proven.
     pub read: AtomicU64,
     /// Reads that found nothing.
@@ -87,11 +97,15 @@ pub(crate) type Keeper = Box<dyn Fn(TenantId) -> Kept + Send + Sync>;
 pub(crate) struct PageWrite {
     pub(crate) header: PageHeader,
     pub(crate) payload: Box<[u8]>,
+    /// What the device made of the payload when it sealed the page.
+    pub(crate) digest: Digest,
 }
 
 #[derive(Default)]
 struct Ring {
     queue: VecDeque<PageWrite>,
+    /// Names of the pages in the queue and of the one that is being written.
+    names: HashSet<PageName>,
     bytes: usize,
     /// Pages ever queued, and those no longer in hand.
     queued: u64,
@@ -156,7 +170,7 @@ impl Pages {
         match entry.segment.read(&*self.disk, &self.key, &entry.slot) {
             Ok((record, bytes)) if record.header == *wanted => {
                 count(&self.counts.read);
-                Ok(Page { bytes, len: record.payload_bytes })
+                Ok(Page { bytes, len: record.payload_bytes, digest: record.digest })
             }
             Ok(_) => {
                 count(&self.counts.missed);
@@ -187,7 +201,8 @@ impl Pages {
     }
 
     /// Puts a page in the ring unless it is known or there is no room. `patience` is how long to wait for room.
-    pub(crate) fn hand(&self, header: PageHeader, payload: Box<[u8]>, patience: Duration) -> Handed {
+    pub(crate) fn hand(&self, page: PageWrite, patience: Duration) -> Handed {
+        let PageWrite { header, payload, .. } = &page;
         if self.contains(&header.name) {
             return Handed::Known;
         }
@@ -198,15 +213,20 @@ impl Pages {
         let has_room =
             |ring: &Ring| ring.queue.is_empty() || ring.bytes + payload.len() <= self.options.ring_bytes;
         let ring = lock(&self.ring);
-        let waited = self.moved.wait_timeout_while(ring, patience, |ring| !has_room(ring) && !ring.closed);
+        let waits = |ring: &mut Ring| !has_room(ring) && !ring.closed && !ring.names.contains(&header.name);
+        let waited = self.moved.wait_timeout_while(ring, patience, waits);
         let (mut ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+        if ring.names.contains(&header.name) {
+            return Handed::Known;
+        }
         if ring.closed || !has_room(&ring) {
             count(&self.counts.dropped);
             return Handed::Dropped;
         }
         ring.bytes += payload.len();
         ring.queued += 1;
-        ring.queue.push_back(PageWrite { header, payload });
+        ring.names.insert(header.name);
+        ring.queue.push_back(page);
         self.moved.notify_all();
         Handed::Queued
     }
@@ -219,10 +239,13 @@ impl Pages {
         let Some(page) = ring.queue.pop_front() else { return false };
         ring.bytes -= page.payload.len();
         drop(ring);
-        if !lock(&self.writer).write(self, &page) {
+        if digest(&page.payload) != page.digest {
+            count(&self.counts.mismatched);
+        } else if !lock(&self.writer).write(self, &page) {
             count(&self.counts.dropped);
         }
         let mut ring = lock(&self.ring);
+        ring.names.remove(&page.header.name);
         ring.done = ring.queued.min(ring.done + 1);
         drop(ring);
         self.moved.notify_all();
@@ -265,6 +288,7 @@ impl Pages {
         ring.closed = true;
         self.counts.dropped.fetch_add(ring.queue.len() as u64, Ordering::Relaxed);
         ring.queue.clear();
+        ring.names.clear();
         (ring.bytes, ring.done) = (0, ring.queued);
         self.moved.notify_all();
     }

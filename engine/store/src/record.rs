@@ -20,6 +20,14 @@ const CODEC_RAW: u8 = 0;
 /// Proves that this store wrote a header: bytes of a payload cannot pass for one, whoever chose them.
 pub(crate) type StoreKey = [u8; 32];
 
+/// BLAKE3 of a payload.
+pub(crate) type Digest = [u8; 32];
+
+/// The digest of these bytes.
+pub(crate) fn digest(payload: &[u8]) -> Digest {
+    *blake3::hash(payload).as_bytes()
+}
+
 /// What the bytes of a record are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
@@ -66,17 +74,16 @@ pub(crate) struct Record {
     pub(crate) serial: u64,
     pub(crate) epoch: u64,
     pub(crate) payload_bytes: usize,
-    pub(crate) digest: [u8; 32],
+    pub(crate) digest: Digest,
     pub(crate) checks: Vec<u64>,
 }
 
 impl Record {
-    /// The record of a payload.
-    pub(crate) fn of(header: PageHeader, payload: &[u8], serial: u64, epoch: u64) -> Self {
+    /// The record of a payload that was found to have this digest.
+    pub(crate) fn of(header: PageHeader, payload: &[u8], digest: Digest, serial: u64, epoch: u64) -> Self {
         assert!(payload.len() <= PAYLOAD_BYTES_MAX, "a page of {} bytes", payload.len());
         assert!(header.tokens.len() <= PAGE_TOKENS, "a page of {} tokens", header.tokens.len());
         let checks = payload.chunks(CHECK_BYTES).map(crc64).collect();
-        let digest = *blake3::hash(payload).as_bytes();
         Self { header, serial, epoch, payload_bytes: payload.len(), digest, checks }
     }
 
@@ -157,7 +164,7 @@ impl Record {
 
     /// Whether the payload is the one written, by its digest.
     pub(crate) fn digest_holds(&self, payload: &[u8]) -> bool {
-        *blake3::hash(payload).as_bytes() == self.digest
+        digest(payload) == self.digest
     }
 }
 
@@ -185,7 +192,7 @@ mod tests {
     #[test]
     fn a_header_roundtrips_and_no_bit_of_it_may_change() {
         let payload = vec![9; CHECK_BYTES + 1];
-        let record = Record::of(header(31), &payload, 7, 8);
+        let record = Record::of(header(31), &payload, digest(&payload), 7, 8);
         let block = record.encode(&[1; 32]);
         assert_eq!(Record::decode(&block, &[1; 32]).as_ref(), Ok(&record));
         assert!(Record::decode(&block, &[2; 32]).is_err(), "another store's header");
@@ -200,7 +207,7 @@ mod tests {
     #[test]
     fn checks_cover_every_payload_byte() {
         let mut payload: Vec<u8> = (0..CHECK_BYTES + 100).map(|i| i as u8).collect();
-        let record = Record::of(header(32), &payload, 0, 0);
+        let record = Record::of(header(32), &payload, digest(&payload), 0, 0);
         assert!(record.checks_hold(&payload) && record.digest_holds(&payload));
         for at in [0, 1, CHECK_BYTES - 1, CHECK_BYTES, CHECK_BYTES + 99] {
             payload[at] ^= 1;

@@ -57,7 +57,8 @@ impl Writer {
         if !self.may_write(pages, bytes) || !Self::fits_quota(pages, tenant, bytes) {
             return false;
         }
-        let record = Record::of(page.header.clone(), &page.payload, self.next_serial, pages.epoch);
+        let record =
+            Record::of(page.header.clone(), &page.payload, page.digest, self.next_serial, pages.epoch);
         self.next_serial += 1;
         self.append(pages, &record, &page.payload).is_ok()
     }

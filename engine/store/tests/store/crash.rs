@@ -7,7 +7,7 @@ use mainstay_store::{
     sim::{Ending, Random, SimDisk},
 };
 
-use crate::rig::{Rig, headers, payload, read_pages, settings, tokens};
+use crate::rig::{Rig, hand, headers, read_pages, settings, tokens};
 
 /// What clients were told, and what they may find besides.
 #[derive(Default)]
@@ -130,8 +130,7 @@ impl Client<'_> {
                 let new = tokens(self.random.bits(), count);
                 let then = [now, new.clone()].concat();
                 for header in headers(&self.tenant, &then) {
-                    let bytes = payload(&header);
-                    self.store.write(header, bytes);
+                    hand(self.store, header);
                 }
                 let append = Append { tokens: new, meta: vec![9; 5], ..Append::default() };
                 (Some(then), self.store.append_turn(self.tenant.id, id, append).map(drop))
@@ -259,8 +258,7 @@ fn every_call_may_be_the_last() {
                     for i in 0..3 {
                         let then = &all[..30 * (i + 1)];
                         for header in headers(&tenant, then) {
-                            let bytes = payload(&header);
-                            store.write(header, bytes);
+                            hand(&store, header);
                         }
                         let append =
                             Append { tokens: all[30 * i..30 * (i + 1)].to_vec(), ..Append::default() };

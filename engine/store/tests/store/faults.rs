@@ -4,7 +4,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use mainstay_store::{Append, At, Durability, Handed, Miss, Options, Settings, StoreError, sim::Ending};
 
-use crate::rig::{Rig, headers, payload, read_pages, settings, tokens, turn, write_pages};
+use crate::rig::{Rig, hand, headers, payload, read_pages, settings, tokens, turn, write_pages};
 
 /// One EIO at each call in turn until the work meets none: every error is answered or passed over, never believed.
 #[test]
@@ -136,8 +136,7 @@ fn a_full_disk_stops_pages_first_and_then_strict_turns() {
     let dropped = || store.page_counts().dropped.load(Ordering::Relaxed);
     let add = |expected: &mut Vec<u32>, new: Vec<u32>| {
         for header in headers(&tenant, &[&expected[..], &new].concat()) {
-            let bytes = payload(&header);
-            assert_ne!(store.write(header, bytes), Handed::Dropped);
+            assert_ne!(hand(&store, header), Handed::Dropped);
         }
         store.step();
         turn(&store, &tenant, strict, &new).map(|_| expected.extend(new))
@@ -264,6 +263,36 @@ fn a_hung_disk_makes_reads_late_and_holds_nobody() {
     let pages = read.recv().unwrap();
     assert!(pages.iter().all(Result::is_ok), "it goes on when the disk does");
     assert!(read.recv().is_err(), "each is answered once");
+}
+
+#[test]
+fn a_page_that_is_not_what_the_device_sealed_never_reaches_the_disk() {
+    let rig = Rig::new(9);
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let all = tokens(9, 64);
+    let [good, bad] = headers(&tenant, &all).try_into().unwrap();
+    let sealed = *blake3::hash(&payload(&bad)).as_bytes();
+    let mut raced = payload(&bad);
+    raced[77] ^= 1;
+    assert_eq!(hand(&store, good.clone()), Handed::Queued);
+    assert_eq!(store.write(bad.clone(), raced.clone(), sealed), Handed::Queued);
+    store.flush().unwrap();
+    let counts = store.page_counts();
+    let counted = [&counts.written, &counts.mismatched, &counts.dropped].map(|c| c.load(Ordering::Relaxed));
+    assert_eq!(counted, [1, 1, 0]);
+    assert_eq!(store.read(&good).unwrap().digest(), *blake3::hash(&payload(&good)).as_bytes());
+    assert_eq!(store.read(&bad).unwrap_err(), Miss::Absent);
+    let is_on_disk = |bytes: &[u8]| {
+        let wanted = &bytes[64..128];
+        rig.disk.files().values().any(|file| file.windows(64).any(|window| window == wanted))
+    };
+    assert!(!is_on_disk(&raced));
+    // Sealed again it is taken: nothing remembers the failure.
+    assert_eq!(hand(&store, bad.clone()), Handed::Queued);
+    store.flush().unwrap();
+    assert_eq!(read_pages(&store, &tenant, &all), 2);
+    assert!(store.verify().unwrap().damage.is_empty());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A store as its users see it, on a simulated disk.
 
+mod abort;
 mod crash;
 mod damage;
 mod faults;

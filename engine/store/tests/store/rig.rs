@@ -77,10 +77,16 @@ pub(crate) fn payload(header: &PageHeader) -> Box<[u8]> {
     (0..PAGE_BYTES).map(|_| random.bits() as u8).collect()
 }
 
+/// Hands a page over as a device would.
+pub(crate) fn hand(store: &Store, header: PageHeader) -> Handed {
+    let bytes = payload(&header);
+    let digest = *blake3::hash(&bytes).as_bytes();
+    store.write(header, bytes, digest)
+}
+
 pub(crate) fn write_pages(store: &Store, tenant: &Tenant, tokens: &[u32]) {
     for header in headers(tenant, tokens) {
-        let bytes = payload(&header);
-        assert_ne!(store.write(header, bytes), Handed::Dropped);
+        assert_ne!(hand(store, header), Handed::Dropped);
     }
 }
 
@@ -91,6 +97,7 @@ pub(crate) fn read_pages(store: &Store, tenant: &Tenant, tokens: &[u32]) -> usiz
     let hits = all.iter().filter(|header| match store.read(header) {
         Ok(page) => {
             assert_eq!(page[..], payload(header)[..], "a page was accepted whose bytes are not its own");
+            assert_eq!(page.digest(), *blake3::hash(&page).as_bytes());
             true
         }
         Err(miss) => {

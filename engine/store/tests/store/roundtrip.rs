@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::rig::{
-    Rig, class, content, headers, payload, read_pages, root, settings, tokens, turn, view, write_pages,
+    Rig, class, content, hand, headers, payload, read_pages, root, settings, tokens, turn, view, write_pages,
 };
 use mainstay_store::{
     Append, At, BundlePages, Durability, ExportPages, Handed, InFlight, Miss, Options, PageHeader, PageName,
@@ -413,6 +413,24 @@ fn quotas_expiry_and_pins_hold() {
 }
 
 #[test]
+fn a_page_that_waits_is_not_queued_twice() {
+    let options = Options { ring_bytes: 2 * crate::rig::PAGE_BYTES, ..Rig::new(0).options };
+    let rig = Rig { options, ..Rig::new(15) };
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let [one, two, three] = headers(&tenant, &tokens(15, 96)).try_into().unwrap();
+    assert_eq!([&one, &two].map(|header| hand(&store, header.clone())), [Handed::Queued; 2]);
+    // Also where the ring is full.
+    assert_eq!([&one, &two].map(|header| hand(&store, header.clone())), [Handed::Known; 2]);
+    assert_eq!(hand(&store, three.clone()), Handed::Dropped);
+    assert_eq!(store.ring_bytes(), 2 * crate::rig::PAGE_BYTES);
+    store.flush().unwrap();
+    assert_eq!(store.page_counts().written.load(std::sync::atomic::Ordering::Relaxed), 2);
+    assert_eq!(hand(&store, one), Handed::Known);
+    assert_eq!(hand(&store, three), Handed::Queued);
+}
+
+#[test]
 fn a_full_ring_and_a_spent_budget_drop_and_count() {
     let options = Options {
         ring_bytes: 2 * crate::rig::PAGE_BYTES,
@@ -423,14 +441,14 @@ fn a_full_ring_and_a_spent_budget_drop_and_count() {
     let (store, _) = rig.open();
     let tenant = store.tenant("t").unwrap();
     let all = tokens(14, 320);
-    let handed: Vec<_> =
-        headers(&tenant, &all).into_iter().map(|h| store.write(h.clone(), payload(&h))).collect();
+    let handed: Vec<_> = headers(&tenant, &all).into_iter().map(|header| hand(&store, header)).collect();
     assert_eq!(handed.iter().filter(|&&h| h == Handed::Queued).count(), 2);
     let dropped = || store.page_counts().dropped.load(std::sync::atomic::Ordering::Relaxed);
     assert_eq!(dropped(), 8);
     for header in headers(&tenant, &all) {
         let bytes = payload(&header);
-        store.write_patiently(header, bytes, Duration::ZERO);
+        let digest = *blake3::hash(&bytes).as_bytes();
+        store.write_patiently(header, bytes, digest, Duration::ZERO);
     }
     store.flush().unwrap();
     assert_eq!(read_pages(&store, &tenant, &all), 4, "the day's budget");
