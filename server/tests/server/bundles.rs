@@ -11,7 +11,7 @@ use mainstay_engine::store::{Append, TenantId};
 use mainstay_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::sessions::{SESSIONS, Scratch, append, ask, created, kept};
+use crate::session_routes::{SESSIONS, Scratch, append, ask, created, kept};
 use crate::testbed::{MODEL, Reply, Server};
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -5,6 +5,6 @@ mod chat;
 mod completions;
 mod errors;
 mod lifecycle;
-mod sessions;
+mod session_routes;
 mod streams;
 mod testbed;
