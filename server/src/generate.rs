@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use mainstay_engine::store::Durability;
 use mainstay_engine::{Event, FinishReason, Generation, Keep, Request, RequestError, Score, StopRule};
+use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::choice::{ChoiceText, Ending};
 use crate::detokenize::{Decoder, Detokenizer};
 use crate::error::ApiError;
+use crate::kv::{self, Reused};
 use crate::metrics::Outcome;
 use crate::openai::options::GenerationOptions;
 use crate::openai::usage::Usage;
@@ -60,6 +63,8 @@ pub(crate) struct Job {
     pub(crate) echo: Echo,
     pub(crate) continuation: Continuation,
     pub(crate) time: TimeLimits,
+    /// What becomes of its keys and values.
+    pub(crate) keep: Keep,
 }
 
 /// Where a token of an answer comes from.
@@ -97,6 +102,19 @@ pub(crate) struct Choice {
     pub(crate) ending: Ending,
 }
 
+/// What an answer ends with, beside its choices.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Closing {
+    pub(crate) kv: Value,
+}
+
+impl Closing {
+    /// Writes it into the answer, or into the event that ends it.
+    pub(crate) fn extend(&self, answer: &mut Value) {
+        answer["kv"] = self.kv.clone();
+    }
+}
+
 /// One prompt under way. Dropping the generation cancels it and frees its pages.
 struct Lane {
     generation: Option<Generation>,
@@ -111,6 +129,9 @@ pub(crate) struct Run {
     unsent: VecDeque<usize>,
     updates: VecDeque<Update>,
     usage: Usage,
+    reused: Reused,
+    /// Generations whose choices have all ended here, before the engine said so.
+    ended: Vec<Generation>,
     started: bool,
     first_token: bool,
 }
@@ -128,7 +149,17 @@ impl Run {
         };
         let unsent = (0..lanes.len()).collect();
         let updates = VecDeque::new();
-        let mut run = Self { job, lanes, unsent, updates, usage, started: false, first_token: false };
+        let mut run = Self {
+            job,
+            lanes,
+            unsent,
+            updates,
+            usage,
+            reused: Reused::default(),
+            ended: Vec::new(),
+            started: false,
+            first_token: false,
+        };
         if run.job.echo == Echo::Prompt && run.job.logprobs.is_none() {
             for prompt in 0..run.lanes.len() {
                 run.echo(prompt, Vec::new());
@@ -140,6 +171,11 @@ impl Run {
 
     pub(crate) fn job(&self) -> &Job {
         &self.job
+    }
+
+    /// Choices of all prompts.
+    pub(crate) fn choice_count(&self) -> usize {
+        self.job.prompts.len() * self.job.options.choices as usize
     }
 
     pub(crate) fn usage(&self) -> Usage {
@@ -175,7 +211,7 @@ impl Run {
     /// # Errors
     /// As [`Run::next`].
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
-        let mut choices = vec![Choice::default(); self.job.prompts.len() * self.job.options.choices as usize];
+        let mut choices = vec![Choice::default(); self.choice_count()];
         while let Some(update) = self.next().await {
             match update? {
                 Update::Delta { choice, text, tokens } => {
@@ -186,6 +222,19 @@ impl Run {
             }
         }
         Ok(choices)
+    }
+
+    /// Ends the answer: waits for what its last event tells. Call it once, after the last choice has ended.
+    pub(crate) async fn close(&mut self) -> Result<Closing, ApiError> {
+        let is_kept = kv::are_pages_kept(&self.job.model, &self.job.keep);
+        for mut generation in self.ended.drain(..).filter(|_| is_kept) {
+            // Until the engine has seen that it was stopped, its last page is not on its way.
+            let end = async { while generation.events.recv().await.is_some() {} };
+            let _ = tokio::time::timeout(kv::PAGE_PATIENCE, end).await;
+        }
+        kv::settle(&self.job.model, &self.job.keep).await;
+        let durability = if is_kept { Durability::Async } else { Durability::Ephemeral };
+        Ok(Closing { kv: self.reused.to_json(durability) })
     }
 
     /// Hands prompts to the engine. When its queue is full of this very job, the rest waits here.
@@ -234,7 +283,8 @@ impl Run {
         match event {
             Some(Event::Started { kv }) => {
                 self.started = true;
-                self.usage.cached_tokens += kv.cached_tokens;
+                self.reused.add(&kv);
+                self.usage.cached_tokens = self.reused.cached_tokens.min(self.usage.prompt_tokens);
             }
             Some(Event::Prompt(scores)) => self.echo_scores(at, scores),
             Some(Event::Token { choice, token, score }) => self.token(at, choice as usize, token, score),
@@ -248,7 +298,7 @@ impl Run {
             }
         }
         if self.lanes[at].generation.is_some() && self.lanes[at].choices.iter().all(ChoiceText::ended) {
-            self.lanes[at].generation = None;
+            self.ended.extend(self.lanes[at].generation.take());
         }
         if self.lanes[at].generation.is_none() { self.submit() } else { Ok(()) }
     }
@@ -392,7 +442,7 @@ impl Job {
             logprobs: self.logprobs,
             prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
             drawn: Vec::new(),
-            keep: Keep::default(),
+            keep: self.keep.clone(),
         }
     }
 }

@@ -10,6 +10,7 @@ mod choice;
 mod detokenize;
 mod error;
 mod generate;
+mod kv;
 mod metrics;
 mod openai;
 mod prompt;

@@ -79,7 +79,10 @@ pub(crate) async fn send<S: Shape>(job: Job, shape: S, delivery: Delivery) -> Re
         Delivery::Stream { include_usage } => sse::stream(run, shape, envelope, include_usage).await,
         Delivery::Whole => {
             let choices = run.collect().await?;
-            Ok(Json(whole(&run, &shape, &envelope, &choices)).into_response())
+            let closing = run.close().await?;
+            let mut answer = whole(&run, &shape, &envelope, &choices);
+            closing.extend(&mut answer);
+            Ok(Json(answer).into_response())
         }
     }
 }

@@ -10,7 +10,7 @@ use futures_util::stream;
 use serde_json::Value;
 
 use crate::error::ApiError;
-use crate::generate::{Run, Update};
+use crate::generate::{Closing, Run, Update};
 use crate::reply::{Envelope, Shape};
 
 /// How often a comment is sent while there is no event.
@@ -25,6 +25,9 @@ struct Events<S> {
     shape: S,
     envelope: Envelope,
     include_usage: bool,
+    /// Choices that have not ended.
+    open_choices: usize,
+    closing: Option<Closing>,
     ready: VecDeque<String>,
     ended: bool,
 }
@@ -40,10 +43,19 @@ pub(crate) async fn stream<S: Shape>(
     include_usage: bool,
 ) -> Result<Response, ApiError> {
     let first = tokio::time::timeout(COMMIT_AFTER, run.next()).await.ok().flatten().transpose()?;
-    let mut events = Events { run, shape, envelope, include_usage, ready: VecDeque::new(), ended: false };
+    let mut events = Events {
+        open_choices: run.choice_count(),
+        run,
+        shape,
+        envelope,
+        include_usage,
+        closing: None,
+        ready: VecDeque::new(),
+        ended: false,
+    };
     events.open();
     if let Some(update) = first {
-        events.update(update);
+        events.update(update).await?;
     }
     let stream = stream::unfold(events, |mut events| async move {
         let data = events.next().await?;
@@ -61,22 +73,26 @@ impl<S: Shape> Events<S> {
             if self.ended {
                 return None;
             }
-            match self.run.next().await {
-                Some(Ok(update)) => self.update(update),
-                Some(Err(error)) => {
-                    // The status is long sent; clients know this event, and that nothing follows it.
-                    self.ready.push_back(error.body().to_string());
-                    self.ended = true;
+            let updated = match self.run.next().await {
+                Some(Ok(update)) => self.update(update).await,
+                Some(Err(error)) => Err(error),
+                None => {
+                    self.close();
+                    Ok(())
                 }
-                None => self.close(),
+            };
+            if let Err(error) = updated {
+                // The status is long sent; clients know this event, and that nothing follows it.
+                self.ready.push_back(error.body().to_string());
+                self.ended = true;
             }
         }
     }
 
     fn open(&mut self) {
         let job = self.run.job();
-        let choices = job.prompts.len() * job.options.choices as usize;
-        let openings: Vec<Value> = (0..choices).filter_map(|index| self.shape.opening(job, index)).collect();
+        let openings: Vec<Value> =
+            (0..self.open_choices).filter_map(|index| self.shape.opening(job, index)).collect();
         for (at, choice) in openings.into_iter().enumerate() {
             let mut event = self.event(vec![choice]);
             if at == 0 {
@@ -86,20 +102,31 @@ impl<S: Shape> Events<S> {
         }
     }
 
-    fn update(&mut self, update: Update) {
+    async fn update(&mut self, update: Update) -> Result<(), ApiError> {
+        let ends_choice = matches!(update, Update::End { .. });
         let job = self.run.job();
         let choice = match update {
             Update::Delta { choice, text, tokens } => self.shape.delta(job, choice, (&text, &tokens)),
             Update::End { choice, ending } => self.shape.ending(job, choice, &ending),
         };
-        let event = self.event(vec![choice]);
+        let mut event = self.event(vec![choice]);
+        self.open_choices -= usize::from(ends_choice);
+        if self.open_choices == 0 {
+            let closing = self.run.close().await?;
+            closing.extend(&mut event);
+            self.closing = Some(closing);
+        }
         self.ready.push_back(event.to_string());
+        Ok(())
     }
 
     fn close(&mut self) {
         if self.include_usage {
             let mut event = self.envelope.wrap(S::EVENT, Vec::new());
             event["usage"] = self.run.usage().to_json();
+            if let Some(closing) = &self.closing {
+                closing.extend(&mut event);
+            }
             self.ready.push_back(event.to_string());
         }
         self.ready.push_back("[DONE]".to_owned());

@@ -40,6 +40,7 @@ pub(super) async fn post(
         echo: Echo::No,
         continuation,
         time,
+        keep: request.keep.keep(app.plain_durability()),
     };
     reply::send(job, ChatShape, request.delivery).await
 }

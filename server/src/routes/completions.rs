@@ -41,6 +41,7 @@ pub(super) async fn post(
         echo: request.echo,
         continuation: Continuation::OfPrompt,
         time,
+        keep: request.keep.keep(app.plain_durability()),
     };
     reply::send(job, CompletionShape::default(), request.delivery).await
 }

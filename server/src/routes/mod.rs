@@ -16,6 +16,7 @@ use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use mainstay_engine::store::Durability;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
@@ -73,6 +74,11 @@ impl App {
     /// The sessions of this server.
     fn sessions(&self) -> Result<&Sessions, ApiError> {
         self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
+    }
+
+    /// What becomes of the pages of a request that is of no session: none of its tokens are in the journal.
+    fn plain_durability(&self) -> Durability {
+        self.options.durability.min(Durability::Async)
     }
 
     /// The time limits of a request that arrives now.

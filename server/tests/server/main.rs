@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod errors;
+mod kv;
 mod lifecycle;
 mod streams;
 mod testbed;
