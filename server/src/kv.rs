@@ -16,7 +16,7 @@ pub(crate) const PAGE_PATIENCE: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Reused {
     state: Option<KvState>,
-    reason: Option<&'static str>,
+    reason: Option<String>,
     pub(crate) cached_tokens: usize,
     restored_tokens: usize,
     restore_ms: f64,
@@ -26,7 +26,7 @@ impl Reused {
     pub(crate) fn add(&mut self, report: &KvReport) {
         let worst = |state: KvState| if rank(report.state) > rank(state) { report.state } else { state };
         self.state = Some(self.state.map_or(report.state, worst));
-        self.reason = self.reason.or(report.reason);
+        self.reason = self.reason.take().or(report.reason.map(str::to_owned));
         self.cached_tokens += report.cached_tokens;
         self.restored_tokens += report.restored_tokens;
         self.restore_ms += report.restore_ms;
@@ -34,9 +34,11 @@ impl Reused {
 
     /// Names what the engine cannot know: why the tokens of a session are not those of the turn before, or which part
     /// of the model has changed since. The latter matters only where pages were lost by it.
-    pub(crate) fn explain(&mut self, history: Option<&'static str>, changed: Option<&'static str>) {
+    pub(crate) fn explain(&mut self, history: Option<&str>, changed: Option<&str>) {
         let lost = matches!(self.state(), KvState::Cold | KvState::Recomputed);
-        self.reason = history.or(changed.filter(|_| lost)).or(self.reason);
+        if let Some(reason) = history.or(changed.filter(|_| lost)) {
+            self.reason = Some(reason.to_owned());
+        }
     }
 
     fn state(&self) -> KvState {
@@ -129,8 +131,8 @@ mod tests {
         let mut cold = Reused::default();
         cold.add(&report(KvState::Cold, 0, 0));
         cold.explain(None, Some("weights"));
-        assert_eq!(cold.reason, Some("weights"));
+        assert_eq!(cold.reason.as_deref(), Some("weights"));
         cold.explain(Some("template_rewrote_history"), Some("weights"));
-        assert_eq!(cold.reason, Some("template_rewrote_history"));
+        assert_eq!(cold.reason.as_deref(), Some("template_rewrote_history"));
     }
 }

@@ -223,22 +223,24 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let cases: [(Value, &[(&'static str, &str)], &str); 12] = [
-            (json!({"session_id": 3}), &[], "session_id"),
-            (json!({"session_id": ""}), &[], "session_id"),
-            (json!({"session_id": "a"}), &[(SESSION_ID, "b")], "session_id"),
-            (json!({"session_id": "a", "session_mode": "some"}), &[], "session_mode"),
-            (json!({"session_id": "a", "expected_turn": -1}), &[], "expected_turn"),
-            (json!({"session_id": "a", "expected_turn": "1"}), &[], "expected_turn"),
-            (json!({"session_id": "a", "expected_turn": 1}), &[("if-match", "2")], "expected_turn"),
-            (json!({"session_id": "a"}), &[("if-match", "x")], "If-Match"),
-            (json!({"session_id": "a", "truncation": "some"}), &[], "truncation"),
-            (json!({"truncation": "auto"}), &[], "truncation"),
-            (json!({"session_mode": "append"}), &[], "session_mode"),
-            (json!({"expected_turn": 1}), &[], "expected_turn"),
+        let header = |name: &'static str, value: &'static str| vec![(name, value)];
+        let none = Vec::new;
+        let cases = [
+            (json!({"session_id": 3}), none(), "session_id"),
+            (json!({"session_id": ""}), none(), "session_id"),
+            (json!({"session_id": "a"}), header(SESSION_ID, "b"), "session_id"),
+            (json!({"session_id": "a", "session_mode": "some"}), none(), "session_mode"),
+            (json!({"session_id": "a", "expected_turn": -1}), none(), "expected_turn"),
+            (json!({"session_id": "a", "expected_turn": "1"}), none(), "expected_turn"),
+            (json!({"session_id": "a", "expected_turn": 1}), header("if-match", "2"), "expected_turn"),
+            (json!({"session_id": "a"}), header("if-match", "x"), "If-Match"),
+            (json!({"session_id": "a", "truncation": "some"}), none(), "truncation"),
+            (json!({"truncation": "auto"}), none(), "truncation"),
+            (json!({"session_mode": "append"}), none(), "session_mode"),
+            (json!({"expected_turn": 1}), none(), "expected_turn"),
         ];
         for (body, headers, param) in cases {
-            let error = read(body.clone(), headers).unwrap_err();
+            let error = read(body.clone(), &headers).unwrap_err();
             assert_eq!(
                 (error.status.as_u16(), &error.body()["error"]["param"]),
                 (400, &json!(param)),

@@ -5,6 +5,7 @@ mod completions;
 mod health;
 mod metrics;
 mod models;
+mod stream;
 mod tokenize;
 
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use tokio::time::Instant;
 use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
-use crate::generate::TimeLimits;
+use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::serve::ServerOptions;
@@ -54,6 +55,7 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::post))
         .route("/v1/completions", post(completions::post))
+        .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::get))

@@ -3,7 +3,10 @@
 mod chat;
 mod completions;
 mod errors;
+mod history;
 mod kv;
 mod lifecycle;
+mod resume;
+mod sessions;
 mod streams;
 mod testbed;

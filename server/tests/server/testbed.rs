@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::EchoExecutor;
 use mainstay_backend_api::{KvDType, Limits};
-use mainstay_engine::store::{self, Store};
+use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
 use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
@@ -271,6 +271,25 @@ impl Server {
         open
     }
 
+    /// Makes a session of the default tenant.
+    pub(crate) fn session(&self, settings: Settings) -> String {
+        let store = self.store.as_deref().unwrap();
+        let tenant = store.tenant("default").unwrap().id;
+        format!("sess_{}", store.create(tenant, settings).unwrap().id)
+    }
+
+    pub(crate) fn id(&self, session: &str) -> (TenantId, SessionId) {
+        let tenant = self.store.as_deref().unwrap().tenant("default").unwrap().id;
+        (tenant, session.strip_prefix("sess_").unwrap().parse().unwrap())
+    }
+
+    /// The tokens of a session, turn by turn.
+    pub(crate) fn turns(&self, session: &str) -> Vec<Vec<u32>> {
+        let (tenant, id) = self.id(session);
+        let turns = self.store.as_deref().unwrap().turns(tenant, id).unwrap();
+        turns.iter().map(|turn| turn.tokens.clone()).collect()
+    }
+
     /// Ends the server and its engine, and closes the store.
     pub(crate) async fn stop(mut self) {
         self.task.abort();
@@ -337,13 +356,26 @@ impl Open {
 
     /// The JSON of the next event, `None` at `[DONE]`, after which nothing may come, or at the end without one.
     pub(crate) async fn event(&mut self) -> Option<Value> {
+        Some(self.numbered().await?.1)
+    }
+
+    /// The same with the event's id.
+    pub(crate) async fn numbered(&mut self) -> Option<(Option<usize>, Value)> {
         let block = self.block().await?;
-        let data = block.strip_prefix("data: ").unwrap_or_else(|| panic!("no data: {block:?}"));
+        let (mut data, mut number) = (None, None);
+        for line in block.lines() {
+            match line.split_once(": ").unwrap_or_else(|| panic!("no field: {block:?}")) {
+                ("data", text) => data = Some(text),
+                ("id", text) => number = Some(text.parse().unwrap()),
+                _ => panic!("another field: {block:?}"),
+            }
+        }
+        let data = data.unwrap_or_else(|| panic!("no data: {block:?}"));
         if data == "[DONE]" {
             assert_eq!(self.block().await, None);
             return None;
         }
-        Some(serde_json::from_str(data).unwrap())
+        Some((number, serde_json::from_str(data).unwrap()))
     }
 
     pub(crate) async fn events(mut self) -> Vec<Value> {
