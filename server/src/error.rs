@@ -105,6 +105,27 @@ impl ApiError {
             .code("session_busy")
     }
 
+    /// 409: the model is not the one that began the answer.
+    pub(crate) fn model_changed(part: &str) -> Self {
+        let message = format!(
+            "the answer in flight was begun by another model: its {part} has changed, so it cannot go on as it was; send \
+             the turn again"
+        );
+        Self::new(StatusCode::CONFLICT, INVALID, message).code("model_changed")
+    }
+
+    /// 404: the session has nothing to read.
+    pub(crate) fn no_turns() -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "the session has no turns, and no answer is in flight")
+            .code("no_turns")
+    }
+
+    /// An answer that others read along with has stopped; it can go on.
+    pub(crate) fn interrupted() -> Self {
+        let message = "the answer was interrupted; read its stream again to go on with it";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, message).code("answer_interrupted").retry_after(1)
+    }
+
     /// 405.
     pub(crate) fn method(method: &str, path: &str) -> Self {
         let message = format!("the method {method} is not allowed on {path}");

@@ -10,6 +10,8 @@ mod choice;
 mod detokenize;
 mod error;
 mod generate;
+mod job;
+mod kv;
 mod metrics;
 mod openai;
 mod prompt;

@@ -8,4 +8,5 @@ pub(crate) mod messages;
 pub(crate) mod options;
 pub(crate) mod refused;
 pub(crate) mod session;
+pub(crate) mod session_fields;
 pub(crate) mod usage;

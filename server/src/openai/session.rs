@@ -4,7 +4,9 @@ use mainstay_engine::store::{At, Durability, NAME_BYTES_MAX, SessionId, SessionI
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
+use crate::kv::durability_name;
 use crate::openai::fields::{Fields, found, unexpected};
+use crate::openai::session_fields::durability;
 use crate::sessions::record::{SessionRecord, TurnRecord};
 use crate::sessions::{id_or_name, shown};
 
@@ -16,27 +18,6 @@ const KEY_CHARS_MAX: usize = 64;
 const VALUE_CHARS_MAX: usize = 512;
 /// Names that a path could not tell from a route, or that clients take out of it.
 const RESERVED_NAMES: [&str; 3] = ["import", ".", ".."];
-
-/// The levels by name, as requests and answers have them.
-const LEVELS: [(&str, Durability); 4] = [
-    ("ephemeral", Durability::Ephemeral),
-    ("async", Durability::Async),
-    ("turn", Durability::Turn),
-    ("full", Durability::Full),
-];
-
-/// A level's name.
-pub(crate) fn level_name(level: Durability) -> &'static str {
-    LEVELS.iter().find(|(_, known)| *known == level).map_or("async", |(name, _)| name)
-}
-
-/// The level that a field names.
-pub(crate) fn level(fields: &Fields<'_, '_>, field: &str) -> Result<Option<Durability>, ApiError> {
-    let Some(value) = fields.get(field) else { return Ok(None) };
-    let known = LEVELS.iter().find(|(name, _)| value.as_str() == Some(name));
-    let level = known.map(|(_, level)| *level);
-    level.map(Some).ok_or_else(|| unexpected(fields.name(field), "ephemeral, async, turn or full", value))
-}
 
 /// A name for a session, if it can be one.
 pub(crate) fn name(param: &str, text: &str) -> Result<String, ApiError> {
@@ -74,7 +55,7 @@ impl Wanted {
         Ok(Self {
             name: named.map(Some).or_else(|| is_null("name").then_some(None)),
             ttl_ms: ttl_ms.map(Some).or_else(|| is_null("ttl").then_some(None)),
-            durability: level(&fields, "durability")?,
+            durability: level(&fields)?,
             priority: fields.integer("priority", 0..=255)?.map(|value| value as u8),
             pinned: fields.bool("pinned")?,
             metadata: metadata(&fields)?.or_else(|| none("metadata")),
@@ -87,7 +68,7 @@ impl Wanted {
         match self.durability {
             Some(new) if is_ephemeral(new) != is_ephemeral(old) => {
                 let expected = if is_ephemeral(old) { "ephemeral" } else { "async, turn or full" };
-                let what = format!("expected {expected}, found {}", level_name(new));
+                let what = format!("expected {expected}, found {}", durability_name(new));
                 Err(ApiError::field("durability", format!("{what}: whether a session is on disk stays")))
             }
             _ => Ok(()),
@@ -106,6 +87,12 @@ impl Wanted {
             settings.meta = record.to_bytes();
         }
     }
+}
+
+fn level(fields: &Fields<'_, '_>) -> Result<Option<Durability>, ApiError> {
+    let Some(value) = fields.get("durability") else { return Ok(None) };
+    let level = value.as_str().and_then(durability);
+    level.map(Some).ok_or_else(|| unexpected("durability", "ephemeral, async, turn or full", value))
 }
 
 fn metadata(fields: &Fields<'_, '_>) -> Result<Option<Map<String, Value>>, ApiError> {
@@ -162,7 +149,7 @@ pub(crate) fn session_object(info: &SessionInfo, kv: StoredKv) -> Value {
         "parent": info.parent.map(|(id, turn)| json!({"id": shown(id), "turn": turn})),
         "pinned": settings.pinned,
         "priority": settings.priority,
-        "durability": level_name(settings.durability),
+        "durability": durability_name(settings.durability),
         "ttl": settings.ttl_ms.map(|ms| ms / 1000),
         "metadata": SessionRecord::read(&settings.meta).metadata,
         "in_flight": info.in_flight,

@@ -6,6 +6,7 @@ mod health;
 mod metrics;
 mod models;
 mod sessions;
+mod stream;
 mod tokenize;
 
 use std::sync::Arc;
@@ -17,13 +18,14 @@ use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use mainstay_engine::store::Durability;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
-use crate::generate::TimeLimits;
+use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::serve::ServerOptions;
@@ -55,6 +57,7 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/chat/completions", post(chat::post))
         .route("/v1/completions", post(completions::post))
         .merge(sessions::routes())
+        .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::get))
@@ -75,6 +78,11 @@ impl App {
     /// The sessions of this server.
     fn sessions(&self) -> Result<&Sessions, ApiError> {
         self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
+    }
+
+    /// What becomes of the pages of a request that is of no session: none of its tokens are in the journal.
+    fn plain_durability(&self) -> Durability {
+        self.options.durability.min(Durability::Async)
     }
 
     /// The time limits of a request that arrives now.

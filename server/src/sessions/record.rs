@@ -61,11 +61,27 @@ pub(crate) struct TurnRecord {
     pub(crate) text_kept: usize,
     /// The text that the turn's tokens stand for, special tokens shown.
     pub(crate) text: String,
+    /// Bytes of it that were sent; the rest was drawn.
+    pub(crate) text_sent: usize,
+    /// Tokens drawn after the answer's end: those of a stop string. They are no part of the session.
+    pub(crate) dropped: Vec<u32>,
+    /// The object `kv` of the answer.
+    pub(crate) kv: Value,
+    /// How the answer was generated, so that its tokens become the same text again.
+    pub(crate) options: Value,
 }
 
 impl TurnRecord {
+    /// What the client added, and the answer.
+    pub(crate) fn all_messages(&self) -> impl Iterator<Item = &Value> {
+        self.messages.iter().chain((!self.answer.is_null()).then_some(&self.answer))
+    }
+
     pub(crate) fn read(bytes: &[u8]) -> Self {
-        let value: Value = serde_json::from_slice(bytes).unwrap_or_default();
+        Self::of_json(&serde_json::from_slice(bytes).unwrap_or_default())
+    }
+
+    pub(crate) fn of_json(value: &Value) -> Self {
         let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
         let number = |key: &str| value[key].as_u64().unwrap_or_default();
         Self {
@@ -80,11 +96,19 @@ impl TurnRecord {
             sent_len: number("sent_len") as usize,
             text_kept: number("text_kept") as usize,
             text: text("text"),
+            text_sent: number("text_sent") as usize,
+            dropped: serde_json::from_value(value["dropped"].clone()).unwrap_or_default(),
+            kv: value["kv"].clone(),
+            options: value["options"].clone(),
         }
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let value = json!({
+        self.to_json().to_string().into_bytes()
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        json!({
             "id": self.id,
             "created": self.created,
             "model": self.model,
@@ -96,7 +120,10 @@ impl TurnRecord {
             "sent_len": self.sent_len,
             "text_kept": self.text_kept,
             "text": self.text,
-        });
-        value.to_string().into_bytes()
+            "text_sent": self.text_sent,
+            "dropped": self.dropped,
+            "kv": self.kv,
+            "options": self.options,
+        })
     }
 }

@@ -11,8 +11,8 @@ use mainstay_engine::store::{Append, TenantId};
 use mainstay_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::session_routes::{SESSIONS, Scratch, append, ask, created, kept};
-use crate::testbed::{MODEL, Reply, Server};
+use crate::session_routes::{SESSIONS, append, ask, created, kept};
+use crate::testbed::{Directory, MODEL, Reply, Server};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -55,7 +55,7 @@ async fn count(server: &Server) -> usize {
 
 #[tokio::test]
 async fn a_session_moves_with_its_pages() {
-    let (from, to) = (Scratch::new(), Scratch::new());
+    let (from, to) = (Directory::new(), Directory::new());
     let (here, there) =
         (kept(&from, ServerOptions::default()).await, kept(&to, ServerOptions::default()).await);
     let made = with_pages(&here).await;
@@ -76,7 +76,7 @@ async fn a_session_moves_with_its_pages() {
     assert_eq!(warm["kv"]["state"], "exact");
     assert!(warm["kv"]["restored_tokens"].as_u64().unwrap() >= 192, "{warm}");
 
-    let third = Scratch::new();
+    let third = Directory::new();
     let cold = kept(&third, ServerOptions::default()).await;
     for (query, bundle, refused) in [("", bundle.clone(), true), ("?include=kv", tokens, false)] {
         let moved = created(&import(&cold, query, bundle).await);
@@ -89,7 +89,7 @@ async fn a_session_moves_with_its_pages() {
 
 #[tokio::test]
 async fn what_is_not_whole_leaves_no_session() {
-    let (from, to) = (Scratch::new(), Scratch::new());
+    let (from, to) = (Directory::new(), Directory::new());
     let (here, there) =
         (kept(&from, ServerOptions::default()).await, kept(&to, ServerOptions::default()).await);
     with_pages(&here).await;
@@ -127,9 +127,9 @@ async fn what_is_not_whole_leaves_no_session() {
 
 #[tokio::test]
 async fn a_bundle_beyond_the_limit_is_refused() {
-    let scratch = Scratch::new();
+    let directory = Directory::new();
     let options = ServerOptions { import_limit_bytes: 1000, ..ServerOptions::default() };
-    let server = kept(&scratch, options).await;
+    let server = kept(&directory, options).await;
     with_pages(&server).await;
     let bundle = export(&server, "far", "?include=tokens").await;
     assert!(bundle.len() > 1000);
@@ -148,8 +148,8 @@ async fn let_go(server: &Server, holders: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_ends_its_export() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let made = created(&ask(&server, Method::POST, SESSIONS, json!({"name": "far"})).await);
     let store = server.store.as_ref().unwrap();
     let id = made["id"].as_str().unwrap()["sess_".len()..].parse().unwrap();
@@ -171,7 +171,7 @@ async fn a_client_that_leaves_ends_its_export() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_ends_its_import() {
-    let (from, to) = (Scratch::new(), Scratch::new());
+    let (from, to) = (Directory::new(), Directory::new());
     let (here, there) =
         (kept(&from, ServerOptions::default()).await, kept(&to, ServerOptions::default()).await);
     with_pages(&here).await;

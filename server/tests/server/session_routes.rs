@@ -6,32 +6,14 @@ use mainstay_engine::store::{Append, SessionId, TenantId};
 use mainstay_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::testbed::{MODEL, Reply, Server, Setup, start};
+use crate::testbed::{Directory, MODEL, Reply, Server, Setup, start};
 
 pub(crate) const SESSIONS: &str = "/v1/sessions";
 /// An id that no session has.
 const UNKNOWN: &str = "sess_01ARZ3NDEKTSV4RRFFQ69G5FAV";
 
-/// A directory of one test, removed at its end.
-pub(crate) struct Scratch(pub(crate) std::path::PathBuf);
-
-impl Scratch {
-    pub(crate) fn new() -> Self {
-        use std::sync::atomic::{AtomicU32, Ordering};
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("mainstay-http-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self(std::env::temp_dir().join(name))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-pub(crate) async fn kept(scratch: &Scratch, options: ServerOptions) -> Server {
-    start(Setup { store: Some(scratch.0.clone()), options, ..Setup::default() }).await
+pub(crate) async fn kept(directory: &Directory, options: ServerOptions) -> Server {
+    start(Setup { directory: Some(directory.path()), options, ..Setup::default() }).await
 }
 
 /// A request with a method, a key if there is one, and a JSON body if there is one.
@@ -84,8 +66,8 @@ pub(crate) fn append(server: &Server, session: &Value, number: u32, len: u32) ->
 
 #[tokio::test]
 async fn a_session_is_made_and_shown_whole() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let bare = created(&ask(&server, Method::POST, SESSIONS, Value::Null).await);
     let keys: Vec<&str> = bare.as_object().unwrap().keys().map(String::as_str).collect();
     let expected = "id object name model created_at last_used_at expires_at turn_count token_count parent pinned \
@@ -117,8 +99,8 @@ async fn a_session_is_made_and_shown_whole() {
 
 #[tokio::test]
 async fn what_cannot_be_meant_is_refused_by_name() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let cases = [
         (json!({"model": 7}), "model"),
         (json!({"name": "a\tb"}), "name"),
@@ -151,8 +133,8 @@ async fn what_cannot_be_meant_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_session_is_changed_and_removed() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let body = json!({"name": "a", "ttl": 60, "metadata": {"k": "v"}});
     let made = created(&ask(&server, Method::POST, SESSIONS, body).await);
     let taken = ask(&server, Method::POST, SESSIONS, json!({"name": "a"})).await.error(409);
@@ -192,8 +174,8 @@ async fn a_session_is_changed_and_removed() {
 
 #[tokio::test]
 async fn lists_are_paged_both_ways() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let mut made = Vec::new();
     for i in 0..5 {
         let body = json!({"name": format!("n{i}")});
@@ -228,10 +210,10 @@ async fn lists_are_paged_both_ways() {
 
 #[tokio::test]
 async fn a_foreign_session_is_an_unknown_one() {
-    let scratch = Scratch::new();
+    let directory = Directory::new();
     let keys = ["a:one", "b:two"].map(|key| key.parse().unwrap());
     let options = ServerOptions { api_keys: keys.to_vec(), ..ServerOptions::default() };
-    let server = kept(&scratch, options).await;
+    let server = kept(&directory, options).await;
     let send = async |method, path: &str, key, body| server.send(asked(method, path, Some(key), body)).await;
     let mine = created(&send(Method::POST, SESSIONS, "one", json!({"name": "mine"})).await);
     created(&send(Method::POST, SESSIONS, "two", json!({"name": "yours"})).await);
@@ -270,8 +252,8 @@ async fn a_foreign_session_is_an_unknown_one() {
 
 #[tokio::test]
 async fn a_session_branches_and_goes_back() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let made = created(&ask(&server, Method::POST, SESSIONS, json!({"name": "trunk", "pinned": true})).await);
     (1..=3).for_each(|number| drop(append(&server, &made, number, 40)));
     let fork = async |body| ask(&server, Method::POST, &format!("{SESSIONS}/trunk/fork"), body).await;
@@ -328,8 +310,8 @@ async fn a_session_branches_and_goes_back() {
 
 #[tokio::test]
 async fn turns_are_listed() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let made = created(&ask(&server, Method::POST, SESSIONS, json!({})).await);
     let tokens: Vec<_> = (1..=3).map(|number| append(&server, &made, number, 10)).collect();
     let turns = format!("{}/turns", path(&made));
@@ -375,8 +357,8 @@ async fn turns_are_listed() {
 
 #[tokio::test]
 async fn pages_are_brought_to_the_device() {
-    let scratch = Scratch::new();
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let directory = Directory::new();
+    let server = kept(&directory, ServerOptions::default()).await;
     let made = created(&ask(&server, Method::POST, SESSIONS, json!({})).await);
     let place = format!("{}/prefetch", path(&made));
     let nothing =
@@ -401,7 +383,7 @@ async fn pages_are_brought_to_the_device() {
     assert!(message.contains("2200") && message.contains("2048"), "{message}");
     ask(&server, Method::POST, &format!("{}/rollback", path(&made)), json!({"to_turn": 1})).await.ok();
     server.stop().await;
-    let server = kept(&scratch, ServerOptions::default()).await;
+    let server = kept(&directory, ServerOptions::default()).await;
     let restored = ask(&server, Method::POST, &place, Value::Null).await.ok();
     assert_eq!(restored["kv"]["state"], "exact");
     assert!(restored["kv"]["restored_tokens"].as_u64().unwrap() >= 192, "{restored}");
@@ -409,9 +391,9 @@ async fn pages_are_brought_to_the_device() {
 
 #[tokio::test]
 async fn the_store_is_measured() {
-    let scratch = Scratch::new();
+    let directory = Directory::new();
     let recovery = Some(std::time::Duration::from_millis(1500));
-    let server = kept(&scratch, ServerOptions { recovery, ..ServerOptions::default() }).await;
+    let server = kept(&directory, ServerOptions { recovery, ..ServerOptions::default() }).await;
     let made = created(&ask(&server, Method::POST, SESSIONS, json!({})).await);
     created(&ask(&server, Method::POST, SESSIONS, json!({})).await);
     append(&server, &made, 1, 100);

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 
 use axum::body::{Body, Bytes};
@@ -12,8 +13,8 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::EchoExecutor;
 use mainstay_backend_api::{KvDType, Limits};
-use mainstay_engine::store::{Options, Store};
-use mainstay_engine::{EngineOptions, Handle};
+use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
+use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::Tokenizer;
@@ -46,8 +47,10 @@ pub(crate) struct Setup {
     pub(crate) fail_every: Option<u64>,
     pub(crate) template: Option<String>,
     pub(crate) generation: Generation,
-    /// Where sessions are kept, if they are.
-    pub(crate) store: Option<PathBuf>,
+    /// Where sessions and pages are; without it there are none.
+    pub(crate) directory: Option<PathBuf>,
+    /// The weights, as far as a fake has some.
+    pub(crate) weights: u8,
 }
 
 impl Default for Setup {
@@ -61,7 +64,8 @@ impl Default for Setup {
             fail_every: None,
             template: Some(TEMPLATE.to_owned()),
             generation: Generation { eos: vec![EOS], ..Generation::default() },
-            store: None,
+            directory: None,
+            weights: 0,
         }
     }
 }
@@ -142,8 +146,16 @@ pub(crate) async fn start(setup: Setup) -> Server {
     if let Some(n) = setup.fail_every {
         executor = executor.failing_every(n);
     }
-    let store = setup.store.map(|dir| Arc::new(Store::open_dir(&dir, Options::default()).unwrap().0));
-    let options = EngineOptions { store: store.clone(), ..EngineOptions::new(limits, setup.waiting, vocab) };
+    let mut options = EngineOptions::new(limits, setup.waiting, vocab);
+    let store = setup.directory.as_deref().map(open_store);
+    options.store = store.clone();
+    options.restore = RestorePolicy::Always;
+    let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
+    options.model = ModelIdentity {
+        weights: [setup.weights; 32],
+        template: *template_hash.as_bytes(),
+        ..ModelIdentity::default()
+    };
     let engine = Handle::start(Box::new(executor), options).unwrap();
     let registry = Registry::loading([MODEL.to_owned()]);
     registry.ready(ServedModel {
@@ -156,7 +168,9 @@ pub(crate) async fn start(setup: Setup) -> Server {
         context: engine.limits().context,
         engine: engine.clone(),
     });
-    listen(registry, ServerOptions { store, ..setup.options }, (engine, tokenizer)).await
+    let mut options = setup.options;
+    options.store = store;
+    listen(registry, options, (engine, tokenizer)).await
 }
 
 /// Serves a registry.
@@ -165,12 +179,63 @@ pub(crate) async fn listen(
     options: ServerOptions,
     (engine, tokenizer): (Handle, Arc<Tokenizer>),
 ) -> Server {
+    let store = options.store.clone();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (trigger, signal) = shutdown_channel();
-    let store = options.store.clone();
     let task = tokio::spawn(serve(listener, registry, options, signal));
     Server { address, engine, trigger, task, tokenizer, store }
+}
+
+fn open_store(directory: &Path) -> Arc<Store> {
+    let options = store::Options { reserve_bytes: 0, ..store::Options::default() };
+    let (store, report) = Store::open_dir(directory, options).unwrap();
+    assert!(report.damage.is_empty(), "{report:?}");
+    Arc::new(store)
+}
+
+/// A directory of its own, gone with it.
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    pub(crate) fn new() -> Self {
+        static MADE: AtomicU64 = AtomicU64::new(0);
+        let name = format!("mainstay-server-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    /// What a crash at this moment would leave.
+    pub(crate) fn copied(&self) -> Self {
+        let copy = Self::new();
+        copy_files(&self.0, &copy.0);
+        copy
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            std::fs::create_dir_all(&to).unwrap();
+            copy_files(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Server {
@@ -206,14 +271,37 @@ impl Server {
         open
     }
 
-    /// Ends it and its engine, so that its store can be opened again.
-    pub(crate) async fn stop(self) {
+    /// Makes a session of the default tenant.
+    pub(crate) fn session(&self, settings: Settings) -> String {
+        let store = self.store.as_deref().unwrap();
+        let tenant = store.tenant("default").unwrap().id;
+        format!("sess_{}", store.create(tenant, settings).unwrap().id)
+    }
+
+    pub(crate) fn id(&self, session: &str) -> (TenantId, SessionId) {
+        let tenant = self.store.as_deref().unwrap().tenant("default").unwrap().id;
+        (tenant, session.strip_prefix("sess_").unwrap().parse().unwrap())
+    }
+
+    /// The tokens of a session, turn by turn.
+    pub(crate) fn turns(&self, session: &str) -> Vec<Vec<u32>> {
+        let (tenant, id) = self.id(session);
+        let turns = self.store.as_deref().unwrap().turns(tenant, id).unwrap();
+        turns.iter().map(|turn| turn.tokens.clone()).collect()
+    }
+
+    /// Ends the server and its engine, and closes the store.
+    pub(crate) async fn stop(mut self) {
         self.task.abort();
         self.engine.shutdown();
         self.engine.closed().await;
-        let store = self.store.as_ref().map(Arc::downgrade);
+        let mut store = self.store.take().unwrap();
         drop(self);
-        while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
+        loop {
+            match Arc::try_unwrap(store) {
+                Ok(store) => return store.close().unwrap(),
+                Err(shared) => store = shared,
+            }
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     }
@@ -268,13 +356,26 @@ impl Open {
 
     /// The JSON of the next event, `None` at `[DONE]`, after which nothing may come, or at the end without one.
     pub(crate) async fn event(&mut self) -> Option<Value> {
+        Some(self.numbered().await?.1)
+    }
+
+    /// The same with the event's id.
+    pub(crate) async fn numbered(&mut self) -> Option<(Option<usize>, Value)> {
         let block = self.block().await?;
-        let data = block.strip_prefix("data: ").unwrap_or_else(|| panic!("no data: {block:?}"));
+        let (mut data, mut number) = (None, None);
+        for line in block.lines() {
+            match line.split_once(": ").unwrap_or_else(|| panic!("no field: {block:?}")) {
+                ("data", text) => data = Some(text),
+                ("id", text) => number = Some(text.parse().unwrap()),
+                _ => panic!("another field: {block:?}"),
+            }
+        }
+        let data = data.unwrap_or_else(|| panic!("no data: {block:?}"));
         if data == "[DONE]" {
             assert_eq!(self.block().await, None);
             return None;
         }
-        Some(serde_json::from_str(data).unwrap())
+        Some((number, serde_json::from_str(data).unwrap()))
     }
 
     pub(crate) async fn events(mut self) -> Vec<Value> {

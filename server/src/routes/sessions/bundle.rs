@@ -74,6 +74,7 @@ pub(super) async fn export(target: Target, uri: Uri) -> Result<Response, ApiErro
 /// Which pages go along, once those of finished turns are with the store.
 async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
     let model = target.owner.app.registry.get(&info.settings.model)?;
+    target.set_root(info, &model).await?;
     let engine = &model.served.engine;
     if !engine.settle(SETTLE).await {
         tracing::warn!("an export goes without the pages that are still being written");

@@ -2,16 +2,17 @@
 
 use axum::Json;
 use axum::extract::Request;
-use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::http::{StatusCode, Uri};
 use axum::response::Response;
 use mainstay_engine::store::{At, Store};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::Target;
 use super::query::{Order, Params};
 use crate::error::ApiError;
-use crate::openai::fields::{Fields, unexpected};
+use crate::openai::fields::Fields;
 use crate::openai::session::{TurnTokens, list_object, name, position, turn_object};
+use crate::openai::session_fields::expected_turn;
 
 pub(super) async fn fork(target: Target, request: Request) -> Result<Response, ApiError> {
     let body = target.owner.body(request).await?;
@@ -24,33 +25,16 @@ pub(super) async fn fork(target: Target, request: Request) -> Result<Response, A
 }
 
 pub(super) async fn rollback(target: Target, request: Request) -> Result<Response, ApiError> {
-    let matched = if_match(request.headers())?;
+    let headers = request.headers().clone();
     let body = target.owner.body(request).await?;
     let fields = Fields::of(&body);
     let at = position(&fields, ("to_turn", "to_token"))?;
     let (at, field) = at.ok_or_else(|| fields.missing("to_turn", "a turn, or `to_token` in its place"))?;
-    let expected = fields.integer("expected_turn", 0..=i64::from(u32::MAX))?.map(|turn| turn as u32);
-    if let (Some(expected), Some(matched)) = (expected, matched)
-        && expected != matched
-    {
-        let what = format!("expected {matched}, as If-Match says, found {expected}");
-        return Err(ApiError::field("expected_turn", what));
-    }
+    let expected = expected_turn(&fields, &headers)?;
     let _claim = target.owner.sessions.claim(target.id)?;
-    let back = move |store: &Store, tenant, id| store.rollback(tenant, id, at, expected.or(matched));
+    let back = move |store: &Store, tenant, id| store.rollback(tenant, id, at, expected);
     let info = target.call(back).await.map_err(|error| error.about(field))?;
     target.owner.reply(StatusCode::OK, info).await
-}
-
-/// The turn that the header `If-Match` names: an entity's tag is its session's turn count.
-fn if_match(headers: &HeaderMap) -> Result<Option<u32>, ApiError> {
-    let Some(value) = headers.get(header::IF_MATCH) else { return Ok(None) };
-    let text = value.to_str().unwrap_or_default().trim();
-    if text == "*" {
-        return Ok(None);
-    }
-    let turn = text.trim_matches('"').parse().ok();
-    turn.map(Some).ok_or_else(|| unexpected("If-Match", "a turn count such as \"3\"", &json!(text)))
 }
 
 pub(super) async fn turns(target: Target, uri: Uri) -> Result<Json<Value>, ApiError> {

@@ -26,6 +26,7 @@ use crate::auth;
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::session::{StoredKv, Wanted, list_object, session_object};
+use crate::registry::Model;
 use crate::sessions::record::SessionRecord;
 use crate::sessions::{Sessions, id_or_name, shown};
 
@@ -142,6 +143,19 @@ impl Target {
     ) -> Result<T, ApiError> {
         let (tenant, id) = (self.owner.tenant.id, self.id);
         self.owner.sessions.call(move |store| call(store, tenant, id)).await
+    }
+
+    /// Tells the store where the session's page keys begin, where it came from somewhere that could not know.
+    async fn set_root(&self, info: &SessionInfo, model: &Arc<Model>) -> Result<(), ApiError> {
+        if info.settings.root.is_some() {
+            return Ok(());
+        }
+        let (model, name) = (Arc::clone(model), self.owner.name.clone());
+        let set = move |store: &Store, tenant, id| {
+            let root = model.served.engine.root(&name, b"")?;
+            store.patch(tenant, id, |settings| settings.root = root)
+        };
+        self.call(set).await.map(|_| ())
     }
 }
 

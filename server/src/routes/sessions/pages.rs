@@ -44,6 +44,7 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
         return Err(ApiError::context_length(what, "session_id"));
     }
     if found > 0 {
+        target.set_root(&info, &model).await?;
         let generation = model.served.engine.submit(request(&target, &info, tokens))?;
         let limit = app.options.request_timeout.unwrap_or(Duration::MAX);
         let ended = tokio::time::timeout(limit, wait(generation, &mut report)).await;

@@ -1,0 +1,1 @@
+//! Answers that were interrupted, or are read again.
