@@ -247,7 +247,44 @@ fn chat(words: &[&str], input: &str) -> Ended {
 }
 
 #[test]
-fn a_chat_begins_a_session_and_finds_it_again() {
+fn a_chat_goes_on_after_its_end_as_if_it_had_had_none() {
+    let scratch = Scratch::new();
+    let dir = scratch.0.to_string_lossy();
+    let system = ["--system", "Be brief."];
+    let near = [&["--session", "talk", "--data-dir", &*dir], &system[..]].concat();
+    let unbroken = chat(&system, "My name is Anna.\nWhat is my name?\nThank you.\n");
+    let expected: Vec<&str> = unbroken.stdout.lines().collect();
+    assert_eq!(expected.len(), 3, "{}", unbroken.stdout);
+    let first = chat(&near, "My name is Anna.\n");
+    assert!(
+        first.stderr.contains("session talk (sess_") && first.stderr.contains("begun"),
+        "{}",
+        first.stderr
+    );
+    assert_eq!(good(first).trim_end(), expected[0]);
+    let second = chat(&near, "What is my name?\n");
+    assert!(second.stderr.contains("1 turn resumed"), "{}", second.stderr);
+    assert_eq!(good(second).trim_end(), expected[1]);
+    let server = Server::start(&["--data-dir", &dir]);
+    let url = format!("http://{}", server.address);
+    let third = chat(&["--session", "talk", "--url", &url], "Thank you.\n");
+    assert!(third.stderr.contains("2 turns resumed"), "{}", third.stderr);
+    assert_eq!(good(third).trim_end(), expected[2]);
+    let reset = chat(&["--session", "talk", "--url", &url], "/reset\nWhat is my name?\n");
+    assert!(
+        reset.stderr.contains("a new session, sess_") && reset.stderr.contains("stays"),
+        "{}",
+        reset.stderr
+    );
+    assert_eq!(good(reset), chat(&[], "What is my name?\n").stdout, "after /reset nothing is left");
+    let listed = good(run(&["sessions", "ls", "--json", "--url", &url]));
+    let turns: Vec<Value> = serde_json::from_str::<Vec<Value>>(&listed).unwrap();
+    let turns: Vec<_> = turns.iter().map(|session| session["turn_count"].as_u64().unwrap()).collect();
+    assert_eq!(turns, [3, 1]);
+}
+
+#[test]
+fn a_chat_finds_its_session_or_says_why_not() {
     let scratch = Scratch::new();
     let dir = scratch.0.join("data");
     let place = ["--session", "talk", "--data-dir", &dir.to_string_lossy()];
