@@ -36,6 +36,11 @@ impl ApiError {
         self
     }
 
+    /// The same error, about this field if it is about a field that it does not name.
+    pub(crate) fn about(self, param: &'static str) -> Self {
+        if self.status == StatusCode::BAD_REQUEST && self.param.is_none() { self.param(param) } else { self }
+    }
+
     fn retry_after(mut self, seconds: u64) -> Self {
         self.retry_after_s = Some(seconds);
         self

@@ -40,6 +40,10 @@ pub struct ServerOptions {
     pub loopback: bool,
     /// Where sessions are; the store that the engines were started with. Without one there are none.
     pub store: Option<Arc<Store>>,
+    /// How long opening the store took, for `/metrics`.
+    pub recovery: Option<Duration>,
+    /// Largest session bundle that is taken in.
+    pub import_limit_bytes: usize,
     /// When a turn is acknowledged, where neither its session nor its request says.
     pub durability: Durability,
     /// How often tokens of an answer under way are written to the journal, so that it can go on after a crash;
@@ -60,6 +64,8 @@ impl Default for ServerOptions {
             public_metrics: false,
             loopback: true,
             store: None,
+            recovery: None,
+            import_limit_bytes: 8 << 30,
             durability: Durability::default(),
             journal_interval: Some(Duration::from_millis(100)),
         }

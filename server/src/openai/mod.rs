@@ -7,4 +7,5 @@ pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod options;
 pub(crate) mod refused;
+pub(crate) mod session;
 pub(crate) mod usage;

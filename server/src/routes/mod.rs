@@ -5,6 +5,7 @@ mod completions;
 mod health;
 mod metrics;
 mod models;
+mod sessions;
 mod tokenize;
 
 use std::sync::Arc;
@@ -53,6 +54,7 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::post))
         .route("/v1/completions", post(completions::post))
+        .merge(sessions::routes())
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::get))

@@ -44,6 +44,11 @@ impl Sessions {
         Ok(Claim { busy: Arc::clone(&self.busy), id })
     }
 
+    /// Whether somebody has claimed the session.
+    pub(crate) fn is_busy(&self, id: SessionId) -> bool {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
+    }
+
     /// Runs a call that may wait for the disk on a thread that may wait.
     pub(crate) async fn call<T: Send + 'static>(
         &self,

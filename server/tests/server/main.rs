@@ -1,8 +1,10 @@
 //! The server as a client sees it: over TCP, on an engine whose executor is a fake.
 
+mod bundles;
 mod chat;
 mod completions;
 mod errors;
 mod lifecycle;
+mod sessions;
 mod streams;
 mod testbed;

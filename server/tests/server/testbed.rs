@@ -1,7 +1,7 @@
 //! A server on a port of its own, and a client that sees every byte.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::EchoExecutor;
 use mainstay_backend_api::{KvDType, Limits};
+use mainstay_engine::store::{Options, Store};
 use mainstay_engine::{EngineOptions, Handle};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
@@ -45,6 +46,8 @@ pub(crate) struct Setup {
     pub(crate) fail_every: Option<u64>,
     pub(crate) template: Option<String>,
     pub(crate) generation: Generation,
+    /// Where sessions are kept, if they are.
+    pub(crate) store: Option<PathBuf>,
 }
 
 impl Default for Setup {
@@ -58,6 +61,7 @@ impl Default for Setup {
             fail_every: None,
             template: Some(TEMPLATE.to_owned()),
             generation: Generation { eos: vec![EOS], ..Generation::default() },
+            store: None,
         }
     }
 }
@@ -69,6 +73,7 @@ pub(crate) struct Server {
     pub(crate) trigger: ShutdownTrigger,
     pub(crate) task: JoinHandle<std::io::Result<()>>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) store: Option<Arc<Store>>,
 }
 
 impl Drop for Server {
@@ -137,7 +142,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
     if let Some(n) = setup.fail_every {
         executor = executor.failing_every(n);
     }
-    let options = EngineOptions::new(limits, setup.waiting, vocab);
+    let store = setup.store.map(|dir| Arc::new(Store::open_dir(&dir, Options::default()).unwrap().0));
+    let options = EngineOptions { store: store.clone(), ..EngineOptions::new(limits, setup.waiting, vocab) };
     let engine = Handle::start(Box::new(executor), options).unwrap();
     let registry = Registry::loading([MODEL.to_owned()]);
     registry.ready(ServedModel {
@@ -150,7 +156,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         context: engine.limits().context,
         engine: engine.clone(),
     });
-    listen(registry, setup.options, (engine, tokenizer)).await
+    listen(registry, ServerOptions { store, ..setup.options }, (engine, tokenizer)).await
 }
 
 /// Serves a registry.
@@ -162,8 +168,9 @@ pub(crate) async fn listen(
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (trigger, signal) = shutdown_channel();
+    let store = options.store.clone();
     let task = tokio::spawn(serve(listener, registry, options, signal));
-    Server { address, engine, trigger, task, tokenizer }
+    Server { address, engine, trigger, task, tokenizer, store }
 }
 
 impl Server {
@@ -197,6 +204,18 @@ impl Server {
         assert_eq!(open.response.status(), 200);
         assert_eq!(open.response.headers()["content-type"], "text/event-stream");
         open
+    }
+
+    /// Ends it and its engine, so that its store can be opened again.
+    pub(crate) async fn stop(self) {
+        self.task.abort();
+        self.engine.shutdown();
+        self.engine.closed().await;
+        let store = self.store.as_ref().map(Arc::downgrade);
+        drop(self);
+        while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
     }
 
     /// Waits until no sequence holds pages or waits.
