@@ -102,9 +102,12 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     let registry = Registry::loading([id.clone()]);
     let (trigger, signal) = shutdown_channel();
     let signals = tokio::spawn(follow_signals(trigger)?);
-    let store = args.store.open()?;
+    let opened = args.store.open()?;
+    let recovery = opened.as_ref().map(|opened| opened.recovery);
+    let store = opened.map(|opened| opened.store);
     let options = ServerOptions {
         store: store.clone(),
+        recovery,
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
         ..server_options(&args.http, keys, address)

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use mainstay_store::{
-    Durability, Options, Quota, RealDisk, RecoveryReport, Store, StoreError, crash_disk::CrashDisk,
-    disk::Disk,
+    Durability, MasterKey, Options, Quota, RealDisk, RecoveryReport, Store, StoreError,
+    crash_disk::CrashDisk, disk::Disk,
 };
 
 use crate::exit::Usage;
@@ -38,13 +38,64 @@ impl From<DurabilityChoice> for Durability {
     }
 }
 
+/// Which directory, and the key to it.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Sessions")]
+pub(crate) struct DirArgs {
+    /// Where sessions are kept; the user's data directory without it.
+    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// A file with 64 hexadecimal digits under which everything that tells of a prompt is encrypted on disk.
+    #[arg(long, env = "MAINSTAY_ENCRYPTION_KEY_FILE", value_name = "FILE")]
+    encryption_key_file: Option<PathBuf>,
+}
+
+impl DirArgs {
+    fn master_key(&self) -> Result<Option<MasterKey>> {
+        let Some(path) = &self.encryption_key_file else { return Ok(None) };
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| format!("--encryption-key-file {shown}"))?;
+        let text = text.trim();
+        let digits = text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        if !digits {
+            let what =
+                format!("--encryption-key-file {shown}: expected 64 hexadecimal digits, found other text");
+            return Err(Usage(what).into());
+        }
+        let mut key = [0; 32];
+        for (byte, at) in key.iter_mut().zip((0..64).step_by(2)) {
+            *byte = u8::from_str_radix(&text[at..at + 2], 16)?;
+        }
+        Ok(Some(MasterKey::new(key)))
+    }
+
+    /// Opens the store of the directory for a command beside the server, with no limits of its own.
+    ///
+    /// # Errors
+    /// Names the directory; [`Usage`] where there is none to name.
+    pub(crate) fn open_plain(&self) -> Result<Arc<Store>> {
+        let dir = data_dir::resolve(self.data_dir.as_deref());
+        let dir = dir.ok_or_else(|| Usage("no HOME is set: give --data-dir".into()))?;
+        let options = Options { master_key: self.master_key()?, ..Options::default() };
+        let named = || format!("the data directory {}", dir.display());
+        let (store, report) = Store::open_dir(&dir, options).with_context(named)?;
+        tell(&dir, &report);
+        Ok(Arc::new(store))
+    }
+}
+
+/// A store, and what opening it took.
+pub(crate) struct Opened {
+    pub(crate) store: Arc<Store>,
+    pub(crate) recovery: Duration,
+}
+
 /// Options of the store.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sessions")]
 pub(crate) struct StoreArgs {
-    /// Where sessions are kept; the user's data directory without it.
-    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
-    pub(crate) data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
     /// When a turn of a session is acknowledged, where neither the session nor the request says.
     #[arg(long, env = "MAINSTAY_DURABILITY", value_enum, default_value = "async")]
     pub(crate) durability: DurabilityChoice,
@@ -84,7 +135,7 @@ impl StoreArgs {
         Some(Duration::from_millis(self.journal_interval_ms)).filter(|interval| !interval.is_zero())
     }
 
-    fn options(&self, disk: &dyn Disk) -> Options {
+    fn options(&self, disk: &dyn Disk) -> Result<Options> {
         let total = disk.space().map_or(0, |space| space.total);
         let page_bytes = self.page_quota.unwrap_or((total / QUOTA_SHARE).min(QUOTA_BYTES_MAX));
         let quota = Quota {
@@ -92,13 +143,14 @@ impl StoreArgs {
             pinned_bytes: self.pinned_quota.unwrap_or(page_bytes / 2),
             sessions: self.session_quota,
         };
-        Options {
+        Ok(Options {
+            master_key: self.dir.master_key()?,
             quota,
             segment_bytes: self.segment_bytes,
             reserve_bytes: (total / RESERVE_SHARE).clamp(RESERVE_BYTES_MIN, QUOTA_BYTES_MAX),
             write_budget_bytes_per_day: self.write_budget,
             ..Options::default()
-        }
+        })
     }
 
     /// Opens the store. Without an answer to where, a server that finds no place for sessions, or finds it taken by
@@ -106,14 +158,14 @@ impl StoreArgs {
     ///
     /// # Errors
     /// Names the directory.
-    pub(crate) fn open(&self) -> Result<Option<Arc<Store>>> {
-        let Some(dir) = data_dir::resolve(self.data_dir.as_deref()) else {
+    pub(crate) fn open(&self) -> Result<Option<Opened>> {
+        let Some(dir) = data_dir::resolve(self.dir.data_dir.as_deref()) else {
             tracing::warn!("no HOME is set: sessions are not kept (give --data-dir)");
             return Ok(None);
         };
         match self.open_in(&dir) {
             Ok(store) => Ok(Some(store)),
-            Err(error) if self.data_dir.is_none() && is_taken(&error) => {
+            Err(error) if self.dir.data_dir.is_none() && is_taken(&error) => {
                 tracing::warn!("{error:#}; this server keeps no sessions (give it a --data-dir of its own)");
                 Ok(None)
             }
@@ -121,18 +173,19 @@ impl StoreArgs {
         }
     }
 
-    fn open_in(&self, dir: &Path) -> Result<Arc<Store>> {
+    fn open_in(&self, dir: &Path) -> Result<Opened> {
         data_dir::prepare(dir)?;
         let mut disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir)?);
         if let Some(at) = crash_point()? {
             tracing::warn!(at, "{CRASH_AT} is set: the process will end itself, for a test");
             disk = Arc::new(CrashDisk::new(disk, at));
         }
-        let options = self.options(&*disk);
+        let options = self.options(&*disk)?;
         let (store, report) =
             open(disk, options).with_context(|| format!("the data directory {}", dir.display()))?;
         tell(dir, &report);
-        Ok(Arc::new(store))
+        let recovery = Duration::from_millis(report.elapsed_ms);
+        Ok(Opened { store: Arc::new(store), recovery })
     }
 }
 
@@ -205,16 +258,4 @@ pub(crate) async fn close(mut store: Arc<Store>) -> Result<()> {
         };
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-}
-
-/// Opens the store of a directory with nothing but defaults: for commands beside the server.
-///
-/// # Errors
-/// Names the directory; [`Usage`] where there is none to name.
-pub(crate) fn open_default(dir: Option<&Path>) -> Result<Arc<Store>> {
-    let dir = data_dir::resolve(dir).ok_or_else(|| Usage("no HOME is set: give --data-dir".into()))?;
-    let (store, report) = Store::open_dir(&dir, Options::default())
-        .with_context(|| format!("the data directory {}", dir.display()))?;
-    tell(&dir, &report);
-    Ok(Arc::new(store))
 }

@@ -14,8 +14,10 @@ use crate::tier::{self, Loaded, PageOut};
 
 /// Bytes of a batch of pages that are read together.
 const BATCH_BYTES: usize = 8 << 20;
-/// Batches of one load that are read at the same time: enough to keep a disk busy, few enough to bound the memory.
+/// Batches of one load that are read at the same time: enough to keep a disk busy.
 const BATCHES_AHEAD: usize = 6;
+/// Batches of all loads that are read at the same time: bounds the memory.
+const BATCHES_ASKED_MAX: usize = 16;
 
 /// The books of all copies.
 #[derive(Default)]
@@ -23,6 +25,8 @@ pub(crate) struct Copies {
     next_ticket: u64,
     in_flight: HashMap<Ticket, Copy>,
     readings: BTreeMap<LoadId, Reading>,
+    /// Batches that were asked for and have not come.
+    asked: usize,
     done: Vec<CopyDone>,
     /// Who waits until all spills before a ticket are with the system.
     flushes: Vec<(Ticket, Duration, oneshot::Sender<bool>)>,
@@ -71,6 +75,14 @@ impl Copies {
     }
 }
 
+impl Reading {
+    /// No more pages are taken.
+    fn fail(&mut self, reason: &'static str) {
+        self.failed = Some(reason);
+        self.unasked.clear();
+    }
+}
+
 impl Engine {
     /// Begins the copies that the scheduler asked for.
     pub(crate) fn begin_copies(&mut self) {
@@ -102,35 +114,46 @@ impl Engine {
             failed: None,
         };
         self.copies.readings.insert(load.id, reading);
-        for _ in 0..BATCHES_AHEAD {
-            self.ask(load.id);
-        }
+        self.ask();
     }
 
-    /// Asks for the next batch of a load.
-    fn ask(&mut self, load: LoadId) {
-        let Some(reading) = self.copies.readings.get_mut(&load) else { return };
-        if let Some(headers) = reading.unasked.pop_front() {
-            let tier = self.tier.as_ref().expect("what is loaded was found in a store");
-            tier.read(load, reading.asked, headers);
-            reading.asked += 1;
+    /// Asks for the next batches, those of the oldest load first.
+    fn ask(&mut self) {
+        let tier = self.tier.as_ref().expect("what is loaded was found in a store");
+        let mut refused = Vec::new();
+        for (&load, reading) in &mut self.copies.readings {
+            while self.copies.asked < BATCHES_ASKED_MAX
+                && reading.asked - reading.next < BATCHES_AHEAD
+                && let Some(headers) = reading.unasked.pop_front()
+            {
+                if !tier.read(load, reading.asked, headers) {
+                    reading.fail("late");
+                    refused.push(load);
+                    break;
+                }
+                reading.asked += 1;
+                self.copies.asked += 1;
+            }
         }
+        refused.into_iter().for_each(|load| self.end_load_if_over(load));
     }
 
     /// Pages came from the store.
     pub(crate) fn loaded(&mut self, loaded: Loaded) {
         let load = loaded.load;
+        self.copies.asked -= 1;
         if self.scheduler.loading(load).is_none() {
             // Its sequence was cancelled, or gave its pages to another.
             self.copies.readings.remove(&load);
+            self.ask();
             return;
         }
         let Some(reading) = self.copies.readings.get_mut(&load) else { return };
         reading.early.insert(loaded.batch, loaded);
         while let Some(batch) = self.next_batch(load) {
             self.restore(batch);
-            self.ask(load);
         }
+        self.ask();
         self.end_load_if_over(load);
     }
 
@@ -139,8 +162,7 @@ impl Engine {
         let batch = reading.early.remove(&reading.next).filter(|_| reading.failed.is_none())?;
         reading.next += 1;
         if let Some(miss) = &batch.miss {
-            reading.failed = Some(tier::reason(miss));
-            reading.unasked.clear();
+            reading.fail(tier::reason(miss));
         }
         Some(batch)
     }
@@ -212,8 +234,7 @@ impl Engine {
                 reading.restored_pages += count;
             } else {
                 // Pages after it would leave a gap: no more is taken.
-                reading.failed = Some("device");
-                reading.unasked.clear();
+                reading.fail("device");
             }
         }
         pages.iter().for_each(|page| self.pool.release(page.group as usize, page.page));

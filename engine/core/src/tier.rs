@@ -95,9 +95,9 @@ impl Tier {
         self.send(Job::Flush(patience, reply));
     }
 
-    /// Begins to read a batch of a load; its pages come as a message.
-    pub(crate) fn read(&self, load: LoadId, batch: usize, headers: Vec<PageHeader>) {
-        let Some(inbox) = self.inbox.upgrade() else { return };
+    /// Begins to read a batch of a load; its pages come as a message. `false` where no message can come any more.
+    pub(crate) fn read(&self, load: LoadId, batch: usize, headers: Vec<PageHeader>) -> bool {
+        let Some(inbox) = self.inbox.upgrade() else { return false };
         self.store.start_read(headers, READ_PATIENCE, move |results| {
             let mut loaded = Loaded { load, batch, pages: Vec::with_capacity(results.len()), miss: None };
             for result in results {
@@ -112,6 +112,7 @@ impl Tier {
             // An engine that has ended needs no pages.
             let _ = inbox.send(Message::Loaded(loaded));
         });
+        true
     }
 }
 

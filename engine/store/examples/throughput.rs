@@ -1,4 +1,5 @@
-//! Measures a store on a directory of this machine: `cargo run --release -p mainstay-store --example throughput DIR`.
+//! Measures a store on a directory of this machine: `cargo run --release -p mainstay-store --example throughput DIR
+//! [sealed]`.
 
 use std::{
     path::PathBuf,
@@ -6,8 +7,8 @@ use std::{
 };
 
 use mainstay_store::{
-    Append, At, ClassId, Content, ContentId, Durability, Kind, Options, PAGE_TOKENS, PageHeader, PageName,
-    Root, Settings, Store, StoreError, Tenant,
+    Append, At, ClassId, Content, ContentId, Durability, Kind, MasterKey, Options, PAGE_TOKENS, PageHeader,
+    PageName, Root, Settings, Store, StoreError, Tenant,
 };
 
 const PAGE_BYTES: usize = 3584 << 10;
@@ -35,7 +36,9 @@ fn say(line: &str) {
 fn main() -> Result<(), StoreError> {
     let place = std::env::args_os().nth(1).map_or_else(std::env::temp_dir, PathBuf::from).join("throughput");
     let _ = std::fs::remove_dir_all(&place);
-    let (store, _) = Store::open_dir(&place, Options::default())?;
+    let is_sealed = std::env::args().nth(2).is_some_and(|word| word == "sealed");
+    let options = Options { master_key: is_sealed.then(|| MasterKey::new([1; 32])), ..Options::default() };
+    let (store, _) = Store::open_dir(&place, options.clone())?;
     let tenant = store.tenant("t")?;
     let content = Content {
         weights_root: [0; 32],
@@ -88,7 +91,7 @@ fn main() -> Result<(), StoreError> {
     store.flush()?;
     store.kill();
     let begun = Instant::now();
-    let (store, report) = Store::open_dir(&place, Options::default())?;
+    let (store, report) = Store::open_dir(&place, options)?;
     say(&format!(
         "open after a kill: {:?} (reading {} ms), {} sessions, {} pages",
         begun.elapsed(),

@@ -4,7 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     error::{Miss, StoreError},
-    event::{Durability, Event, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings, head_hash},
+    event::{
+        Durability, Event, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings, Whose, head_hash,
+    },
     key::{ClassId, PAGE_TOKENS, PageKey, TenantId},
     pages::{Handed, Kept, Page, PageWrite, lock},
     record::{PageHeader, PageName},
@@ -142,7 +144,7 @@ impl State {
         }
         let mut random = [0; 16];
         loop {
-            inner.entropy.fill(&mut random);
+            inner.pages.keys.entropy().fill(&mut random);
             let low = u128::from_le_bytes(random) & ((1 << 80) - 1);
             let id = SessionId(u128::from(inner.now_ms(self)) << 80 | low);
             if !self.table.contains(id) {
@@ -162,7 +164,12 @@ impl Store {
         let mut state = lock(&inner.state);
         let id = state.room(inner, tenant, &settings)?;
         let (level, at_ms) = (settings.durability, inner.now_ms(&mut state));
-        let logged = inner.record(&mut state, id, Event::Create { tenant, settings, at_ms }, level)?;
+        let logged = inner.record(
+            &mut state,
+            Whose { tenant, session: id },
+            Event::Create { tenant, settings, at_ms },
+            level,
+        )?;
         let made = info(id, state.session(tenant, id)?);
         drop(state);
         inner.acknowledge(logged, level)?;
@@ -244,7 +251,7 @@ impl Store {
         check_len("turn", append.tokens.len(), longest)?;
         let (number, before, at_ms) = (found + 1, session.hash(), inner.now_ms(&mut state));
         let event = Event::Turn { number, before, at_ms, tokens: append.tokens, meta: append.meta };
-        let logged = inner.record(&mut state, id, event, level)?;
+        let logged = inner.record(&mut state, Whose { tenant, session: id }, event, level)?;
         drop(state);
         Ok(Appended { turn: number, durability: inner.acknowledge(logged, level)? })
     }
@@ -269,7 +276,12 @@ impl Store {
         let hash = hash_at(from, len);
         let id = state.room(inner, tenant, &settings)?;
         let at_ms = inner.now_ms(&mut state);
-        let logged = inner.record(&mut state, id, Event::Fork { of, len, hash, settings, at_ms }, level)?;
+        let logged = inner.record(
+            &mut state,
+            Whose { tenant, session: id },
+            Event::Fork { of, len, hash, settings, at_ms },
+            level,
+        )?;
         let made = info(id, state.session(tenant, id)?);
         drop(state);
         inner.acknowledge(logged, level)?;
@@ -293,7 +305,12 @@ impl Store {
         check_turn(session, expected_turn)?;
         let (len, level) = (len_at(session, at)?, session.settings.durability);
         let (hash, at_ms) = (hash_at(session, len), inner.now_ms(&mut state));
-        let logged = inner.record(&mut state, id, Event::Rollback { len, hash, at_ms }, level)?;
+        let logged = inner.record(
+            &mut state,
+            Whose { tenant, session: id },
+            Event::Rollback { len, hash, at_ms },
+            level,
+        )?;
         let now = info(id, state.session(tenant, id)?);
         drop(state);
         inner.acknowledge(logged, level)?;
@@ -326,7 +343,8 @@ impl Store {
             return Err(StoreError::NameTaken(name.clone()));
         }
         let (level, at_ms) = (settings.durability, inner.now_ms(&mut state));
-        let logged = inner.record(&mut state, id, Event::Set { settings, at_ms }, level)?;
+        let logged =
+            inner.record(&mut state, Whose { tenant, session: id }, Event::Set { settings, at_ms }, level)?;
         let now = info(id, state.session(tenant, id)?);
         drop(state);
         inner.acknowledge(logged, level)?;
@@ -341,7 +359,7 @@ impl Store {
         let inner = &*self.inner;
         let mut state = lock(&inner.state);
         let level = state.session(tenant, id)?.settings.durability;
-        let logged = inner.record(&mut state, id, Event::Delete, level)?;
+        let logged = inner.record(&mut state, Whose { tenant, session: id }, Event::Delete, level)?;
         drop(state);
         inner.acknowledge(logged, level).map(|_| ())
     }
@@ -400,7 +418,7 @@ impl Store {
         let mut state = lock(&self.inner.state);
         let session = state.session(tenant, id)?;
         let (event, level) = (event(session)?, session.settings.durability.min(Durability::Async));
-        self.inner.record(&mut state, id, event, level).map(|_| ())
+        self.inner.record(&mut state, Whose { tenant, session: id }, event, level).map(|_| ())
     }
 
     /// Whether the store has this page.

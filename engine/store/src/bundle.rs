@@ -318,11 +318,7 @@ impl Incoming<'_> {
         let mut r = Reader::new(part, "bundle's page");
         let (index, len) = (r.u32()? as usize, usize::from(r.u8()?));
         let (class, group) = (ClassId(r.array()?), r.u16()?);
-        let kind = match r.u8()? {
-            0 => Kind::Attention,
-            1 => Kind::State,
-            _ => return Err(r.malformed().into()),
-        };
+        let kind = Kind::parse(r.u8()?)?;
         const HEAD_BYTES: usize = 4 + 1 + 32 + 2 + 1;
         let payload = &part[HEAD_BYTES..];
         let all = self.tokens.chunks(PAGE_TOKENS).nth(index).ok_or(r.malformed())?;

@@ -26,6 +26,22 @@ pub enum StoreError {
         /// The file.
         path: String,
     },
+    /// The directory was made with a master key, and none or another was given; nothing was touched.
+    #[error("the directory is encrypted: expected master key {expected}, found {found}")]
+    Sealed {
+        /// The id of the key it was made with.
+        expected: String,
+        /// The id of the one given, or "none".
+        found: String,
+    },
+    /// A master key was given for a directory that was made without; nothing was touched.
+    #[error(
+        "the directory is not encrypted: expected no master key, found {found}; export its sessions to one that is"
+    )]
+    NotSealed {
+        /// The id of the key given.
+        found: String,
+    },
     /// Another store opened the directory after this one.
     #[error("the directory was opened again: epoch {found}, expected {expected}")]
     Fenced {

@@ -16,6 +16,18 @@ pub const NAME_BYTES_MAX: usize = 256;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub u128);
 
+/// Whose a journal entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Whose {
+    pub(crate) tenant: TenantId,
+    pub(crate) session: SessionId,
+}
+
+impl Whose {
+    /// Of the file itself.
+    pub(crate) const FILE: Self = Self { tenant: TenantId([0; 16]), session: SessionId(0) };
+}
+
 /// Crockford's base 32.
 const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 
@@ -188,6 +200,15 @@ impl Event {
     /// Whether it is of an answer in flight, which is no part of the session yet.
     pub(crate) fn is_answer(&self) -> bool {
         Self::is_answer_kind(self.kind())
+    }
+
+    /// Whether it is of a file and says nothing of a session.
+    pub(crate) fn is_of_file(&self) -> bool {
+        Self::is_file_kind(self.kind())
+    }
+
+    pub(crate) fn is_file_kind(kind: u8) -> bool {
+        kind == 1 || kind == 13
     }
 
     pub(crate) fn is_answer_kind(kind: u8) -> bool {

@@ -8,7 +8,7 @@ use std::{
 use crate::{
     aligned::BLOCK,
     error::{Miss, StoreError},
-    event::{Durability, Event, SessionId},
+    event::{Durability, Event, SessionId, Whose},
     key::TenantId,
     options::Quota,
     pages::{count, lock},
@@ -49,7 +49,8 @@ impl Store {
         self.inner.maintain()
     }
 
-    /// Removes a tenant: its sessions, its pages, and its secret, without which no copy of its pages can be named.
+    /// Removes a tenant: its sessions, its pages, and its secret, without which no copy of its pages can be named and,
+    /// where the store has a master key, no copy of its tokens or pages can be read.
     ///
     /// # Errors
     /// What stopped it; it may be called again.
@@ -57,26 +58,29 @@ impl Store {
         let inner = &*self.inner;
         inner.check_epoch()?;
         {
+            // Nobody makes a session of it meanwhile.
             let mut state = lock(&inner.state);
             let ids: Vec<SessionId> = state.table.ids(tenant, None).collect();
-            for id in ids {
+            for session in ids {
                 let durability =
-                    state.table.get(tenant, id).map_or(Durability::Async, |s| s.settings.durability);
-                inner.record(&mut state, id, Event::Delete, durability.min(Durability::Async))?;
+                    state.table.get(tenant, session).map_or(Durability::Async, |s| s.settings.durability);
+                let whose = Whose { tenant, session };
+                inner.record(&mut state, whose, Event::Delete, durability.min(Durability::Async))?;
             }
+            // From here on the rest is unreadable as pages of anyone, and sealed tokens are so at all.
+            lock(&inner.tenants).remove(&*inner.disk, tenant)?;
+            // Tokens that are not sealed stand in the journal until it is written anew.
+            inner.rebase(&mut state).map_err(StoreError::Journal)?;
         }
         lock(&inner.pages.writer).drop_tenant(tenant);
         lock(&inner.pages.index).remove_tenant(tenant);
         lock(&inner.pages.quotas).remove(&tenant);
-        // The secret goes first: from here on the rest is unreadable as pages of anyone.
-        lock(&inner.tenants).remove(&*inner.disk, tenant)?;
         let dir = segment::tenant_dir(tenant);
         for name in inner.disk.list(&dir)? {
             inner.disk.remove(&format!("{dir}/{name}"))?;
         }
-        inner.disk.sync_dir(&dir).and_then(|()| inner.disk.remove_dir(&dir)).or_else(absent_is_well)?;
-        // Its tokens stand in the journal until that is written anew.
-        inner.rebase(&mut lock(&inner.state)).map_err(StoreError::Journal)
+        let removed = inner.disk.sync_dir(&dir).and_then(|()| inner.disk.remove_dir(&dir));
+        Ok(removed.or_else(absent_is_well)?)
     }
 }
 
@@ -109,10 +113,12 @@ impl Inner {
             .table
             .all()
             .filter(|(_, s)| s.expires_ms().is_some_and(|end_ms| end_ms <= now_ms) && !s.settings.pinned)
-            .map(|(id, s)| (id, s.settings.durability.min(Durability::Async)))
+            .map(|(session, s)| {
+                (Whose { tenant: s.tenant, session }, s.settings.durability.min(Durability::Async))
+            })
             .collect();
-        for &(id, level) in &expired {
-            self.record(&mut state, id, Event::Delete, level)?;
+        for &(whose, level) in &expired {
+            self.record(&mut state, whose, Event::Delete, level)?;
         }
         Ok(expired.len())
     }
@@ -144,19 +150,23 @@ impl Inner {
         };
         live.sort_unstable_by_key(|entry| entry.slot.offset);
         for entry in live {
-            match segment.read(&*self.disk, &self.pages.key, &entry.slot) {
+            match segment.read_stored(&*self.disk, &self.pages.keys, &entry.slot) {
                 Ok((record, bytes)) => {
-                    let payload = &bytes[BLOCK..BLOCK + record.payload_bytes];
+                    let (block, payload) =
+                        bytes.split_first_chunk::<BLOCK>().expect("a header is read first");
+                    let payload = &payload[..record.payload_bytes];
                     // Under the writer's lock nobody else replaces the page between the look and the copy.
                     let mut writer = lock(&self.pages.writer);
                     if lock(&self.pages.index).contains(&record.header.name) {
-                        writer.append(&self.pages, &record, payload)?;
+                        writer.append(&self.pages, &record, block, payload)?;
                     }
                 }
                 Err(Miss::Damaged(_)) => {
                     count(&self.pages.counts.damaged);
                     lock(&self.pages.index).remove_at(&entry);
                 }
+                // The tenant was deleted meanwhile.
+                Err(Miss::Absent) => {}
                 Err(miss) => return Err(StoreError::Pages(miss.to_string())),
             }
         }

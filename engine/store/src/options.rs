@@ -1,5 +1,7 @@
 //! What an operator chooses.
 
+use crate::seal::MasterKey;
+
 /// Limits of one tenant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quota {
@@ -20,6 +22,8 @@ impl Default for Quota {
 /// How a store works. The defaults fit a server with one disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
+    /// Encrypts what tells of a prompt. A directory is made with or without one, and keeps to it.
+    pub master_key: Option<MasterKey>,
     /// A segment is sealed when it has grown past this.
     pub segment_bytes: u64,
     /// Pages that wait to be written, payload bytes.
@@ -48,6 +52,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            master_key: None,
             segment_bytes: 1 << 30,
             ring_bytes: 256 << 20,
             sync_bytes: 64 << 20,

@@ -16,7 +16,8 @@ use crate::{
     index::Index,
     key::{ClassId, PageKey, TenantId},
     options::{Options, Quota},
-    record::{Digest, PageHeader, PageName, Record, StoreKey, digest},
+    record::{Digest, PageHeader, PageName, Record, digest},
+    seal::Keys,
     writer::Writer,
 };
 
@@ -117,7 +118,7 @@ struct Ring {
 pub(crate) struct Pages {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) key: StoreKey,
+    pub(crate) keys: Arc<Keys>,
     pub(crate) epoch: u64,
     pub(crate) options: Options,
     pub(crate) index: Mutex<Index>,
@@ -139,7 +140,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pages {
     pub(crate) fn new(
         (disk, clock): (Arc<dyn Disk>, Arc<dyn Clock>),
-        (key, epoch): (StoreKey, u64),
+        (keys, epoch): (Arc<Keys>, u64),
         options: Options,
         index: Index,
         writer: Writer,
@@ -147,7 +148,7 @@ impl Pages {
         Self {
             disk,
             clock,
-            key,
+            keys,
             epoch,
             options,
             index: Mutex::new(index),
@@ -167,7 +168,7 @@ impl Pages {
             count(&self.counts.missed);
             return Err(Miss::Absent);
         };
-        match entry.segment.read(&*self.disk, &self.key, &entry.slot) {
+        match entry.segment.read(&*self.disk, &self.keys, &entry.slot) {
             Ok((record, bytes)) if record.header == *wanted => {
                 count(&self.counts.read);
                 Ok(Page { bytes, len: record.payload_bytes, digest: record.digest })
@@ -236,12 +237,12 @@ impl Pages {
         let ring = lock(&self.ring);
         let waited = self.moved.wait_timeout_while(ring, patience, |r| r.queue.is_empty() && !r.closed);
         let (mut ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some(page) = ring.queue.pop_front() else { return false };
+        let Some(mut page) = ring.queue.pop_front() else { return false };
         ring.bytes -= page.payload.len();
         drop(ring);
         if digest(&page.payload) != page.digest {
             count(&self.counts.mismatched);
-        } else if !lock(&self.writer).write(self, &page) {
+        } else if !lock(&self.writer).write(self, &mut page) {
             count(&self.counts.dropped);
         }
         let mut ring = lock(&self.ring);

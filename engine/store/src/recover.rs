@@ -9,8 +9,8 @@ use crate::{
     index::Index,
     journal::{self, FileName, Piece},
     key::{PAGE_TOKENS, TenantId, hex},
-    record::StoreKey,
     report::{Damage, RecoveryReport},
+    seal::{Keys, MasterKey, Purpose, SealKey},
     segment::{self, Segment},
     session::Table,
     tenant::{self, Tenants},
@@ -28,7 +28,7 @@ const LOCK: &str = "LOCK";
 /// What was on disk, in memory.
 pub(crate) struct Recovered {
     pub(crate) lock: Box<dyn Any + Send + Sync>,
-    pub(crate) key: StoreKey,
+    pub(crate) keys: Arc<Keys>,
     pub(crate) epoch: u64,
     pub(crate) tenants: Tenants,
     pub(crate) table: Table,
@@ -83,7 +83,8 @@ pub(crate) fn read_epoch(disk: &dyn Disk) -> Result<Option<EpochFile>, StoreErro
 pub(crate) fn open(
     disk: &Arc<dyn Disk>,
     clock: &dyn Clock,
-    entropy: &dyn Entropy,
+    entropy: &Arc<dyn Entropy>,
+    master: Option<&MasterKey>,
 ) -> Result<Recovered, StoreError> {
     let begun_ms = clock.monotonic_ms();
     let disk = &**disk;
@@ -93,11 +94,12 @@ pub(crate) fn open(
     })?;
     let mut report = RecoveryReport::default();
     refuse_newer_files(disk)?;
-    let key = config(disk, entropy, &mut report)?;
+    let keys = Arc::new(config(disk, entropy, master, &mut report)?);
     for dir in [journal::DIR, segment::DIR, tenant::DIR, QUARANTINE] {
         disk.create_dir(dir)?;
     }
     disk.sync_dir("")?;
+    let tenants = tenants(disk, &keys, &mut report)?;
     let found = read_epoch(disk)?;
     let before = match found {
         Some(before) => before,
@@ -105,26 +107,15 @@ pub(crate) fn open(
         None => {
             let what = "both copies are damaged";
             report.damage.push(Damage { path: EPOCH.to_owned(), offset: 0, bytes: 0, what, session: None });
-            EpochFile { epoch: newest_epoch(disk, &key)?, closed_lsn: 0 }
+            EpochFile { epoch: newest_epoch(disk, &keys)?, closed_lsn: 0 }
         }
     };
     let epoch = before.epoch + 1;
     EpochFile { epoch, closed_lsn: 0 }.write(disk)?;
     report.epoch = epoch;
 
-    let mut damaged = Vec::new();
-    let tenants = Tenants::load(disk, &mut damaged)?;
-    let what = "tenant file";
-    report.damage.extend(damaged.into_iter().map(|path| Damage {
-        path,
-        offset: 0,
-        bytes: 0,
-        what,
-        session: None,
-    }));
-
     let mut replay =
-        Replay { disk, key, epoch, report, table: Table::default(), last_lsn: 0, wall_ms_seen: 0 };
+        Replay { disk, keys: &keys, epoch, report, table: Table::default(), last_lsn: 0, wall_ms_seen: 0 };
     let (journal_bytes, file_count) = replay.run()?;
     let Replay { mut report, table, last_lsn, wall_ms_seen, .. } = replay;
     if before.closed_lsn > last_lsn {
@@ -133,11 +124,11 @@ pub(crate) fn open(
     report.was_closed = before.closed_lsn != 0 && before.closed_lsn == last_lsn;
     report.sessions = table.all().count();
     report.damaged_sessions = table.all().filter(|(_, s)| s.damaged).map(|(id, _)| id).collect();
-    let pages = segments(disk, &key, &mut report)?;
+    let pages = segments(disk, &keys, &mut report)?;
     report.elapsed_ms = clock.monotonic_ms() - begun_ms;
     Ok(Recovered {
         lock,
-        key,
+        keys,
         epoch,
         tenants,
         table,
@@ -184,19 +175,15 @@ fn refuse_newer_files(disk: &dyn Disk) -> Result<(), StoreError> {
 /// Reads the store's key, or makes it where there is no store yet.
 fn config(
     disk: &dyn Disk,
-    entropy: &dyn Entropy,
+    entropy: &Arc<dyn Entropy>,
+    master: Option<&MasterKey>,
     report: &mut RecoveryReport,
-) -> Result<StoreKey, StoreError> {
+) -> Result<Keys, StoreError> {
     let twin = Twin { disk, path: CONFIG, magic: CONFIG_MAGIC };
     let lost = || StoreError::Lost { path: CONFIG.to_owned() };
     match twin.read()? {
         Found::Whole { bodies, damaged } => {
-            let mut r = Reader::new(&bodies[0], CONFIG);
-            let mut parse = || -> Result<_, Malformed> { Ok((r.array()?, r.u32()?)) };
-            let (key, page_tokens) = parse().map_err(|_| lost())?;
-            if page_tokens as usize != PAGE_TOKENS {
-                return Err(lost());
-            }
+            let keys = parse_config(&bodies[0], entropy, master)?;
             // Nothing is journaled before the config is whole: then it is a store that was being made.
             report.is_new = journal::files(disk)?.is_empty();
             if damaged {
@@ -204,7 +191,7 @@ fn config(
                 report.damage.push(Damage { path, offset: 0, bytes: 0, what, session: None });
             }
             twin.mend(&bodies)?;
-            Ok(key)
+            Ok(keys)
         }
         Found::Damaged => Err(lost()),
         // The key comes before all else: where anything else is, it was there.
@@ -212,20 +199,67 @@ fn config(
         Found::Absent => {
             let mut key = [0; 32];
             entropy.fill(&mut key);
+            let keys = Keys::new(key, entropy.clone(), master.map(SealKey::of_master));
             let mut body = Writer::default();
-            body.raw(&key).u32(PAGE_TOKENS as u32);
+            body.u32(PAGE_TOKENS as u32).option(master, |out, master| {
+                out.raw(&master.id());
+            });
+            body.bytes(&keys.wrap(Purpose::Config, &[], &key));
             twin.write(&body.0)?;
             report.is_new = true;
-            Ok(key)
+            Ok(keys)
         }
     }
 }
 
+/// The keys of a store by the body of its config; fails where the master key is not the one it was made with.
+fn parse_config(
+    body: &[u8],
+    entropy: &Arc<dyn Entropy>,
+    master: Option<&MasterKey>,
+) -> Result<Keys, StoreError> {
+    let lost = || StoreError::Lost { path: CONFIG.to_owned() };
+    let mut r = Reader::new(body, CONFIG);
+    let mut parse = || -> Result<_, Malformed> {
+        let found = (r.u32()?, r.option(Reader::array)?, r.bytes()?);
+        r.end()?;
+        Ok(found)
+    };
+    let (page_tokens, made_with, stored) = parse().map_err(|_| lost())?;
+    if page_tokens as usize != PAGE_TOKENS {
+        return Err(lost());
+    }
+    let given = master.map(MasterKey::id);
+    match (made_with, given) {
+        (None, Some(given)) => return Err(StoreError::NotSealed { found: hex(&given) }),
+        (Some(expected), given) if given != Some(expected) => {
+            let found = given.map_or("none".to_owned(), |given| hex(&given));
+            return Err(StoreError::Sealed { expected: hex(&expected), found });
+        }
+        _ => {}
+    }
+    let master = master.map(SealKey::of_master);
+    let key = match &master {
+        Some(master) => master.open(Purpose::Config, &[], stored).ok_or_else(lost)?,
+        None => stored.to_vec(),
+    };
+    Ok(Keys::new(key.try_into().map_err(|_| lost())?, entropy.clone(), master))
+}
+
+fn tenants(disk: &dyn Disk, keys: &Arc<Keys>, report: &mut RecoveryReport) -> Result<Tenants, StoreError> {
+    let mut damaged = Vec::new();
+    let tenants = Tenants::load(disk, keys, &mut damaged)?;
+    let what = "tenant file";
+    let damage = |path| Damage { path, offset: 0, bytes: 0, what, session: None };
+    report.damage.extend(damaged.into_iter().map(damage));
+    Ok(tenants)
+}
+
 /// The newest epoch that a journal file names, for a store whose own was lost.
-fn newest_epoch(disk: &dyn Disk, key: &StoreKey) -> Result<u64, StoreError> {
+fn newest_epoch(disk: &dyn Disk, keys: &Keys) -> Result<u64, StoreError> {
     let mut newest = 0;
     for name in journal::files(disk)? {
-        for piece in journal::scan(&journal::read(disk, name)?, key) {
+        for piece in journal::scan(&journal::read(disk, name)?, keys) {
             if let Piece::Entry(journal::Entry { event: Event::Start { epoch, .. }, .. }) = piece {
                 newest = newest.max(epoch);
             }
@@ -236,7 +270,7 @@ fn newest_epoch(disk: &dyn Disk, key: &StoreKey) -> Result<u64, StoreError> {
 
 struct Replay<'a> {
     disk: &'a dyn Disk,
-    key: StoreKey,
+    keys: &'a Keys,
     epoch: u64,
     report: RecoveryReport,
     table: Table,
@@ -261,8 +295,8 @@ impl Replay<'_> {
 
     fn file(&mut self, name: FileName, next: Option<FileName>, is_first: bool) -> Result<u64, StoreError> {
         let bytes = journal::read(self.disk, name)?;
-        let pieces = journal::scan(&bytes, &self.key);
-        let mut damaged = false;
+        let pieces = journal::scan(&bytes, self.keys);
+        let (mut damaged, mut erased) = (false, false);
         if version_of(&bytes, journal::MAGIC) != Some(FORMAT) {
             // A file that was being made when the process ended has nothing else in it.
             if pieces.iter().any(|piece| matches!(piece, Piece::Entry(_))) {
@@ -290,6 +324,15 @@ impl Replay<'_> {
                     }
                     base_open &= !matches!(entry.event, Event::BaseEnd { .. });
                     damaged |= !self.entry(name, entry);
+                }
+                Piece::Erased { lsn } => {
+                    if next.is_some_and(|next| lsn >= next.lsn) {
+                        self.report.fenced_entries += 1;
+                        continue;
+                    }
+                    erased = true;
+                    self.report.erased_entries += 1;
+                    damaged |= !self.follow(lsn);
                 }
                 Piece::Damage { from, to, owners } => {
                     damaged = true;
@@ -322,20 +365,24 @@ impl Replay<'_> {
             self.report.lost_entries += next.lsn - self.last_lsn - 1;
             self.last_lsn = next.lsn - 1;
         }
-        if damaged {
+        // Who put a store back without its tenants' files finds there what a base leaves out.
+        if damaged || erased {
             self.quarantine(name, &bytes);
         }
         Ok(bytes.len() as u64)
     }
 
+    /// Counts what is missing before this entry; false where anything is.
+    fn follow(&mut self, lsn: u64) -> bool {
+        let lost = lsn.saturating_sub(self.last_lsn + 1);
+        self.report.lost_entries += lost;
+        self.last_lsn = lsn;
+        lost == 0
+    }
+
     /// False where it does not fit.
     fn entry(&mut self, name: FileName, entry: journal::Entry) -> bool {
-        let mut fits = true;
-        if entry.lsn > self.last_lsn + 1 {
-            self.report.lost_entries += entry.lsn - self.last_lsn - 1;
-            fits = false;
-        }
-        self.last_lsn = entry.lsn;
+        let mut fits = self.follow(entry.lsn);
         if let Event::Start { wall_ms, .. } = entry.event {
             self.wall_ms_seen = self.wall_ms_seen.max(wall_ms);
         }
@@ -385,7 +432,7 @@ struct FoundPages {
     next_serial: u64,
 }
 
-fn segments(disk: &dyn Disk, key: &StoreKey, report: &mut RecoveryReport) -> Result<FoundPages, StoreError> {
+fn segments(disk: &dyn Disk, keys: &Keys, report: &mut RecoveryReport) -> Result<FoundPages, StoreError> {
     let (mut index, mut next_number, mut next_serial) = (Index::default(), 1, 1);
     let mut found = Vec::new();
     for dir in disk.list(segment::DIR)? {
@@ -394,7 +441,7 @@ fn segments(disk: &dyn Disk, key: &StoreKey, report: &mut RecoveryReport) -> Res
             let Some(number) = Segment::number_of(&name) else { continue };
             next_number = next_number.max(number + 1);
             let segment = Arc::new(Segment::new(tenant, number));
-            let contents = match segment.open(disk, key) {
+            let contents = match segment.open(disk, keys) {
                 Ok(contents) => contents,
                 Err(StoreError::Io(_)) => {
                     let (path, what) = (segment.path(), "segment is unreadable");
@@ -408,9 +455,10 @@ fn segments(disk: &dyn Disk, key: &StoreKey, report: &mut RecoveryReport) -> Res
                 report.damage.push(Damage { path, offset: 0, bytes, what, session: None });
             }
             report.torn_page_bytes += contents.torn_bytes;
-            if let Some(end) = contents.unsealed_end.filter(|_| contents.torn_bytes == 0) {
+            let whole = contents.torn_bytes == 0 && contents.erased_bytes == 0;
+            if let Some(end) = contents.unsealed_end.filter(|_| whole) {
                 // It is walked again the next time if this fails.
-                let _ = segment::seal_recovered(disk, key, &segment, end, &contents.slots);
+                let _ = segment::seal_recovered(disk, keys, &segment, end, &contents.slots);
             }
             index.segments.insert((tenant, number), segment.clone());
             found.extend(contents.slots.into_iter().map(|slot| (segment.clone(), slot)));

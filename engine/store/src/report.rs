@@ -40,6 +40,8 @@ pub struct RecoveryReport {
     pub lost_entries: u64,
     /// Journal entries of a writer that had lost the directory; they are ignored.
     pub fenced_entries: u64,
+    /// Journal entries of tenants whose key is gone: deleted, and not yet left out.
+    pub erased_entries: u64,
     /// Bytes cut off the journal's end: an entry that was being written.
     pub torn_bytes: u64,
     /// Bytes of segments that were being written and hold no whole record.

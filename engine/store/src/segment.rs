@@ -13,7 +13,8 @@ use crate::{
     disk::{Access, Disk, File, read_blocks, read_full, write_full},
     error::{Miss, StoreError},
     key::{ClassId, PAGE_TOKENS, PageKey, TenantId, hex},
-    record::{Kind, PageName, Record, StoreKey, tag},
+    record::{Kind, NoRecord, PageName, Record},
+    seal::{Keys, Purpose, TAG_BYTES},
     twin::{PREAMBLE_BYTES, preamble, refuse_newer},
     wire::{Malformed, Reader, Writer},
 };
@@ -23,7 +24,6 @@ pub(crate) const DIR: &str = "seg";
 
 pub(crate) const MAGIC: [u8; 8] = *b"MSTSEGM\n";
 const TRAILER_MAGIC: [u8; 8] = *b"MSTSEGT\n";
-const TAG_BYTES: usize = 16;
 
 /// The directory of a tenant's segments.
 pub(crate) fn tenant_dir(tenant: TenantId) -> String {
@@ -82,11 +82,7 @@ impl Slot {
 
     fn read(r: &mut Reader<'_>, tenant: TenantId) -> Result<Self, Malformed> {
         let (key, class, group) = (PageKey(r.array()?), ClassId(r.array()?), r.u16()?);
-        let kind = match r.u8()? {
-            0 => Kind::Attention,
-            1 => Kind::State,
-            _ => return Err(r.malformed()),
-        };
+        let kind = Kind::parse(r.u8()?)?;
         Ok(Self {
             name: PageName { tenant, key, class, group, kind },
             parent: PageKey(r.array()?),
@@ -109,6 +105,8 @@ pub(crate) struct SegmentContents {
     pub(crate) torn_bytes: u64,
     /// Where records end, if there is no index behind them.
     pub(crate) unsealed_end: Option<u64>,
+    /// Records of a tenant whose key is gone.
+    pub(crate) erased_bytes: u64,
 }
 
 impl Segment {
@@ -144,11 +142,25 @@ impl Segment {
         Ok(self.reader.get_or_init(|| file))
     }
 
-    /// Reads a record and proves that it is this tenant's and whole. The payload lies behind the first block.
+    /// Reads a record and proves that it is this tenant's and whole. The payload lies behind the first block, as it was
+    /// given.
     pub(crate) fn read(
         &self,
         disk: &dyn Disk,
-        key: &StoreKey,
+        keys: &Keys,
+        slot: &Slot,
+    ) -> Result<(Record, AlignedBytes), Miss> {
+        let (record, mut bytes) = self.read_stored(disk, keys, slot)?;
+        let payload = &mut bytes[BLOCK..BLOCK + record.payload_bytes];
+        record.open_payload(payload, keys).ok_or(Miss::Damaged("seal"))?;
+        Ok((record, bytes))
+    }
+
+    /// The same, with the payload as it stands on disk.
+    pub(crate) fn read_stored(
+        &self,
+        disk: &dyn Disk,
+        keys: &Keys,
         slot: &Slot,
     ) -> Result<(Record, AlignedBytes), Miss> {
         let unreadable = |e: io::Error| Miss::Unreadable(e.to_string());
@@ -158,7 +170,10 @@ impl Segment {
         if read < BLOCK + slot.payload_bytes {
             return Err(Miss::Damaged("record is cut"));
         }
-        let record = Record::decode(&bytes[..BLOCK], key).map_err(|_| Miss::Damaged("header"))?;
+        let record = Record::decode(&bytes[..BLOCK], keys).map_err(|e| match e {
+            NoRecord::Malformed => Miss::Damaged("header"),
+            NoRecord::Sealed { .. } => Miss::Absent,
+        })?;
         if record.header.name != slot.name || record.payload_bytes != slot.payload_bytes {
             return Err(Miss::Damaged("another record stands here"));
         }
@@ -169,17 +184,17 @@ impl Segment {
     }
 
     /// Finds the records of a file: by its index, or by walking the headers.
-    pub(crate) fn open(&self, disk: &dyn Disk, key: &StoreKey) -> Result<SegmentContents, StoreError> {
+    pub(crate) fn open(&self, disk: &dyn Disk, keys: &Keys) -> Result<SegmentContents, StoreError> {
         let path = self.path();
         let file = disk.open(&path, Access::Read)?;
         let size = file.size()?;
         let mut first = [0; BLOCK];
         let read = read_full(&*file, 0, &mut first)?;
         refuse_newer(&path, &first[..read], MAGIC)?;
-        let sound = read == BLOCK && first == file_header(key, self.tenant, self.number);
-        let mut contents = match self.footer(&*file, size, key)? {
+        let sound = read == BLOCK && first == file_header(keys, self.tenant, self.number);
+        let mut contents = match self.footer(&*file, size, keys)? {
             Some(slots) => SegmentContents { slots, ..SegmentContents::default() },
-            None => self.walk(&*file, size, key)?,
+            None => self.walk(&*file, size, keys)?,
         };
         match (sound, contents.unsealed_end) {
             (true, _) => {}
@@ -189,31 +204,34 @@ impl Segment {
         for slot in &contents.slots {
             self.add(slot.disk_bytes());
         }
+        self.bytes.fetch_add(contents.erased_bytes, Ordering::Relaxed);
         Ok(contents)
     }
 
-    fn footer(&self, file: &dyn File, size: u64, key: &StoreKey) -> io::Result<Option<Vec<Slot>>> {
+    fn footer(&self, file: &dyn File, size: u64, keys: &Keys) -> io::Result<Option<Vec<Slot>>> {
         if size < 2 * BLOCK as u64 || !size.is_multiple_of(BLOCK as u64) {
             return Ok(None);
         }
         let mut trailer = [0; BLOCK];
         read_full(file, size - BLOCK as u64, &mut trailer)?;
-        let Some((offset, bytes)) = parse_trailer(&trailer, key) else { return Ok(None) };
+        let Some((offset, bytes)) = parse_trailer(&trailer, keys) else { return Ok(None) };
         if offset.saturating_add(bytes) > size {
             return Ok(None);
         }
         let mut footer = vec![0; bytes as usize];
         read_full(file, offset, &mut footer)?;
-        Ok(self.parse_footer(&footer, key).ok())
+        Ok(self.parse_footer(&footer, keys).ok())
     }
 
-    fn parse_footer(&self, footer: &[u8], key: &StoreKey) -> Result<Vec<Slot>, Malformed> {
+    fn parse_footer(&self, footer: &[u8], keys: &Keys) -> Result<Vec<Slot>, Malformed> {
         let mut r = Reader::new(footer, "segment index");
-        let body = r.bytes()?;
-        if r.array()? != tag(key, body) {
+        let stored = r.bytes()?;
+        if r.array()? != keys.tag(stored) {
             return Err(r.malformed());
         }
-        let mut r = Reader::new(body, "segment index");
+        let body = keys.open(self.tenant, Purpose::SegmentIndex, &self.number.to_le_bytes(), stored);
+        let body = body.ok_or(r.malformed())?;
+        let mut r = Reader::new(&body, "segment index");
         if r.array()? != self.tenant.0 || r.u64()? != self.number {
             return Err(r.malformed());
         }
@@ -223,47 +241,53 @@ impl Segment {
         Ok(slots)
     }
 
-    fn walk(&self, file: &dyn File, size: u64, key: &StoreKey) -> io::Result<SegmentContents> {
+    fn walk(&self, file: &dyn File, size: u64, keys: &Keys) -> io::Result<SegmentContents> {
         let mut contents = SegmentContents::default();
         let (mut at, mut end, mut skipped) = (BLOCK as u64, BLOCK as u64, 0);
         let mut block = [0; BLOCK];
         while at + BLOCK as u64 <= size {
             read_full(file, at, &mut block)?;
-            let record = Record::decode(&block, key).ok().filter(|r| r.header.name.tenant == self.tenant);
-            match record {
-                Some(record) if at + (BLOCK + record.payload_bytes) as u64 <= size => {
-                    contents.torn_bytes += std::mem::take(&mut skipped);
+            let fits = |payload_bytes: usize| at + (BLOCK + payload_bytes) as u64 <= size;
+            let bytes = match Record::decode(&block, keys) {
+                Ok(record) if record.header.name.tenant == self.tenant && fits(record.payload_bytes) => {
                     contents.slots.push(Slot::of(&record, at));
-                    at += Record::disk_bytes(record.payload_bytes);
-                    end = at;
+                    Record::disk_bytes(record.payload_bytes)
+                }
+                Err(NoRecord::Sealed { payload_bytes }) if fits(payload_bytes) => {
+                    contents.erased_bytes += Record::disk_bytes(payload_bytes);
+                    Record::disk_bytes(payload_bytes)
                 }
                 _ => {
                     skipped += BLOCK as u64;
                     at += BLOCK as u64;
+                    continue;
                 }
-            }
+            };
+            contents.torn_bytes += std::mem::take(&mut skipped);
+            at += bytes;
+            end = at;
         }
         contents.unsealed_end = Some(end);
         Ok(contents)
     }
 }
 
-fn file_header(key: &StoreKey, tenant: TenantId, number: u64) -> [u8; BLOCK] {
+fn file_header(keys: &Keys, tenant: TenantId, number: u64) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     block[..PREAMBLE_BYTES].copy_from_slice(&preamble(MAGIC));
     block[PREAMBLE_BYTES..][..16].copy_from_slice(&tenant.0);
     block[PREAMBLE_BYTES + 16..][..8].copy_from_slice(&number.to_le_bytes());
-    seal_block(key, &mut block);
+    tag_block(keys, &mut block);
     block
 }
 
-fn seal_block(key: &StoreKey, block: &mut [u8; BLOCK]) {
-    let tag = tag(key, &block[..BLOCK - TAG_BYTES]);
+fn tag_block(keys: &Keys, block: &mut [u8; BLOCK]) {
+    let tag = keys.tag(&block[..BLOCK - TAG_BYTES]);
     block[BLOCK - TAG_BYTES..].copy_from_slice(&tag);
 }
 
-fn parse_trailer(block: &[u8; BLOCK], key: &StoreKey) -> Option<(u64, u64)> {
-    if tag(key, &block[..BLOCK - TAG_BYTES]) != block[BLOCK - TAG_BYTES..] {
+fn parse_trailer(block: &[u8; BLOCK], keys: &Keys) -> Option<(u64, u64)> {
+    if keys.tag(&block[..BLOCK - TAG_BYTES]) != block[BLOCK - TAG_BYTES..] {
         return None;
     }
     let mut r = Reader::new(&block[..], "segment trailer");
@@ -271,34 +295,43 @@ fn parse_trailer(block: &[u8; BLOCK], key: &StoreKey) -> Option<(u64, u64)> {
 }
 
 /// The bytes of the index behind the records, trailer included; whole blocks.
-fn footer_bytes(key: &StoreKey, segment: &Segment, end: u64, slots: &[Slot]) -> Vec<u8> {
+fn footer_bytes(keys: &Keys, segment: &Segment, end: u64, slots: &[Slot]) -> io::Result<Vec<u8>> {
     let mut body = Writer::default();
     body.raw(&segment.tenant.0).u64(segment.number).u32(slots.len() as u32);
     slots.iter().for_each(|slot| slot.write(&mut body));
     let mut out = Writer::default();
-    out.bytes(&body.0).raw(&tag(key, &body.0));
+    let number = segment.number.to_le_bytes();
+    let stored =
+        keys.seal(segment.tenant, Purpose::SegmentIndex, &number, body.0).ok_or_else(tenant_is_gone)?;
+    out.bytes(&stored).raw(&keys.tag(&stored));
     let bytes = out.0.len();
     out.0.resize(whole_blocks(bytes as u64) as usize, 0);
     let mut trailer = Writer::default();
     trailer.raw(&TRAILER_MAGIC).u64(end).u64(bytes as u64);
     let mut block = [0; BLOCK];
     block[..trailer.0.len()].copy_from_slice(&trailer.0);
-    seal_block(key, &mut block);
+    tag_block(keys, &mut block);
     out.raw(&block);
-    out.0
+    Ok(out.0)
+}
+
+/// What is written for a tenant that was deleted meanwhile.
+pub(crate) fn tenant_is_gone() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "the tenant was deleted")
 }
 
 /// Puts an index behind the records of a file that a crash left without, so that the next opening need not walk it.
 pub(crate) fn seal_recovered(
     disk: &dyn Disk,
-    key: &StoreKey,
+    keys: &Keys,
     segment: &Segment,
     end: u64,
     slots: &[Slot],
 ) -> io::Result<()> {
+    let footer = footer_bytes(keys, segment, end, slots)?;
     let file = disk.open(&segment.path(), Access::Write)?;
     file.truncate(end)?;
-    write_full(&*file, end, &footer_bytes(key, segment, end, slots))?;
+    write_full(&*file, end, &footer)?;
     file.sync()
 }
 
@@ -316,10 +349,10 @@ pub(crate) struct Active {
 
 impl Active {
     /// Begins a segment. Its name is durable after the first [`Active::sync`].
-    pub(crate) fn begin(disk: &dyn Disk, key: &StoreKey, segment: Segment) -> io::Result<Self> {
+    pub(crate) fn begin(disk: &dyn Disk, keys: &Keys, segment: Segment) -> io::Result<Self> {
         disk.create_dir(&tenant_dir(segment.tenant))?;
         let file = disk.create(&segment.path())?;
-        write_full(&*file, 0, &file_header(key, segment.tenant, segment.number))?;
+        write_full(&*file, 0, &file_header(keys, segment.tenant, segment.number))?;
         Ok(Self {
             segment: Arc::new(segment),
             file,
@@ -330,9 +363,13 @@ impl Active {
         })
     }
 
-    /// Hands a record to the system.
-    pub(crate) fn append(&mut self, key: &StoreKey, record: &Record, payload: &[u8]) -> io::Result<Slot> {
-        let block = record.encode(key);
+    /// Hands a record to the system: its header's block and its payload as it is to stand on disk.
+    pub(crate) fn append(
+        &mut self,
+        record: &Record,
+        block: &[u8; BLOCK],
+        payload: &[u8],
+    ) -> io::Result<Slot> {
         // The payload goes first: a process that ends between the two leaves no header that promises bytes.
         let mut tail = [0; BLOCK];
         let (whole, rest) = payload.split_at(payload.len() - payload.len() % BLOCK);
@@ -341,7 +378,7 @@ impl Active {
             tail[..rest.len()].copy_from_slice(rest);
             write_full(&*self.file, self.end + (BLOCK + whole.len()) as u64, &tail)?;
         }
-        write_full(&*self.file, self.end, &block)?;
+        write_full(&*self.file, self.end, block)?;
         let slot = Slot::of(record, self.end);
         self.segment.add(slot.disk_bytes());
         self.slots.push(slot.clone());
@@ -365,8 +402,8 @@ impl Active {
     }
 
     /// Writes the index and makes everything durable; no record follows.
-    pub(crate) fn seal(&mut self, disk: &dyn Disk, key: &StoreKey) -> io::Result<()> {
-        let footer = footer_bytes(key, &self.segment, self.end, &self.slots);
+    pub(crate) fn seal(&mut self, disk: &dyn Disk, keys: &Keys) -> io::Result<()> {
+        let footer = footer_bytes(keys, &self.segment, self.end, &self.slots)?;
         write_full(&*self.file, self.end, &footer)?;
         self.named &= self.synced_count == self.slots.len();
         self.file.sync()?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    event::{Event, HeadHash, InFlight, NodeEvent, SessionId, Settings, WholeEvent, head_hash},
+    event::{Event, HeadHash, InFlight, NodeEvent, SessionId, Settings, WholeEvent, Whose, head_hash},
     key::TenantId,
 };
 
@@ -320,10 +320,11 @@ impl Table {
     }
 
     /// The entries that make the durable part of this table anew, parents before children.
-    pub(crate) fn entries(&self) -> Vec<(SessionId, Event)> {
+    pub(crate) fn entries(&self) -> Vec<(Whose, Event)> {
         let (mut events, mut written) = (Vec::new(), BTreeSet::new());
         let durable = self.all().filter(|(_, session)| session.is_durable());
         for (id, session) in durable {
+            let whose = Whose { tenant: session.tenant, session: id };
             let new: Vec<_> = session.turns().take_while(|turn| !written.contains(&turn.id)).collect();
             for turn in new.into_iter().rev() {
                 written.insert(turn.id);
@@ -336,9 +337,9 @@ impl Table {
                     meta: turn.meta.clone(),
                     hash: turn.hash,
                 };
-                events.push((id, Event::Node(node)));
+                events.push((whose, Event::Node(node)));
             }
-            events.push((id, Event::Whole(Box::new(session.whole()))));
+            events.push((whose, Event::Whole(Box::new(session.whole()))));
         }
         events
     }
@@ -444,14 +445,15 @@ mod tests {
         });
         let base = table.entries();
         let mut again = Table::default();
-        for (id, event) in base.clone() {
-            again.apply(0, id, event).unwrap();
+        for (whose, event) in base.clone() {
+            again.apply(0, whose.session, event).unwrap();
         }
         again.end_replay();
         assert_eq!(again.entries(), base);
         // Without its first turn a session keeps nothing, and says so.
         let mut less = Table::default();
-        let results: Vec<_> = base.into_iter().skip(1).map(|(id, e)| less.apply(0, id, e).is_ok()).collect();
+        let results: Vec<_> =
+            base.into_iter().skip(1).map(|(whose, e)| less.apply(0, whose.session, e).is_ok()).collect();
         assert!(results.iter().any(|ok| !ok));
         assert!(less.all().all(|(_, session)| session.damaged && session.len() == 0));
     }

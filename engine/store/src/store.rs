@@ -14,7 +14,7 @@ use std::{
 use crate::{
     disk::{Clock, Disk, Entropy, SystemClock, SystemEntropy},
     error::StoreError,
-    event::{Durability, Event, SessionId},
+    event::{Durability, Event, SessionId, Whose},
     journal::Journal,
     key::TenantId,
     options::Options,
@@ -77,7 +77,6 @@ pub struct JournalCounts {
 pub(crate) struct Inner {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) entropy: Arc<dyn Entropy>,
     pub(crate) pages: Pages,
     pub(crate) state: Mutex<State>,
     pub(crate) tenants: Mutex<Tenants>,
@@ -101,21 +100,22 @@ impl Store {
     /// Opens a store, or makes one in an empty directory. Damage is put aside and reported.
     ///
     /// # Errors
-    /// [`StoreError::Locked`], [`StoreError::Newer`], [`StoreError::Lost`], or the disk's.
+    /// [`StoreError::Locked`], [`StoreError::Newer`], [`StoreError::Lost`], [`StoreError::Sealed`] and
+    /// [`StoreError::NotSealed`] where the master key is not the directory's, or the disk's.
     pub fn open(
         disk: Arc<dyn Disk>,
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
         options: Options,
     ) -> Result<(Self, RecoveryReport), StoreError> {
-        let found = recover::open(&disk, &*clock, &*entropy)?;
+        let found = recover::open(&disk, &*clock, &entropy, options.master_key.as_ref())?;
         let mut time = Time::new(&*clock, found.wall_ms_seen);
         let start = Event::Start { epoch: found.epoch, wall_ms: time.now_ms(&*clock) };
-        let mut journal = Journal::begin(disk.clone(), found.key, found.next_lsn, &start)?;
+        let mut journal = Journal::begin(disk.clone(), found.keys.clone(), found.next_lsn, &start)?;
         journal.base_bytes = found.journal_bytes;
         let writer = Writer::new(found.next_number, found.next_serial);
         let world = (disk.clone(), clock.clone());
-        let pages = Pages::new(world, (found.key, found.epoch), options, found.index, writer);
+        let pages = Pages::new(world, (found.keys, found.epoch), options, found.index, writer);
         let state = State {
             table: found.table,
             durable_lsn: journal.last_lsn(),
@@ -127,7 +127,6 @@ impl Store {
         let inner = Arc::new(Inner {
             disk,
             clock,
-            entropy,
             pages,
             state: Mutex::new(state),
             tenants: Mutex::new(found.tenants),
@@ -155,7 +154,7 @@ impl Store {
     /// [`StoreError::TooLong`], or the disk's where it is new.
     pub fn tenant(&self, name: &str) -> Result<Tenant, StoreError> {
         self.inner.check_epoch()?;
-        lock(&self.inner.tenants).tenant(&*self.inner.disk, &*self.inner.entropy, name)
+        lock(&self.inner.tenants).tenant(&*self.inner.disk, name)
     }
 
     /// Ids and names of all tenants.
@@ -286,10 +285,11 @@ impl Inner {
     pub(crate) fn record(
         &self,
         state: &mut State,
-        id: SessionId,
+        whose: Whose,
         event: Event,
         level: Durability,
     ) -> Result<(Durability, u64), StoreError> {
+        let id = whose.session;
         if level == Durability::Ephemeral {
             state.next_unwritten += 1;
             apply(&mut state.table, state.next_unwritten, id, event);
@@ -301,7 +301,7 @@ impl Inner {
             Ok(()) if state.journal.is_broken => self.try_rebase(state),
             Ok(()) => Ok(()),
         };
-        match mended.and_then(|()| state.journal.append(id, &event)) {
+        match mended.and_then(|()| state.journal.append(whose, &event)) {
             Ok(lsn) => {
                 self.counts.entries.fetch_add(1, Ordering::Relaxed);
                 apply(&mut state.table, lsn, id, event);

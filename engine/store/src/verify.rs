@@ -168,7 +168,7 @@ impl Store {
         };
         let epoch = inner.pages.epoch;
         let (name, start) = (FileName { lsn: 1, is_base: true }, Event::Start { epoch, wall_ms });
-        let base = journal::write_base(to, &inner.pages.key, name, &start, &entries)?;
+        let base = journal::write_base(to, &inner.pages.keys, name, &start, &entries)?;
         journal::publish_base(to, &base, name)?;
         self.copy_segments(to)?;
         EpochFile { epoch, closed_lsn: base.last_lsn() }.write(to)?;
@@ -207,12 +207,13 @@ impl Store {
 impl Inner {
     fn verify_journal(&self, name: FileName, report: &mut VerifyReport) -> Result<(), StoreError> {
         let bytes = journal::read(&*self.disk, name)?;
-        for piece in journal::scan(&bytes, &self.pages.key) {
+        for piece in journal::scan(&bytes, &self.pages.keys) {
             let (from, to, session) = match piece {
                 Piece::Entry(_) => {
                     report.entries += 1;
                     continue;
                 }
+                Piece::Erased { .. } => continue,
                 Piece::Damage { from, to, owners } => (from, to, owners.first().map(|owner| owner.session)),
                 Piece::Tail { from } => (from, bytes.len(), None),
             };
@@ -224,7 +225,7 @@ impl Inner {
 
     /// Reads a page and compares its digest; its payload bytes.
     fn prove(&self, entry: &Entry) -> Result<u64, Miss> {
-        let (record, bytes) = entry.segment.read(&*self.disk, &self.pages.key, &entry.slot)?;
+        let (record, bytes) = entry.segment.read(&*self.disk, &self.pages.keys, &entry.slot)?;
         if !record.digest_holds(&bytes[BLOCK..BLOCK + record.payload_bytes]) {
             return Err(Miss::Damaged("digest"));
         }

@@ -73,6 +73,11 @@ impl<'a> Reader<'a> {
         Self { rest: bytes, what }
     }
 
+    /// Bytes that are left.
+    pub(crate) fn len(&self) -> usize {
+        self.rest.len()
+    }
+
     pub(crate) fn malformed(&self) -> Malformed {
         Malformed(self.what)
     }

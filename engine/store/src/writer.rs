@@ -3,6 +3,7 @@
 use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
+    aligned::BLOCK,
     key::TenantId,
     pages::{PageWrite, Pages, count, lock},
     record::Record,
@@ -48,7 +49,7 @@ impl Writer {
     }
 
     /// Writes a page into its tenant's segment. False where it is dropped.
-    pub(crate) fn write(&mut self, pages: &Pages, page: &PageWrite) -> bool {
+    pub(crate) fn write(&mut self, pages: &Pages, page: &mut PageWrite) -> bool {
         if pages.contains(&page.header.name) {
             return true;
         }
@@ -57,14 +58,22 @@ impl Writer {
         if !self.may_write(pages, bytes) || !Self::fits_quota(pages, tenant, bytes) {
             return false;
         }
-        let record =
-            Record::of(page.header.clone(), &page.payload, page.digest, self.next_serial, pages.epoch);
+        let place = (self.next_serial, pages.epoch);
         self.next_serial += 1;
-        self.append(pages, &record, &page.payload).is_ok()
+        let record = Record::of(page.header.clone(), &mut page.payload, page.digest, place, &pages.keys);
+        let block = record.as_ref().and_then(|record| record.encode(&pages.keys));
+        let (Some(record), Some(block)) = (record, block) else { return false };
+        self.append(pages, &record, &block, &page.payload).is_ok()
     }
 
-    /// Appends a record to its tenant's segment and enters it in the index.
-    pub(crate) fn append(&mut self, pages: &Pages, record: &Record, payload: &[u8]) -> io::Result<()> {
+    /// Appends a record, as it is to stand on disk, to its tenant's segment and enters it in the index.
+    pub(crate) fn append(
+        &mut self,
+        pages: &Pages,
+        record: &Record,
+        block: &[u8; BLOCK],
+        payload: &[u8],
+    ) -> io::Result<()> {
         let tenant = record.header.name.tenant;
         let active = match self.actives.entry(tenant) {
             std::collections::hash_map::Entry::Occupied(active) => active.into_mut(),
@@ -72,7 +81,7 @@ impl Writer {
                 let segment = Segment::new(tenant, self.next_number);
                 self.next_number += 1;
                 pages.check_epoch().map_err(io::Error::other)?;
-                let begun = Active::begin(&*pages.disk, &pages.key, segment);
+                let begun = Active::begin(&*pages.disk, &pages.keys, segment);
                 let active = begun.inspect_err(|e| {
                     self.paused_until_ms = pause(pages, e, self.paused_until_ms);
                 })?;
@@ -80,7 +89,7 @@ impl Writer {
                 place.insert(active)
             }
         };
-        match active.append(&pages.key, record, payload) {
+        match active.append(record, block, payload) {
             Ok(slot) => {
                 let bytes = slot.disk_bytes();
                 lock(&pages.index).insert(&active.segment, slot, &record.header.tokens);
@@ -109,7 +118,7 @@ impl Writer {
         if active.end < pages.options.segment_bytes {
             return;
         }
-        match active.seal(&*pages.disk, &pages.key) {
+        match active.seal(&*pages.disk, &pages.keys) {
             Ok(()) => {
                 self.actives.remove(&tenant);
             }
@@ -200,7 +209,7 @@ impl Writer {
     pub(crate) fn seal_all(&mut self, pages: &Pages) -> io::Result<()> {
         let mut first_error = None;
         for (_, mut active) in self.actives.drain() {
-            if let Err(e) = active.seal(&*pages.disk, &pages.key) {
+            if let Err(e) = active.seal(&*pages.disk, &pages.keys) {
                 first_error.get_or_insert(e);
             }
         }

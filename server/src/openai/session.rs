@@ -175,6 +175,8 @@ pub(crate) fn turn_object(turn: &Turn, tokens: TurnTokens) -> Value {
         "created_at": turn.at_ms / 1000,
         "token_start": turn.start,
         "token_end": turn.end(),
+        // The rest was drawn.
+        "sent_tokens": record.sent_len,
         "messages": record.messages,
         "answer": record.answer,
         "finish_reason": text(record.finish_reason),

@@ -157,7 +157,7 @@ fn small() -> Options {
         segment_bytes: 40 << 10,
         rebase_bytes: 1500,
         quota: Quota { page_bytes: 200 << 10, ..Quota::default() },
-        ..Options::default()
+        ..crate::rig::options()
     }
 }
 
@@ -224,8 +224,9 @@ fn lives(seed: u64, ending: Ending, count: usize) {
 }
 
 /// More in an optimized build.
-fn seeds(count: u64) -> std::ops::Range<u64> {
-    0..if cfg!(debug_assertions) { count / 10 } else { count }
+fn seeds(count: u64) -> impl Iterator<Item = u64> {
+    let count = if cfg!(debug_assertions) { count / 10 } else { count };
+    (0..count).step_by(crate::STRIDE as usize)
 }
 
 #[test]

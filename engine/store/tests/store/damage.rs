@@ -7,7 +7,7 @@ use mainstay_store::{
     sim::{Ending, SimDisk},
 };
 
-use crate::rig::{Rig, headers, payload, read_pages, settings, tokens, turn, write_pages};
+use crate::rig::{Rig, headers, read_pages, settings, tokens, turn, write_pages};
 
 /// Sessions with their tokens; tenants with tokens whose pages are held.
 struct Golden {
@@ -108,7 +108,7 @@ fn a_flip_of_any_byte_is_harmless_or_told() {
         let (mut changed, mut tried) = (0, 0);
         for (path, bytes) in &files {
             // Every byte of a closed store; of the other and without optimization, a part will do.
-            let stride = if cfg!(debug_assertions) || !closed { 13 } else { 1 };
+            let stride = if cfg!(debug_assertions) || !closed { 13 } else { crate::STRIDE as usize };
             for at in (0..bytes.len()).step_by(stride) {
                 let copy = disk.copy(at as u64);
                 let mut flipped = bytes.clone();
@@ -127,7 +127,8 @@ fn a_file_cut_at_any_length_is_harmless_or_told() {
     for closed in [true, false] {
         let (disk, golden) = small_store(closed);
         for (path, bytes) in &disk.files() {
-            let stride = if cfg!(debug_assertions) || path.starts_with("seg") { 29 } else { 1 };
+            let stride =
+                if cfg!(debug_assertions) || path.starts_with("seg") { 29 } else { crate::STRIDE as usize };
             for len in (0..bytes.len()).step_by(stride) {
                 if !closed && path.starts_with("journal") {
                     // Without the mark of a closed store, a journal cut between entries is a shorter journal.
@@ -179,18 +180,19 @@ fn a_damaged_turn_ends_its_session_there_and_no_other() {
     let tenant = store.tenant("t").unwrap();
     let make = || store.create(tenant.id, settings(&tenant, Durability::Turn)).unwrap().id;
     let (hit, well) = (make(), make());
-    let mark = [77_777; 12];
+    let journal = || rig.disk.files().into_iter().find(|(path, _)| path.starts_with("journal")).unwrap();
     turn(&store, &tenant, hit, &[1]).unwrap();
-    turn(&store, &tenant, hit, &mark).unwrap();
+    let before = journal().1.len();
+    turn(&store, &tenant, hit, &[77_777; 12]).unwrap();
+    // Behind the entry's head.
+    let at = before + 100;
+    assert!(at + 16 < journal().1.len());
     turn(&store, &tenant, hit, &[3]).unwrap();
     turn(&store, &tenant, well, &[4]).unwrap();
     let fork = store.fork(tenant.id, hit, At::Turn(1), None).unwrap().id;
     let late = store.fork(tenant.id, hit, At::Turn(2), None).unwrap().id;
     store.kill();
-    let (path, mut bytes) =
-        rig.disk.files().into_iter().find(|(path, _)| path.starts_with("journal")).unwrap();
-    let encoded: Vec<u8> = std::iter::repeat_n([0xd1, 0xdf, 0x04], 12).flatten().collect();
-    let at = bytes.windows(encoded.len()).position(|window| window == encoded).unwrap();
+    let (path, mut bytes) = journal();
     bytes[at] ^= 1;
     rig.disk.set(&path, bytes.clone());
     rig.disk.restart(Ending::Kill);
@@ -245,9 +247,8 @@ fn the_scrubber_and_the_check_find_a_bad_page_first() {
     write_pages(&store, &tenant, &all);
     store.close().unwrap();
     let (path, mut bytes) = rig.disk.files().into_iter().find(|(path, _)| path.starts_with("seg")).unwrap();
-    let bad = payload(&headers(&tenant, &all)[2]);
-    let at = bytes.windows(64).position(|window| *window == bad[..64]).unwrap();
-    bytes[at] ^= 1;
+    // The third payload: a block of the file, and two for each record.
+    bytes[6 * 4096] ^= 1;
     rig.disk.set(&path, bytes);
     let (store, report): (Store, _) = rig.open();
     assert!(!report.is_damaged(), "payloads are proven when read");

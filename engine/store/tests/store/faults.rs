@@ -239,7 +239,7 @@ fn ephemeral_sessions_leave_nothing_on_disk() {
 
 #[test]
 fn a_hung_disk_makes_reads_late_and_holds_nobody() {
-    let rig = Rig { options: Options { reader_threads: 1, ..Options::default() }, ..Rig::new(7) };
+    let rig = Rig { options: Options { reader_threads: 1, ..crate::rig::options() }, ..Rig::new(7) };
     let (store, _) = rig.open();
     let tenant = store.tenant("t").unwrap();
     let all = tokens(7, 64);

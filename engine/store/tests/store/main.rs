@@ -6,3 +6,8 @@ mod damage;
 mod faults;
 mod rig;
 mod roundtrip;
+
+/// The same tests run with a master key in `tests/sealed`.
+const MASTER: Option<u8> = None;
+/// Of the many cases of a loop every so many is tried.
+const STRIDE: u64 = 1;

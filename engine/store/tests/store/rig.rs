@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use mainstay_store::{
-    Append, ClassId, Content, ContentId, Durability, Handed, Kind, Miss, Options, PAGE_TOKENS, PageHeader,
-    PageKey, PageName, RecoveryReport, Root, SessionId, SessionInfo, Settings, Store, StoreError, Tenant,
+    Append, ClassId, Content, ContentId, Durability, Handed, Kind, MasterKey, Miss, Options, PAGE_TOKENS,
+    PageHeader, PageKey, PageName, RecoveryReport, Root, SessionId, SessionInfo, Settings, Store, StoreError,
+    Tenant,
     sim::{Random, SimClock, SimDisk, SimEntropy},
 };
 
 /// Bytes of a test page: less than a block, so that small stores stay small.
 pub(crate) const PAGE_BYTES: usize = 500;
+
+/// The defaults, with this binary's master key.
+pub(crate) fn options() -> Options {
+    Options { master_key: crate::MASTER.map(|byte| MasterKey::new([byte; 32])), ..Options::default() }
+}
 
 pub(crate) struct Rig {
     pub(crate) disk: SimDisk,
@@ -19,7 +25,7 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(seed: u64) -> Self {
-        let options = Options { threads: false, reserve_bytes: 0, ..Options::default() };
+        let options = Options { threads: false, reserve_bytes: 0, ..options() };
         Self { disk: SimDisk::new(seed), clock: Arc::new(SimClock::new(1_700_000_000_000)), options }
     }
 

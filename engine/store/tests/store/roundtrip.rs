@@ -236,7 +236,7 @@ fn a_snapshot_is_a_store() {
 fn the_real_disk_holds_what_the_simulated_one_does() {
     let place = std::env::temp_dir().join(format!("mainstay-store-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&place);
-    let options = Options { segment_bytes: 64 << 10, ..Options::default() };
+    let options = Options { segment_bytes: 64 << 10, ..crate::rig::options() };
     let all = tokens(10, 32 * 40 + 5);
     let id = {
         let (store, _) = Store::open_dir(&place, options.clone()).unwrap();
@@ -275,7 +275,7 @@ fn the_real_disk_holds_what_the_simulated_one_does() {
 
 #[test]
 fn forks_of_one_parent_always_succeed() {
-    let rig = Rig { options: Options::default(), ..Rig::new(11) };
+    let rig = Rig { options: crate::rig::options(), ..Rig::new(11) };
     let (store, _) = rig.open();
     let tenant = store.tenant("t").unwrap();
     let parent = store.create(tenant.id, settings(&tenant, Durability::Turn)).unwrap().id;
