@@ -82,7 +82,7 @@ fn check_settings(settings: &Settings) -> Result<(), StoreError> {
     check_len("metadata", settings.meta.len(), META_BYTES_MAX)
 }
 
-fn info(id: SessionId, session: &Session) -> SessionInfo {
+pub(crate) fn info(id: SessionId, session: &Session) -> SessionInfo {
     SessionInfo {
         id,
         settings: session.settings.clone(),
@@ -121,18 +121,22 @@ fn len_at(session: &Session, at: At) -> Result<u32, StoreError> {
 }
 
 impl State {
-    fn session(&self, tenant: TenantId, id: SessionId) -> Result<&Session, StoreError> {
+    pub(crate) fn session(&self, tenant: TenantId, id: SessionId) -> Result<&Session, StoreError> {
         self.table.get(tenant, id).ok_or(StoreError::NotFound)
     }
 
-    /// The id of a new session, after all checks.
-    fn room(
+    /// The id of a new session, after all checks: the one asked for, or a new one.
+    pub(crate) fn room(
         &mut self,
         inner: &Inner,
         tenant: TenantId,
         settings: &Settings,
+        id: Option<SessionId>,
     ) -> Result<SessionId, StoreError> {
         check_settings(settings)?;
+        if let Some(id) = id.filter(|&id| self.table.contains(id)) {
+            return Err(StoreError::IdTaken(id));
+        }
         if let Some(name) = &settings.name
             && self.table.named(tenant, name).is_some()
         {
@@ -141,6 +145,9 @@ impl State {
         let limit = inner.pages.quota(tenant).sessions;
         if self.table.count(tenant) as u64 >= limit {
             return Err(StoreError::Quota { what: "sessions", limit });
+        }
+        if let Some(id) = id {
+            return Ok(id);
         }
         let mut random = [0; 16];
         loop {
@@ -162,7 +169,7 @@ impl Store {
     pub fn create(&self, tenant: TenantId, settings: Settings) -> Result<SessionInfo, StoreError> {
         let inner = &*self.inner;
         let mut state = lock(&inner.state);
-        let id = state.room(inner, tenant, &settings)?;
+        let id = state.room(inner, tenant, &settings, None)?;
         let (level, at_ms) = (settings.durability, inner.now_ms(&mut state));
         let logged = inner.record(
             &mut state,
@@ -274,7 +281,7 @@ impl Store {
         let settings = Settings { name, pinned: false, ..from.settings.clone() };
         let (len, level) = (len_at(from, at)?, settings.durability);
         let hash = hash_at(from, len);
-        let id = state.room(inner, tenant, &settings)?;
+        let id = state.room(inner, tenant, &settings, None)?;
         let at_ms = inner.now_ms(&mut state);
         let logged = inner.record(
             &mut state,
@@ -506,7 +513,7 @@ fn hash_at(session: &Session, len: u32) -> [u8; 16] {
 
 impl Inner {
     /// Makes an entry as durable as `level` asks; what it survives.
-    fn acknowledge(
+    pub(crate) fn acknowledge(
         &self,
         (logged, lsn): (Durability, u64),
         level: Durability,

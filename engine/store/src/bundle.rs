@@ -6,9 +6,12 @@ use std::{
 };
 
 use crate::{
-    api::{Append, SessionInfo},
+    api::{SessionInfo, info},
     error::StoreError,
-    event::{META_BYTES_MAX, SessionId, Settings, read_settings, write_settings},
+    event::{
+        Durability, Event, META_BYTES_MAX, NodeEvent, SessionId, Settings, WholeEvent, Whose, head_hash,
+        read_settings, write_settings,
+    },
     key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
     pages::{Handed, PageWrite, lock},
     record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName, digest},
@@ -56,10 +59,19 @@ pub enum BundlePages {
     },
 }
 
+/// What an imported session is to be called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImportAs {
+    /// The id of a session that moves here from another server; `None` makes a new one.
+    pub id: Option<SessionId>,
+    /// Its name.
+    pub name: Option<String>,
+}
+
 /// An imported session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Imported {
-    /// It, with its new id.
+    /// It.
     pub session: SessionInfo,
     /// Pages taken.
     pub pages: u32,
@@ -198,18 +210,21 @@ impl Store {
         Ok(())
     }
 
-    /// Reads a session in, under a new id and, if given, a name. Every hash and count is compared, and no length is
-    /// believed; where anything is wrong no session is made.
+    /// Reads a session in, all of it or, where anything is wrong or a crash comes between, nothing. Every hash and count
+    /// is compared, and no length is believed.
     ///
     /// # Errors
-    /// [`StoreError::Bundle`], [`StoreError::Newer`], and those of [`Store::create`].
+    /// [`StoreError::Bundle`], [`StoreError::Newer`], [`StoreError::IdTaken`], and those of [`Store::create`].
     pub fn import(
         &self,
         tenant: &Tenant,
         input: &mut dyn Read,
-        name: Option<String>,
+        called: ImportAs,
         pages: BundlePages,
     ) -> Result<Imported, StoreError> {
+        if let Some(id) = called.id.filter(|&id| lock(&self.inner.state).table.contains(id)) {
+            return Err(StoreError::IdTaken(id));
+        }
         let mut input = In { input, hasher: blake3::Hasher::new(), parts: 0 };
         let first = input.hashed(PREAMBLE_BYTES)?;
         refuse_newer("the bundle", &first, MAGIC)?;
@@ -219,7 +234,7 @@ impl Store {
         let (SESSION, head) = input.part()? else {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
-        let (content, mut settings) = parse_session(&head)?;
+        let (content, created_ms, mut settings) = parse_session(&head)?;
         let accepted = match pages {
             BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
             _ => None,
@@ -246,8 +261,9 @@ impl Store {
             BundlePages::Accept { root, .. } => Some(root),
             BundlePages::Refuse => None,
         };
-        (settings.name, settings.pinned) = (name, false);
-        let session = self.import_turns(tenant.id, settings, incoming.turns)?;
+        (settings.name, settings.pinned) = (called.name, false);
+        let moved = called.id.map(|id| (id, created_ms));
+        let session = self.import_turns(tenant.id, settings, moved, incoming.turns)?;
         Ok(Imported { session, pages: taken, pages_refused: refused })
     }
 
@@ -255,37 +271,54 @@ impl Store {
         &self,
         tenant: TenantId,
         settings: Settings,
+        moved: Option<(SessionId, u64)>,
         turns: Vec<(Vec<u32>, Vec<u8>)>,
     ) -> Result<SessionInfo, StoreError> {
-        let durability = settings.durability;
-        let id = self.create(tenant, settings)?.id;
+        let (inner, level) = (&*self.inner, settings.durability);
+        if level == Durability::Full {
+            inner.sync_pages()?;
+        }
+        let mut state = lock(&inner.state);
+        let session = state.room(inner, tenant, &settings, moved.map(|(id, _)| id))?;
+        let now_ms = inner.now_ms(&mut state);
+        // Turns get the numbers of their entries for ids, so nothing may be written between.
+        let _ = inner.mend(&mut state)?;
+        let (first, mut head, mut hash) = (state.journal.next_lsn, None, [0; 16]);
+        let mut events = Vec::with_capacity(turns.len() + 1);
         for (i, (tokens, meta)) in turns.into_iter().enumerate() {
-            // Turns of a bundle are written at once and made durable together.
-            let append = Append {
-                expected_turn: Some(i as u32),
-                tokens,
-                meta,
-                durability: Some(durability.min(crate::Durability::Async)),
-            };
-            if let Err(e) = self.append_turn(tenant, id, append) {
-                self.delete(tenant, id)?;
-                return Err(e);
-            }
+            hash = head_hash(hash, &tokens);
+            let (id, parent) = (first + i as u64, head.replace(first + i as u64));
+            let (number, at_ms) = (i as u32 + 1, now_ms);
+            events.push(Event::Node(NodeEvent { id, parent, number, at_ms, tokens, meta, hash }));
         }
-        if durability >= crate::Durability::Turn {
-            self.flush()?;
-        }
-        self.get(tenant, id)
+        events.push(Event::Whole(Box::new(WholeEvent {
+            tenant,
+            settings,
+            parent: None,
+            created_ms: moved.map_or(now_ms, |(_, created_ms)| created_ms.min(now_ms)),
+            used_ms: now_ms,
+            damaged: false,
+            head,
+            hash,
+            in_flight: None,
+        })));
+        let logged = inner.record_all(&mut state, Whose { tenant, session }, events, level);
+        state.table.end_replay();
+        let made = logged.and_then(|logged| Ok((logged, info(session, state.session(tenant, session)?))));
+        drop(state);
+        let (logged, made) = made?;
+        inner.acknowledge(logged, level)?;
+        Ok(made)
     }
 }
 
-fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, Settings), Malformed> {
+fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, u64, Settings), Malformed> {
     let mut r = Reader::new(part, "bundle's session");
     let content = r.option(Reader::array)?.map(ContentId);
-    let _created_ms = r.u64()?;
+    let created_ms = r.u64()?;
     let settings = read_settings(&mut r)?;
     r.end()?;
-    Ok((content, settings))
+    Ok((content, created_ms, settings))
 }
 
 /// A session on its way in.

@@ -35,7 +35,7 @@ mod wire;
 mod writer;
 
 pub use api::{Append, Appended, At, SessionInfo};
-pub use bundle::{BundlePages, ExportPages, Imported};
+pub use bundle::{BundlePages, ExportPages, ImportAs, Imported};
 pub use error::{Miss, StoreError};
 pub use event::{Durability, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings};
 pub use gc::Maintained;

@@ -162,7 +162,7 @@ impl Table {
         }
     }
 
-    /// Ends the reading of a journal: turns that no session has are let go.
+    /// Ends the reading of a journal or a bundle: turns that no session has are let go.
     pub(crate) fn end_replay(&mut self) {
         self.nodes.clear();
         self.last_node.clear();

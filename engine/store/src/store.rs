@@ -289,28 +289,48 @@ impl Inner {
         event: Event,
         level: Durability,
     ) -> Result<(Durability, u64), StoreError> {
+        self.record_all(state, whose, vec![event], level)
+    }
+
+    /// The same for several entries of which only the last makes a difference, so that a crash between them makes none.
+    pub(crate) fn record_all(
+        &self,
+        state: &mut State,
+        whose: Whose,
+        events: Vec<Event>,
+        level: Durability,
+    ) -> Result<(Durability, u64), StoreError> {
         let id = whose.session;
         if level == Durability::Ephemeral {
-            state.next_unwritten += 1;
-            apply(&mut state.table, state.next_unwritten, id, event);
+            for event in events {
+                state.next_unwritten += 1;
+                apply(&mut state.table, state.next_unwritten, id, event);
+            }
             return Ok((level, 0));
         }
-        let mended = match self.check_epoch() {
-            Err(StoreError::Io(e)) => Err(e),
-            Err(e) => return Err(e),
-            Ok(()) if state.journal.is_broken => self.try_rebase(state),
-            Ok(()) => Ok(()),
-        };
-        match mended.and_then(|()| state.journal.append(whose, &event)) {
-            Ok(lsn) => {
-                self.counts.entries.fetch_add(1, Ordering::Relaxed);
-                apply(&mut state.table, lsn, id, event);
+        let appended = self.mend(state)?.and_then(|()| {
+            let first = state.journal.next_lsn;
+            let (end, before) = events.split_last().expect("an entry at least");
+            before.iter().try_for_each(|event| state.journal.append(whose, event).map(drop))?;
+            if !before.is_empty() && level >= Durability::Turn {
+                // A power loss must not keep the end without what it ends.
+                state.journal.file.sync().inspect_err(|_| state.journal.is_broken = true)?;
+            }
+            state.journal.append(whose, end)?;
+            Ok((first, state.journal.last_lsn()))
+        });
+        match appended {
+            Ok((first, last)) => {
+                self.counts.entries.fetch_add(events.len() as u64, Ordering::Relaxed);
+                for (lsn, event) in (first..).zip(events) {
+                    apply(&mut state.table, lsn, id, event);
+                }
                 let grown = state.journal.base_bytes.max(self.pages.options.rebase_bytes);
                 if state.journal.tail_bytes > grown {
                     // The entry stands in the old file; a failure is met again by the next one.
                     let _ = self.try_rebase(state);
                 }
-                Ok((Durability::Async, lsn))
+                Ok((Durability::Async, last))
             }
             Err(e) if level >= Durability::Turn || e.kind() == std::io::ErrorKind::InvalidInput => {
                 self.counts.errors.fetch_add(1, Ordering::Relaxed);
@@ -319,11 +339,23 @@ impl Inner {
             Err(_) => {
                 self.counts.errors.fetch_add(1, Ordering::Relaxed);
                 state.journal.is_broken = true;
-                let lsn = state.journal.next_lsn;
-                state.journal.next_lsn += 1;
-                apply(&mut state.table, lsn, id, event);
+                for event in events {
+                    let lsn = state.journal.next_lsn;
+                    state.journal.next_lsn += 1;
+                    apply(&mut state.table, lsn, id, event);
+                }
                 Ok((Durability::Ephemeral, 0))
             }
+        }
+    }
+
+    /// Makes a broken journal whole, if that is possible; the outer error is for good.
+    pub(crate) fn mend(&self, state: &mut State) -> Result<std::io::Result<()>, StoreError> {
+        match self.check_epoch() {
+            Err(StoreError::Io(e)) => Ok(Err(e)),
+            Err(e) => Err(e),
+            Ok(()) if state.journal.is_broken => Ok(self.try_rebase(state)),
+            Ok(()) => Ok(Ok(())),
         }
     }
 

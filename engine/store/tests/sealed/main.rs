@@ -10,6 +10,8 @@ mod erase;
 #[path = "../store/faults.rs"]
 mod faults;
 mod keys;
+#[path = "../store/moves.rs"]
+mod moves;
 #[path = "../store/rig.rs"]
 mod rig;
 #[path = "../store/roundtrip.rs"]

@@ -4,6 +4,7 @@ mod abort;
 mod crash;
 mod damage;
 mod faults;
+mod moves;
 mod rig;
 mod roundtrip;
 
