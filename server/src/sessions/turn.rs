@@ -176,7 +176,7 @@ impl Turn {
             (own, asked) => asked.unwrap_or(own).max(Durability::Async),
         };
         if level == Durability::Full {
-            job.model.served.engine.settle(FULL_PATIENCE).await;
+            kv::settle_within(&job.model, &job.keep, FULL_PATIENCE).await;
         } else {
             kv::settle(&job.model, &job.keep).await;
         }

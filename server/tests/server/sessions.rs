@@ -1,10 +1,12 @@
 //! Turns of sessions: what they write, who may, what they refuse.
 
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use axum::body::Body;
 use axum::http::Request;
-use mainstay_engine::store::{Durability, Settings};
+use mainstay_engine::store::sim::{SimClock, SimDisk, SimEntropy};
+use mainstay_engine::store::{Durability, Options, Settings, Store};
 use serde_json::{Value, json};
 
 use crate::testbed::{CHAT, Directory, Reply, Server, Setup, chat, request, start};
@@ -53,7 +55,7 @@ async fn a_turn_is_answered_with_its_session_and_goes_on_after_a_restart() {
     assert_eq!(first["session"], json!({"id": id, "name": "mine", "turn": 1}));
     assert_eq!(first["kv"]["durability"], "async");
     let tokens = [ids(&first["prompt_token_ids"]), ids(&first["choices"][0]["token_ids"])].concat();
-    assert_eq!(server.turns(&id), [tokens.clone()]);
+    assert_eq!(server.turns(&id), std::slice::from_ref(&tokens));
     // Named by its name, in a header, with only what is new.
     let next = turn("mine", json!({"messages": [user("more")], "session_mode": "append"}));
     let second = send_with(&server, &next, &[("x-session-id", "mine"), ("if-match", "\"1\"")]).await.ok();
@@ -311,5 +313,36 @@ async fn turns_are_as_durable_as_asked_for() {
     ] {
         assert_eq!(server.post(CHAT, &append(patch)).await.ok()["kv"]["durability"], level);
     }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_disk_is_507_where_more_was_promised() {
+    let disk = SimDisk::new(1);
+    let (clock, entropy) = (Arc::new(SimClock::new(1_700_000_000_000)), Arc::new(SimEntropy::new(1)));
+    let options = Options { reserve_bytes: 0, ..Options::default() };
+    let (store, _) = Store::open(Arc::new(disk.clone()), clock, entropy, options).unwrap();
+    let server = start(Setup { store: Some(Arc::new(store)), ..Setup::default() }).await;
+    let levels = [Durability::Turn, Durability::Async];
+    let [strict, loose] =
+        levels.map(|durability| server.session(Settings { durability, ..Settings::default() }));
+    let append = |id: &str, patch: Value| {
+        let mut body = turn(id, json!({"session_mode": "append"}));
+        body.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
+        body
+    };
+    server.post(CHAT, &append(&strict, json!({}))).await.ok();
+    server.post(CHAT, &append(&loose, json!({}))).await.ok();
+    disk.set_capacity(0);
+    assert_eq!(server.post(CHAT, &append(&strict, json!({}))).await.error(507)["code"], "not_durable");
+    let streamed =
+        server.stream(CHAT, &append(&strict, json!({"stream": true}))).await.events_until_error().await;
+    assert_eq!(streamed.last().unwrap()["error"]["code"], "not_durable");
+    let finished = |event: &Value| event["choices"][0]["finish_reason"].is_string();
+    assert!(!streamed.iter().any(finished), "it was said to have ended: {streamed:?}");
+    let answer = server.post(CHAT, &append(&loose, json!({}))).await.ok();
+    assert_eq!((&answer["session"]["turn"], &answer["kv"]["durability"]), (&json!(2), &json!("ephemeral")));
+    assert_eq!((server.turns(&strict).len(), server.turns(&loose).len()), (1, 2));
+    disk.set_capacity(u64::MAX);
     server.stop().await;
 }
