@@ -158,9 +158,23 @@ impl Store {
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::Quota`], [`StoreError::TooLong`], [`StoreError::Journal`].
     pub fn create(&self, tenant: TenantId, settings: Settings) -> Result<SessionInfo, StoreError> {
+        self.create_as(tenant, settings, None)
+    }
+
+    /// Like [`Store::create`], under an id that no session has, if one is given.
+    pub(crate) fn create_as(
+        &self,
+        tenant: TenantId,
+        settings: Settings,
+        id: Option<SessionId>,
+    ) -> Result<SessionInfo, StoreError> {
         let inner = &*self.inner;
         let mut state = lock(&inner.state);
-        let id = state.room(inner, tenant, &settings)?;
+        let new = state.room(inner, tenant, &settings)?;
+        let id = id.unwrap_or(new);
+        if state.table.contains(id) {
+            return Err(StoreError::Bundle(format!("a session {id} exists")));
+        }
         let (level, at_ms) = (settings.durability, inner.now_ms(&mut state));
         let logged = inner.record(&mut state, id, Event::Create { tenant, settings, at_ms }, level)?;
         let made = info(id, state.session(tenant, id)?);

@@ -3,5 +3,6 @@
 mod crash;
 mod damage;
 mod faults;
+mod object;
 mod rig;
 mod roundtrip;
