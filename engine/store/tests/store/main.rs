@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod faults;
 mod moves;
+mod object;
 mod rig;
 mod roundtrip;
 
