@@ -107,6 +107,22 @@ fn an_acquisition_that_fails_leaves_the_session_with_one() {
 }
 
 #[test]
+fn a_create_whose_answer_is_lost_is_known_as_done() {
+    for ending in ["0000000001-0000000000", "0000000001-0000000001"] {
+        let (place, a, b, mut is_lost) = (memory(), Server::new(1), Server::new(2), false);
+        let id = a.session(&tokens(7, 50));
+        let store = Faulty::new(place.store.clone(), move |_, path| {
+            let is_it = path.as_ref().ends_with(ending) && !is_lost;
+            is_lost |= is_it;
+            if is_it { Fault::After } else { Fault::None }
+        });
+        let tier = ObjectTier::new(store, options()).unwrap();
+        assert_eq!(a.release(&tier, id).unwrap().epoch, 1, "{ending}");
+        assert_eq!(b.acquire(&tier, id, Takeover::No).unwrap().epoch, 2, "{ending}");
+    }
+}
+
+#[test]
 fn a_store_that_cannot_read_a_session_in_gives_it_back() {
     let (place, a, b) = (memory(), Server::new(1), Server::new(2));
     let all = tokens(3, 100);
