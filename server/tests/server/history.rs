@@ -109,7 +109,7 @@ async fn a_template_that_trims_answers_keeps_their_tokens() {
     let server = start(Setup { template: Some(TRIMS.to_owned()), ..with_store(&directory) }).await;
     let space = server.tokenizer.encode(" a", AddSpecial::No).unwrap()[0];
     let id = server.session(Settings::default());
-    // A space is all that can be drawn: the answer is nothing but what is trimmed away.
+    // All that can be drawn begins with a space, which is trimmed away.
     let first = ask(&server, &id, json!({"logit_bias": {space.to_string(): 100}, "max_tokens": 4})).await;
     assert!(text(&first).starts_with(' '), "{first}");
     let mut messages = vec![user("Say something."), assistant(&first), user("go on")];
@@ -125,6 +125,19 @@ async fn a_template_that_trims_answers_keeps_their_tokens() {
     let third = ask(&server, &id, json!({"messages": messages})).await;
     assert_eq!((&third["session"]["turn"], &third["kv"]["reason"]), (&json!(3), &Value::Null));
     assert!(ids(&third["prompt_token_ids"]).starts_with(&all_tokens(&second)));
+    // The token that ended an answer is the beginning of what the template writes after it.
+    let id = server.session(Settings::default());
+    let eos = crate::testbed::EOS.to_string();
+    let ended = json!({"logit_bias": {space.to_string(): 50, eos: 100}, "min_tokens": 3});
+    let first = ask(&server, &id, ended).await;
+    assert!(first["choices"][0]["finish_reason"] == "stop" && text(&first).starts_with(' '), "{first}");
+    let messages = json!([user("Say something."), assistant(&first), user("go on")]);
+    let second = ask(&server, &id, json!({"messages": messages})).await;
+    assert_eq!((&second["session"]["turn"], &second["kv"]["reason"]), (&json!(2), &Value::Null));
+    let prompt = ids(&second["prompt_token_ids"]);
+    assert!(prompt.starts_with(&all_tokens(&first)));
+    let rest = server.tokenizer.decode(&prompt[all_tokens(&first).len()..], ShowSpecial::Yes);
+    assert_eq!(rest, format!("\n<|im_start|>user\ngo on{IM_END}\n<|im_start|>assistant\n"));
     server.stop().await;
 }
 

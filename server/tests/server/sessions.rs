@@ -281,8 +281,8 @@ async fn ephemeral_sessions_live_in_memory() {
     let server = start(with_store(&directory)).await;
     let id = server.session(Settings { durability: Durability::Ephemeral, ..Settings::default() });
     for turns in 1..=2 {
-        let body =
-            turn(&id, json!({"messages": [user("hi")], "session_mode": "append", "durability": "full"}));
+        let long = user(&"one two three ".repeat(40));
+        let body = turn(&id, json!({"messages": [long], "session_mode": "append", "durability": "full"}));
         let answer = server.post(CHAT, &body).await.ok();
         assert_eq!(
             (&answer["session"]["turn"], &answer["kv"]["durability"]),
@@ -292,6 +292,9 @@ async fn ephemeral_sessions_live_in_memory() {
     server.stop().await;
     let server = start(with_store(&directory)).await;
     server.post(CHAT, &turn(&id, json!({}))).await.error(404);
+    let again = chat(json!({"messages": [user(&"one two three ".repeat(40))], "max_tokens": 1}));
+    let answer = server.post(CHAT, &again).await.ok();
+    assert_eq!(answer["kv"]["tier"], Value::Null, "its pages were stored");
     server.stop().await;
 }
 
