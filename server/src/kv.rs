@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::registry::Model;
 
 /// How long the last event of an answer waits for its pages to be with the system.
-pub(crate) const PAGE_PATIENCE: Duration = Duration::from_millis(100);
+const PAGE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// The reports of all prompts of a request: counts and times are added up, the state is the worst one, the reason
 /// is that of the first prompt that has one.

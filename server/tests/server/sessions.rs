@@ -281,8 +281,8 @@ async fn ephemeral_sessions_live_in_memory() {
     let server = start(with_store(&directory)).await;
     let id = server.session(Settings { durability: Durability::Ephemeral, ..Settings::default() });
     for turns in 1..=2 {
-        let body =
-            turn(&id, json!({"messages": [user("hi")], "session_mode": "append", "durability": "full"}));
+        let long = user(&"one two three ".repeat(40));
+        let body = turn(&id, json!({"messages": [long], "session_mode": "append", "durability": "full"}));
         let answer = server.post(CHAT, &body).await.ok();
         assert_eq!(
             (&answer["session"]["turn"], &answer["kv"]["durability"]),
@@ -292,6 +292,9 @@ async fn ephemeral_sessions_live_in_memory() {
     server.stop().await;
     let server = start(with_store(&directory)).await;
     server.post(CHAT, &turn(&id, json!({}))).await.error(404);
+    let again = chat(json!({"messages": [user(&"one two three ".repeat(40))], "max_tokens": 1}));
+    let answer = server.post(CHAT, &again).await.ok();
+    assert_eq!(answer["kv"]["tier"], Value::Null, "its pages were stored");
     server.stop().await;
 }
 
@@ -344,5 +347,32 @@ async fn a_full_disk_is_507_where_more_was_promised() {
     assert_eq!((&answer["session"]["turn"], &answer["kv"]["durability"]), (&json!(2), &json!("ephemeral")));
     assert_eq!((server.turns(&strict).len(), server.turns(&loose).len()), (1, 2));
     disk.set_capacity(u64::MAX);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn pages_that_are_not_durable_leave_a_session_as_it_was_also_where_it_was_to_be_rewritten() {
+    let (clock, entropy) = (Arc::new(SimClock::new(1_700_000_000_000)), Arc::new(SimEntropy::new(1)));
+    // No page is ever written.
+    let options = Options { reserve_bytes: 0, write_budget_bytes_per_day: Some(0), ..Options::default() };
+    let (store, _) = Store::open(Arc::new(SimDisk::new(1)), clock, entropy, options).unwrap();
+    let template = Some("{{ day }}{% for m in messages %}{{ m.content }}\n{% endfor %}".to_owned());
+    let server = start(Setup { store: Some(Arc::new(store)), template, ..Setup::default() }).await;
+    let id = server.session(Settings { durability: Durability::Full, ..Settings::default() });
+    let said = |day: &str, text: &str| {
+        turn(
+            &id,
+            json!({"messages": [user(text)], "session_mode": "append", "max_tokens": 4,
+                         "chat_template_kwargs": {"day": day}}),
+        )
+    };
+    // Less than a page.
+    assert_eq!(server.post(CHAT, &said("Monday", "a")).await.ok()["kv"]["durability"], "full");
+    let before = server.turns(&id);
+    let reply = server.post(CHAT, &said("Tuesday", &"word ".repeat(50))).await;
+    assert_eq!(reply.error(507)["code"], "not_durable");
+    assert_eq!(server.turns(&id), before);
+    let answer = server.post(CHAT, &said("Monday", "b")).await.ok();
+    assert_eq!((&answer["session"]["turn"], &answer["kv"]["reason"]), (&json!(2), &Value::Null));
     server.stop().await;
 }
