@@ -13,6 +13,7 @@ use crate::client::{Client, RemoteArgs, Route, SamplingArgs};
 use crate::local::Connection;
 use crate::options::ModelArgs;
 use crate::sessions::{self, Resumed};
+use crate::store::DirArgs;
 use crate::{data_dir, exit};
 
 const HELP: &str = "\
@@ -34,9 +35,8 @@ pub(crate) struct ChatArgs {
     /// Go on with the session of this name or id, or begin one of this name: it outlives the chat.
     #[arg(long, env = "MAINSTAY_SESSION", value_name = "NAME")]
     session: Option<String>,
-    /// Where sessions and the input history are kept; the user's data directory without it.
-    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    dir: DirArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -94,7 +94,7 @@ impl Conversation {
 pub(crate) fn run(args: ChatArgs) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let is_kept_here = args.session.is_some() && args.remote.url.is_none();
-    let store = is_kept_here.then(|| sessions::open_store(args.data_dir.as_deref())).transpose()?;
+    let store = is_kept_here.then(|| sessions::open_store(&args.dir)).transpose()?;
     let mut connection = runtime.block_on(Connection::open(&args.remote, &args.model, store))?;
     let session = args.session.as_deref().map(|name| runtime.block_on(enter(&connection.client, name)));
     let session = session.transpose()?;
@@ -111,7 +111,7 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
     let result = if stdin().is_terminal() {
         let device = connection.device.as_deref().map(|d| format!(" ({d})")).unwrap_or_default();
         eprintln!("{}{device}; /help for help", connection.client.model());
-        chat.talk_in_terminal(args.data_dir)
+        chat.talk_in_terminal(args.dir.data_dir)
     } else {
         chat.answer_pipe()
     };

@@ -74,13 +74,23 @@ impl DirArgs {
     /// # Errors
     /// Names the directory; [`Usage`] where there is none to name.
     pub(crate) fn open_plain(&self) -> Result<Arc<Store>> {
+        let (store, report) = self.open_reported()?;
+        if let Some(dir) = data_dir::resolve(self.data_dir.as_deref()) {
+            tell(&dir, &report);
+        }
+        Ok(Arc::new(store))
+    }
+
+    /// The same for a caller who tells what opening found.
+    ///
+    /// # Errors
+    /// As [`DirArgs::open_plain`].
+    pub(crate) fn open_reported(&self) -> Result<(Store, RecoveryReport)> {
         let dir = data_dir::resolve(self.data_dir.as_deref());
         let dir = dir.ok_or_else(|| Usage("no HOME is set: give --data-dir".into()))?;
         let options = Options { master_key: self.master_key()?, ..Options::default() };
         let named = || format!("the data directory {}", dir.display());
-        let (store, report) = Store::open_dir(&dir, options).with_context(named)?;
-        tell(&dir, &report);
-        Ok(Arc::new(store))
+        Store::open_dir(&dir, options).with_context(named)
     }
 }
 

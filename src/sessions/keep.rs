@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use mainstay_store::{Damage, Options, Quota, RealDisk, RecoveryReport, Store, VerifyReport};
+use mainstay_store::{Damage, Quota, RealDisk, RecoveryReport, Store, VerifyReport};
 use serde_json::{Value, json};
 
-use super::{PlaceArgs, directory, in_use};
+use super::{PlaceArgs, check_directory, in_use};
 use crate::exit::Usage;
 use crate::options::switch;
 use crate::size;
@@ -48,9 +48,8 @@ fn open(place: &PlaceArgs, command: &str) -> Result<(Store, RecoveryReport)> {
         let what = "a server's data directory is not supported yet; stop it and give --data-dir";
         return Err(Usage(format!("sessions {command} --url: {what}")).into());
     }
-    let dir = directory(place)?;
-    let opened = Store::open_dir(&dir, Options::default());
-    opened.with_context(|| format!("the data directory {}", dir.display())).map_err(in_use)
+    check_directory(place)?;
+    place.dir.open_reported().map_err(in_use)
 }
 
 pub(super) async fn gc(args: &GcArgs) -> Result<()> {

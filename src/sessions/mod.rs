@@ -8,7 +8,6 @@ mod resume;
 mod table;
 mod transfer;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -25,6 +24,7 @@ use crate::client::RemoteArgs;
 use crate::exit::Usage;
 use crate::local::Inside;
 use crate::options::switch;
+use crate::store::DirArgs;
 use crate::{data_dir, store};
 
 /// Options of `mainstay sessions`.
@@ -57,9 +57,8 @@ enum SessionsCommand {
 /// Where the sessions are.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct PlaceArgs {
-    /// The data directory; the user's own without it.
-    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    dir: DirArgs,
     /// Whose sessions of the data directory; a server knows that by the key.
     #[arg(long, env = "MAINSTAY_TENANT", value_name = "NAME", default_value = "default")]
     tenant: String,
@@ -127,8 +126,8 @@ pub(crate) fn run(args: SessionsArgs) -> Result<()> {
 ///
 /// # Errors
 /// Names the directory.
-pub(crate) fn open_store(dir: Option<&Path>) -> Result<Arc<Store>> {
-    store::open_default(dir).map_err(in_use)
+pub(crate) fn open_store(dir: &DirArgs) -> Result<Arc<Store>> {
+    dir.open_plain().map_err(in_use)
 }
 
 /// What to do about a directory that another process has.
@@ -137,14 +136,14 @@ fn in_use(error: anyhow::Error) -> anyhow::Error {
     if is_locked { anyhow!("{error:#}; if that is a server, use it by --url") } else { error }
 }
 
-/// The data directory, where there must be one.
-fn directory(place: &PlaceArgs) -> Result<PathBuf> {
-    let dir = data_dir::resolve(place.data_dir.as_deref());
+/// Finds a data directory that exists: looking must not make one.
+fn check_directory(place: &PlaceArgs) -> Result<()> {
+    let dir = data_dir::resolve(place.dir.data_dir.as_deref());
     let dir = dir.ok_or_else(|| Usage("no HOME is set: give --data-dir or --url".into()))?;
     if !dir.join("journal").is_dir() {
         return Err(anyhow!("no sessions are kept in {}", dir.display()));
     }
-    Ok(dir)
+    Ok(())
 }
 
 /// The sessions' server: a real one, or the data directory served by this process.
@@ -157,7 +156,7 @@ impl Place {
     /// Opens the sessions that exist.
     async fn open(args: &PlaceArgs) -> Result<Self> {
         if args.remote.url.is_none() {
-            directory(args)?;
+            check_directory(args)?;
         }
         Self::open_or_make(args).await
     }
@@ -166,7 +165,7 @@ impl Place {
         if let Some(url) = &args.remote.url {
             return Ok(Self { api: Api::new(url, args.remote.api_key.as_deref())?, here: None });
         }
-        let store = open_store(args.data_dir.as_deref())?;
+        let store = open_store(&args.dir)?;
         let inside = Inside::start(Registry::default(), &args.tenant, Some(store.clone())).await;
         let inside = inside.map_err(|e| Usage(format!("--tenant {}: {e:#}", args.tenant)))?;
         Ok(Self { api: Api::new(&inside.url, Some(&inside.key))?, here: Some((inside, store)) })
