@@ -14,6 +14,9 @@ use crate::{
     store::{Inner, State, Store},
 };
 
+/// Pages looked up under one hold of the index.
+const KEYS_STEP: usize = 512;
+
 /// A session as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionInfo {
@@ -538,8 +541,11 @@ impl Inner {
         tokens.truncate(tokens.len().saturating_sub(1) / PAGE_TOKENS * PAGE_TOKENS);
         let chain = lock(&self.tenants).chain(tenant).ok_or(StoreError::NotFound)?;
         let keys: Vec<_> = chain.keys(root, &tokens).collect();
-        let index = lock(&self.pages.index);
-        let have = keys.iter().filter(|&&key| index.contains_key(tenant, key)).count();
+        let is_there = |keys: &[PageKey]| {
+            let index = lock(&self.pages.index);
+            keys.iter().filter(|&&key| index.contains_key(tenant, key)).count()
+        };
+        let have: usize = keys.chunks(KEYS_STEP).map(is_there).sum();
         if have < keys.len() {
             return Err(StoreError::Pages(format!("{have} of {} pages are on disk", keys.len())));
         }
@@ -557,16 +563,20 @@ impl Inner {
             let sessions = ids.iter().rev().filter_map(|&id| state.table.get(tenant, id));
             let pins = |s: &Session| s.settings.pinned || s.settings.durability == Durability::Full;
             let apart = sessions.filter(|s| pins(s) || s.settings.priority > 0);
-            apart.filter_map(|s| Some((s.settings.root?, s.tokens(), pins(s)))).collect()
+            // Turns are shared: a copy of the session has no copy of its tokens.
+            apart.filter_map(|s| Some((s.settings.root?, s.clone(), pins(s)))).collect()
         };
         let mut left = self.pages.quota(tenant).pinned_bytes;
-        let index = lock(&self.pages.index);
-        for (root, tokens, pins) in sessions {
-            for key in chain.keys(root, &tokens) {
-                let bytes = index.key_bytes(tenant, key);
-                kept.preferred.insert(key);
-                if pins && bytes <= left && kept.pinned.insert(key) {
-                    left -= bytes;
+        for (root, session, pins) in sessions {
+            let keys: Vec<_> = chain.keys(root, &session.tokens()).collect();
+            for keys in keys.chunks(KEYS_STEP) {
+                let index = lock(&self.pages.index);
+                for &key in keys {
+                    let bytes = index.key_bytes(tenant, key);
+                    kept.preferred.insert(key);
+                    if pins && bytes <= left && kept.pinned.insert(key) {
+                        left -= bytes;
+                    }
                 }
             }
         }

@@ -7,10 +7,12 @@
 pub mod aligned;
 mod api;
 mod bundle;
+mod counts;
 pub mod crash_disk;
 pub mod disk;
 mod error;
 mod event;
+mod evict;
 mod gc;
 mod index;
 mod journal;
@@ -37,6 +39,7 @@ mod writer;
 
 pub use api::{Append, Appended, At, SessionInfo};
 pub use bundle::{BundlePages, ExportPages, ImportAs, Imported};
+pub use counts::{PageTotals, SyncCounts, Unsynced};
 pub use error::{Miss, StoreError};
 pub use event::{Durability, InFlight, META_BYTES_MAX, NAME_BYTES_MAX, SessionId, Settings};
 pub use gc::Maintained;
@@ -53,5 +56,5 @@ pub use session::Turn;
 pub use store::{JournalCounts, Store};
 pub use tenant::{TENANT_BYTES_MAX, Tenant};
 pub use twin::FORMAT;
-pub use verify::{Scrubbed, VerifyReport};
+pub use verify::{ScrubCounts, Scrubbed, VerifyReport};
 pub use wire::Malformed;

@@ -146,6 +146,15 @@ impl Table {
         self.by_tenant.get(&tenant).map_or(0, BTreeSet::len)
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    pub(crate) fn counts(&self) -> Vec<(TenantId, usize)> {
+        let counts = self.by_tenant.iter().map(|(tenant, ids)| (*tenant, ids.len()));
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+
     pub(crate) fn all(&self) -> impl Iterator<Item = (SessionId, &Session)> {
         self.sessions.iter().map(|(id, session)| (*id, session))
     }

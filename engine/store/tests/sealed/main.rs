@@ -2,6 +2,8 @@
 
 #[path = "../store/abort.rs"]
 mod abort;
+#[path = "../store/counts.rs"]
+mod counts;
 #[path = "../store/crash.rs"]
 mod crash;
 #[path = "../store/damage.rs"]

@@ -1,6 +1,7 @@
 //! A store as its users see it, on a simulated disk.
 
 mod abort;
+mod counts;
 mod crash;
 mod damage;
 mod faults;
