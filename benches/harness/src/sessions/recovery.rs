@@ -58,7 +58,9 @@ pub(crate) fn recovery(bench: &Bench<'_>) -> Result<Recovery, SessionsError> {
                 let kind = Kind::Attention;
                 let name = PageName { tenant: tenant.id, key, class: ClassId([0; 32]), group: 0, kind };
                 let header = PageHeader { name, content, parent, tokens: first };
-                store.write_patiently(header, vec![i as u8; PAGE_BYTES].into(), PATIENCE);
+                let payload = vec![i as u8; PAGE_BYTES];
+                let digest = mainstay_backend_api::kv::digest(&payload);
+                store.write_patiently(header, payload.into(), digest, PATIENCE);
             }
             store.append_turn(tenant.id, id, Append { tokens, ..Append::default() })?;
         }

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use mainstay_backend_api::PAGE_TOKENS;
-use mainstay_engine::store::{Durability, Kind, PageHeader, PageName, SessionId};
+use mainstay_engine::store::{Durability, ImportAs, Kind, PageHeader, PageName, SessionId};
 use mainstay_engine::{KvState, RestorePolicy};
 
 use super::child::{FirstTurn, Task, run_and_kill};
@@ -301,7 +301,7 @@ fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsErr
     let begun = Instant::now();
     let pages = world.handle.import_pages(TENANT)?;
     let mut input = BufReader::with_capacity(1 << 20, File::open(bundle)?);
-    let imported = world.store.import(&world.tenant, &mut input, None, pages)?;
+    let imported = world.store.import(&world.tenant, &mut input, ImportAs::default(), pages)?;
     world.store.flush()?;
     if imported.pages_refused > 0 {
         return Err(SessionsError::Broken(format!("{} pages were refused", imported.pages_refused)));
