@@ -105,8 +105,13 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     let opened = args.store.open()?;
     let recovery = opened.as_ref().map(|opened| opened.recovery);
     let store = opened.map(|opened| opened.store);
+    let tier = match &store {
+        Some(store) => args.store.open_tier(store).await?,
+        None => None,
+    };
     let options = ServerOptions {
         store: store.clone(),
+        tier,
         recovery,
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
+use mainstay_store::object::{ObjectError, ObjectOptions, ObjectTier};
 use mainstay_store::{
     Durability, MasterKey, Options, Quota, RealDisk, RecoveryReport, Store, StoreError,
     crash_disk::CrashDisk, disk::Disk,
@@ -124,6 +125,10 @@ pub(crate) struct StoreArgs {
     /// Most bytes of keys and values written in a day, so that a disk does not wear out.
     #[arg(long, env = "MAINSTAY_WRITE_BUDGET", value_name = "BYTES", value_parser = size::parse)]
     write_budget: Option<u64>,
+    /// Object store that several servers share, to move sessions between them: file:///DIR or s3://BUCKET/PREFIX (with
+    /// the usual AWS_* variables).
+    #[arg(long, env = "MAINSTAY_OBJECT_STORE", value_name = "URL")]
+    object_store: Option<String>,
     /// Size of a file of keys and values.
     #[arg(long, env = "MAINSTAY_SEGMENT_BYTES", value_name = "BYTES", default_value = "1G", value_parser = size::parse)]
     segment_bytes: u64,
@@ -143,6 +148,27 @@ impl StoreArgs {
     /// How often tokens under way are written.
     pub(crate) fn journal_interval(&self) -> Option<Duration> {
         Some(Duration::from_millis(self.journal_interval_ms)).filter(|interval| !interval.is_zero())
+    }
+
+    /// Opens the object store, if there is one; sessions that a crash left half acquired are removed from `store`, and
+    /// can be acquired again.
+    ///
+    /// # Errors
+    /// [`Usage`] for a URL that is none; otherwise what the object store says.
+    pub(crate) async fn open_tier(&self, store: &Arc<Store>) -> Result<Option<Arc<ObjectTier>>> {
+        let Some(url) = self.object_store.clone() else { return Ok(None) };
+        let store = Arc::clone(store);
+        let opened = tokio::task::spawn_blocking(move || {
+            for (tenant, id) in ObjectTier::partial(&store) {
+                store.delete(tenant, id)?;
+            }
+            ObjectTier::open(&url, ObjectOptions::default())
+        });
+        let tier = opened.await?.map_err(|error| match error {
+            ObjectError::Address(what) => anyhow::Error::from(Usage(format!("--object-store: {what}"))),
+            other => anyhow::Error::from(other).context("--object-store"),
+        })?;
+        Ok(Some(Arc::new(tier)))
     }
 
     fn options(&self, disk: &dyn Disk) -> Result<Options> {

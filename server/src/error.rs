@@ -99,6 +99,18 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).code("sessions_disabled")
     }
 
+    /// 404: this server has no object store.
+    pub(crate) fn no_tier() -> Self {
+        let message =
+            "this server has no object store to move sessions through (start it with --object-store)";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("object_store_disabled")
+    }
+
+    /// 409: the session is not in the state that was expected.
+    pub(crate) fn conflict(message: impl Into<String>, code: &'static str) -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, message).code(code)
+    }
+
     /// 409: a turn of the session is running.
     pub(crate) fn session_busy() -> Self {
         Self::new(StatusCode::CONFLICT, INVALID, "a turn of this session is running; wait for its end")

@@ -8,6 +8,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use mainstay_engine::store::object::ObjectTier;
 use mainstay_engine::store::{Durability, Store};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -42,6 +43,8 @@ pub struct ServerOptions {
     pub store: Option<Arc<Store>>,
     /// How long opening the store took, for `/metrics`.
     pub recovery: Option<Duration>,
+    /// The object store that sessions move through; without it they do not.
+    pub tier: Option<Arc<ObjectTier>>,
     /// Largest session bundle that is taken in.
     pub import_limit_bytes: usize,
     /// When a turn is acknowledged, where neither its session nor its request says.
@@ -65,6 +68,7 @@ impl Default for ServerOptions {
             loopback: true,
             store: None,
             recovery: None,
+            tier: None,
             import_limit_bytes: 8 << 30,
             durability: Durability::default(),
             journal_interval: Some(Duration::from_millis(100)),

@@ -7,6 +7,7 @@ mod world;
 use std::path::Path;
 
 use mainstay_backend_api::KvDType;
+use mainstay_engine::store::object::{Acquire, ObjectOptions, ObjectTier, Takeover};
 use mainstay_engine::store::{At, ImportAs, SessionId};
 use mainstay_models::Model;
 use world::{Answer, Scratch, Shape, TENANT, World};
@@ -93,7 +94,7 @@ impl Case<'_> {
 
 type Scenario = (&'static str, fn(&Case<'_>) -> Outcome);
 
-const SCENARIOS: [Scenario; 5] = [
+const SCENARIOS: [Scenario; 6] = [
     ("in memory", |case| {
         let dir = Scratch::new();
         let (world, session) = case.begin(&dir);
@@ -134,6 +135,23 @@ const SCENARIOS: [Scenario; 5] = [
         assert_eq!(imported.pages_refused, 0);
         world.store.flush().unwrap();
         case.restore(world, imported.session.id, case.computed())
+    }),
+    ("move through an object store", |case| {
+        let (from, to, place) = (Scratch::new(), Scratch::new(), Scratch::new());
+        std::fs::create_dir_all(&place.0).unwrap();
+        let tier =
+            ObjectTier::open(&format!("file://{}", place.0.display()), ObjectOptions::default()).unwrap();
+        let (world, session) = case.begin(&from);
+        let tenant = world.store.tenant(TENANT).unwrap().id;
+        tier.release(&world.store, tenant, session, Some(world.handle.export_pages())).unwrap();
+        world.close();
+        let world = case.open(&to);
+        let (own, pages) = (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT).unwrap());
+        let acquire = Acquire { pages, takeover: Takeover::No };
+        let acquired = tier.acquire(&world.store, &own, session, acquire).unwrap();
+        assert_eq!(acquired.pages_missed, 0);
+        world.store.flush().unwrap();
+        case.restore(world, session, case.computed())
     }),
 ];
 

@@ -30,7 +30,7 @@ const PIECE_BYTES: usize = 256 << 10;
 /// A client that takes nothing for so long has left.
 const STALL: Duration = Duration::from_secs(60);
 /// How long pages of finished turns may take to reach the store.
-const SETTLE: Duration = Duration::from_secs(5);
+pub(super) const SETTLE: Duration = Duration::from_secs(5);
 
 /// Values of `include`.
 const INCLUDE: [&str; 2] = ["tokens", "kv"];
@@ -72,7 +72,7 @@ pub(super) async fn export(target: Target, uri: Uri) -> Result<Response, ApiErro
 }
 
 /// Which pages go along, once those of finished turns are with the store.
-async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
+pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
     let model = target.owner.app.registry.get(&info.settings.model)?;
     target.set_root(info, &model).await?;
     let engine = &model.served.engine;

@@ -5,6 +5,7 @@ mod history;
 pub(super) mod metrics;
 mod pages;
 mod query;
+mod tier;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use mainstay_engine::Keep;
+use mainstay_engine::store::object::ObjectTier;
 use mainstay_engine::store::{SessionId, SessionInfo, Settings, Store, StoreError, Tenant, TenantId};
 use serde_json::{Map, Value, json};
 
@@ -45,6 +47,9 @@ pub(super) fn routes() -> Router<Arc<App>> {
         .route("/v1/sessions/{id}/unpin", post(pages::unpin))
         .route("/v1/sessions/{id}/prefetch", post(pages::prefetch))
         .route("/v1/sessions/{id}/export", post(bundle::export))
+        .route("/v1/sessions/{id}/flush", post(tier::flush))
+        .route("/v1/sessions/{id}/release", post(tier::release))
+        .route("/v1/sessions/{id}/acquire", post(tier::acquire))
 }
 
 /// Who asks, as the store knows it.
@@ -127,6 +132,11 @@ impl Owner {
             response.headers_mut().insert(header::ETAG, tag);
         }
         Ok(response)
+    }
+
+    /// The object store that sessions move through.
+    fn tier(&self) -> Result<Arc<ObjectTier>, ApiError> {
+        self.app.options.tier.clone().ok_or_else(ApiError::no_tier)
     }
 
     /// The body of a request whose fields may all be left out.
