@@ -246,12 +246,16 @@ fn is_taken(error: &anyhow::Error) -> bool {
 /// Logs what opening found.
 fn tell(dir: &Path, report: &RecoveryReport) {
     let dir = dir.display();
+    if report.is_new {
+        tracing::debug!("{dir} holds no sessions yet");
+        return;
+    }
     tracing::info!(
         sessions = report.sessions,
         pages = report.pages,
         page_bytes = report.page_bytes,
         ms = report.elapsed_ms,
-        was_closed = report.was_closed || report.is_new,
+        was_closed = report.was_closed,
         "sessions of {dir} opened"
     );
     for damage in &report.damage {
