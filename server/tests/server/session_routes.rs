@@ -57,6 +57,7 @@ pub(crate) fn append(server: &Server, session: &Value, number: u32, len: u32) ->
         "answer": {"role": "assistant", "content": format!("answer {number}")},
         "finish_reason": "stop",
         "usage": {"prompt_tokens": 3},
+        "sent_len": 4,
     });
     let append = Append { tokens: tokens.clone(), meta: meta.to_string().into_bytes(), ..Append::default() };
     let store = server.store.as_ref().unwrap();
@@ -325,6 +326,7 @@ async fn turns_are_listed() {
         "number": 2,
         "token_start": 10,
         "token_end": 20,
+        "sent_tokens": 4,
         "messages": [{"role": "user", "content": "question 2"}],
         "answer": {"role": "assistant", "content": "answer 2"},
         "finish_reason": "stop",
