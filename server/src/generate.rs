@@ -100,8 +100,8 @@ pub(crate) struct Run {
     updates: VecDeque<Update>,
     usage: Usage,
     reused: Reused,
-    /// Generations whose choices have all ended here, before the engine said so.
-    ended: Vec<Source>,
+    /// The end of the turn that is read along, when all its text is here.
+    end: Option<UnboundedReceiver<Heard>>,
     /// Tokens of the answer that were drawn before it was interrupted.
     drawn: Vec<u32>,
     /// What becomes of the answer in its session.
@@ -195,7 +195,7 @@ impl Run {
             updates,
             usage,
             reused: Reused::default(),
-            ended: Vec::new(),
+            end: None,
             drawn: Vec::new(),
             turn: None,
             answer: String::new(),
@@ -292,21 +292,10 @@ impl Run {
 
     /// Ends the answer: waits for what its last event tells. Call it once, after the last choice has ended.
     pub(crate) async fn close(&mut self) -> Result<Closing, ApiError> {
-        let is_kept = kv::are_pages_kept(&self.job.model, &self.job.keep);
-        for source in self.ended.drain(..) {
-            match source {
-                Source::Live(heard) => {
-                    let closing = closing_of(heard).await?;
-                    self.usage = closing.usage;
-                    return Ok(closing);
-                }
-                // Until the engine has seen that it was stopped, its last page is not on its way.
-                Source::Engine(mut generation) if is_kept => {
-                    let end = async { while generation.events.recv().await.is_some() {} };
-                    let _ = tokio::time::timeout(kv::PAGE_PATIENCE, end).await;
-                }
-                Source::Engine(_) => {}
-            }
+        if let Some(heard) = self.end.take() {
+            let closing = closing_of(heard).await?;
+            self.usage = closing.usage;
+            return Ok(closing);
         }
         if let Some(closing) = self.closing.take() {
             return Ok(closing);
@@ -318,6 +307,7 @@ impl Run {
             return turn.commit(&self.job, answered).await;
         }
         kv::settle(&self.job.model, &self.job.keep).await;
+        let is_kept = kv::are_pages_kept(&self.job.model, &self.job.keep);
         let durability = if is_kept { Durability::Async } else { Durability::Ephemeral };
         Ok(Closing { kv: self.reused.to_json(durability), session: None, usage: self.usage })
     }
@@ -394,7 +384,10 @@ impl Run {
             }
         }
         if self.lanes[at].generation.is_some() && self.lanes[at].choices.iter().all(ChoiceText::ended) {
-            self.ended.extend(self.lanes[at].generation.take());
+            // Dropped, it is cancelled: it may not have heard of the stop string yet.
+            if let Some(Source::Live(heard)) = self.lanes[at].generation.take() {
+                self.end = Some(heard);
+            }
         }
         if self.lanes[at].generation.is_none() { self.submit() } else { Ok(()) }
     }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::registry::Model;
 
 /// How long the last event of an answer waits for its pages to be with the system.
-pub(crate) const PAGE_PATIENCE: Duration = Duration::from_millis(100);
+const PAGE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// The reports of all prompts of a request: counts and times are added up, the state is the worst one, the reason
 /// is that of the first prompt that has one.
@@ -90,7 +90,17 @@ pub(crate) fn are_pages_kept(model: &Model, keep: &Keep) -> bool {
 /// Waits until the pages of a request that has ended are with the system, so that a process killed after the answer
 /// leaves them. A disk that is slower than this is counted and not waited for.
 pub(crate) async fn settle(model: &Model, keep: &Keep) {
-    if are_pages_kept(model, keep) && !model.served.engine.settle(PAGE_PATIENCE).await {
+    settle_within(model, keep, PAGE_PATIENCE).await;
+}
+
+/// The same with another patience.
+pub(crate) async fn settle_within(model: &Model, keep: &Keep, patience: Duration) {
+    if !are_pages_kept(model, keep) {
+        return;
+    }
+    // The engine answers between two steps, and a step may be long.
+    let settled = tokio::time::timeout(patience, model.served.engine.settle(patience)).await;
+    if settled != Ok(true) {
         model.metrics.page_late();
     }
 }

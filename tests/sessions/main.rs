@@ -7,7 +7,7 @@ mod world;
 use std::path::Path;
 
 use mainstay_backend_api::KvDType;
-use mainstay_engine::store::{At, SessionId};
+use mainstay_engine::store::{At, ImportAs, SessionId};
 use mainstay_models::Model;
 use world::{Answer, Scratch, Shape, TENANT, World};
 
@@ -130,7 +130,7 @@ const SCENARIOS: [Scenario; 5] = [
         world.close();
         let world = case.open(&to);
         let (own, pages) = (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT).unwrap());
-        let imported = world.store.import(&own, &mut &bundle[..], None, pages).unwrap();
+        let imported = world.store.import(&own, &mut &bundle[..], ImportAs::default(), pages).unwrap();
         assert_eq!(imported.pages_refused, 0);
         world.store.flush().unwrap();
         case.restore(world, imported.session.id, case.computed())

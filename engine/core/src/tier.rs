@@ -30,7 +30,7 @@ pub(crate) struct PageOut {
 }
 
 enum Job {
-    Write(PageOut),
+    Write(Box<PageOut>),
     /// Tell when all before is with the system; `false` if that takes longer.
     Flush(Duration, oneshot::Sender<bool>),
 }
@@ -86,7 +86,7 @@ impl Tier {
             return false;
         }
         self.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.send(Job::Write(page));
+        self.send(Job::Write(Box::new(page)));
         true
     }
 
@@ -128,7 +128,8 @@ impl Drop for Tier {
 
 fn do_job(store: &Store, queued_bytes: &AtomicUsize, job: Job) {
     match job {
-        Job::Write(PageOut { header, bytes, digest, must }) => {
+        Job::Write(page) => {
+            let PageOut { header, bytes, digest, must } = *page;
             queued_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
             let patience = if must { ROOM_PATIENCE } else { Duration::ZERO };
             // A page that is left out is counted by the store, and computed again when it is missed.

@@ -14,6 +14,9 @@ use crate::{
     store::{Inner, State, Store},
 };
 
+/// Pages looked up under one hold of the index.
+const KEYS_STEP: usize = 512;
+
 /// A session as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionInfo {
@@ -82,7 +85,7 @@ fn check_settings(settings: &Settings) -> Result<(), StoreError> {
     check_len("metadata", settings.meta.len(), META_BYTES_MAX)
 }
 
-fn info(id: SessionId, session: &Session) -> SessionInfo {
+pub(crate) fn info(id: SessionId, session: &Session) -> SessionInfo {
     SessionInfo {
         id,
         settings: session.settings.clone(),
@@ -121,18 +124,22 @@ fn len_at(session: &Session, at: At) -> Result<u32, StoreError> {
 }
 
 impl State {
-    fn session(&self, tenant: TenantId, id: SessionId) -> Result<&Session, StoreError> {
+    pub(crate) fn session(&self, tenant: TenantId, id: SessionId) -> Result<&Session, StoreError> {
         self.table.get(tenant, id).ok_or(StoreError::NotFound)
     }
 
-    /// The id of a new session, after all checks.
-    fn room(
+    /// The id of a new session, after all checks: the one asked for, or a new one.
+    pub(crate) fn room(
         &mut self,
         inner: &Inner,
         tenant: TenantId,
         settings: &Settings,
+        id: Option<SessionId>,
     ) -> Result<SessionId, StoreError> {
         check_settings(settings)?;
+        if let Some(id) = id.filter(|&id| self.table.contains(id)) {
+            return Err(StoreError::IdTaken(id));
+        }
         if let Some(name) = &settings.name
             && self.table.named(tenant, name).is_some()
         {
@@ -141,6 +148,9 @@ impl State {
         let limit = inner.pages.quota(tenant).sessions;
         if self.table.count(tenant) as u64 >= limit {
             return Err(StoreError::Quota { what: "sessions", limit });
+        }
+        if let Some(id) = id {
+            return Ok(id);
         }
         let mut random = [0; 16];
         loop {
@@ -162,7 +172,7 @@ impl Store {
     pub fn create(&self, tenant: TenantId, settings: Settings) -> Result<SessionInfo, StoreError> {
         let inner = &*self.inner;
         let mut state = lock(&inner.state);
-        let id = state.room(inner, tenant, &settings)?;
+        let id = state.room(inner, tenant, &settings, None)?;
         let (level, at_ms) = (settings.durability, inner.now_ms(&mut state));
         let logged = inner.record(
             &mut state,
@@ -274,7 +284,7 @@ impl Store {
         let settings = Settings { name, pinned: false, ..from.settings.clone() };
         let (len, level) = (len_at(from, at)?, settings.durability);
         let hash = hash_at(from, len);
-        let id = state.room(inner, tenant, &settings)?;
+        let id = state.room(inner, tenant, &settings, None)?;
         let at_ms = inner.now_ms(&mut state);
         let logged = inner.record(
             &mut state,
@@ -506,7 +516,7 @@ fn hash_at(session: &Session, len: u32) -> [u8; 16] {
 
 impl Inner {
     /// Makes an entry as durable as `level` asks; what it survives.
-    fn acknowledge(
+    pub(crate) fn acknowledge(
         &self,
         (logged, lsn): (Durability, u64),
         level: Durability,
@@ -531,8 +541,11 @@ impl Inner {
         tokens.truncate(tokens.len().saturating_sub(1) / PAGE_TOKENS * PAGE_TOKENS);
         let chain = lock(&self.tenants).chain(tenant).ok_or(StoreError::NotFound)?;
         let keys: Vec<_> = chain.keys(root, &tokens).collect();
-        let index = lock(&self.pages.index);
-        let have = keys.iter().filter(|&&key| index.contains_key(tenant, key)).count();
+        let is_there = |keys: &[PageKey]| {
+            let index = lock(&self.pages.index);
+            keys.iter().filter(|&&key| index.contains_key(tenant, key)).count()
+        };
+        let have: usize = keys.chunks(KEYS_STEP).map(is_there).sum();
         if have < keys.len() {
             return Err(StoreError::Pages(format!("{have} of {} pages are on disk", keys.len())));
         }
@@ -550,16 +563,20 @@ impl Inner {
             let sessions = ids.iter().rev().filter_map(|&id| state.table.get(tenant, id));
             let pins = |s: &Session| s.settings.pinned || s.settings.durability == Durability::Full;
             let apart = sessions.filter(|s| pins(s) || s.settings.priority > 0);
-            apart.filter_map(|s| Some((s.settings.root?, s.tokens(), pins(s)))).collect()
+            // Turns are shared: a copy of the session has no copy of its tokens.
+            apart.filter_map(|s| Some((s.settings.root?, s.clone(), pins(s)))).collect()
         };
         let mut left = self.pages.quota(tenant).pinned_bytes;
-        let index = lock(&self.pages.index);
-        for (root, tokens, pins) in sessions {
-            for key in chain.keys(root, &tokens) {
-                let bytes = index.key_bytes(tenant, key);
-                kept.preferred.insert(key);
-                if pins && bytes <= left && kept.pinned.insert(key) {
-                    left -= bytes;
+        for (root, session, pins) in sessions {
+            let keys: Vec<_> = chain.keys(root, &session.tokens()).collect();
+            for keys in keys.chunks(KEYS_STEP) {
+                let index = lock(&self.pages.index);
+                for &key in keys {
+                    let bytes = index.key_bytes(tenant, key);
+                    kept.preferred.insert(key);
+                    if pins && bytes <= left && kept.pinned.insert(key) {
+                        left -= bytes;
+                    }
                 }
             }
         }

@@ -6,9 +6,12 @@ use std::{
 };
 
 use crate::{
-    api::{Append, SessionInfo},
+    api::{SessionInfo, info},
     error::StoreError,
-    event::{META_BYTES_MAX, SessionId, Settings, read_settings, write_settings},
+    event::{
+        Durability, Event, META_BYTES_MAX, NodeEvent, SessionId, Settings, WholeEvent, Whose, head_hash,
+        read_settings, write_settings,
+    },
     key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
     pages::{Handed, PageWrite, lock},
     record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName, digest},
@@ -18,11 +21,11 @@ use crate::{
     wire::{Malformed, Reader, Writer},
 };
 
-const MAGIC: [u8; 8] = *b"MSTBUND\n";
-const SESSION: u8 = 1;
-const TURN: u8 = 2;
+pub(crate) const MAGIC: [u8; 8] = *b"MSTBUND\n";
+pub(crate) const SESSION: u8 = 1;
+pub(crate) const TURN: u8 = 2;
 const PAGE: u8 = 3;
-const END: u8 = 4;
+pub(crate) const END: u8 = 4;
 /// Longest part.
 const PART_BYTES_MAX: usize = PAYLOAD_BYTES_MAX + META_BYTES_MAX;
 /// Tokens and metadata of a session that is read in, bytes.
@@ -56,10 +59,19 @@ pub enum BundlePages {
     },
 }
 
+/// What an imported session is to be called.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImportAs {
+    /// The id of a session that moves here from another server; `None` makes a new one.
+    pub id: Option<SessionId>,
+    /// Its name.
+    pub name: Option<String>,
+}
+
 /// An imported session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Imported {
-    /// It, with its new id.
+    /// It.
     pub session: SessionInfo,
     /// Pages taken.
     pub pages: u32,
@@ -68,19 +80,32 @@ pub struct Imported {
 }
 
 /// Writes parts, each followed by the hash of all bytes so far.
-struct Out<'a> {
+pub(crate) struct Out<'a> {
     out: &'a mut dyn Write,
     hasher: blake3::Hasher,
     parts: u64,
 }
 
-impl Out<'_> {
+impl<'a> Out<'a> {
+    /// A stream that begins with the preamble of `magic`.
+    pub(crate) fn new(out: &'a mut dyn Write, magic: [u8; 8]) -> Result<Self, StoreError> {
+        let mut out = Self { out, hasher: blake3::Hasher::new(), parts: 0 };
+        out.raw(&preamble(magic))?;
+        Ok(out)
+    }
+
+    /// The last part.
+    pub(crate) fn end(mut self) -> Result<(), StoreError> {
+        let parts = self.parts;
+        self.part(END, &parts.to_le_bytes(), &[])
+    }
+
     fn raw(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         self.hasher.update(bytes);
         Ok(self.out.write_all(bytes)?)
     }
 
-    fn part(&mut self, kind: u8, head: &[u8], payload: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn part(&mut self, kind: u8, head: &[u8], payload: &[u8]) -> Result<(), StoreError> {
         self.raw(&[kind])?;
         self.raw(&((head.len() + payload.len()) as u32).to_le_bytes())?;
         self.raw(head)?;
@@ -91,13 +116,35 @@ impl Out<'_> {
     }
 }
 
-struct In<'a> {
+/// Reads parts, each compared with the hash behind it.
+pub(crate) struct In<'a> {
     input: &'a mut dyn Read,
     hasher: blake3::Hasher,
     parts: u64,
 }
 
-impl In<'_> {
+impl<'a> In<'a> {
+    /// A stream that must begin with the preamble of `magic`; `what` names it in errors.
+    pub(crate) fn new(input: &'a mut dyn Read, magic: [u8; 8], what: &str) -> Result<Self, StoreError> {
+        let mut input = Self { input, hasher: blake3::Hasher::new(), parts: 0 };
+        let first = input.hashed(PREAMBLE_BYTES)?;
+        refuse_newer(what, &first, magic)?;
+        if version_of(&first, magic).is_none() {
+            return Err(StoreError::Bundle(format!("{what} does not begin as one")));
+        }
+        Ok(input)
+    }
+
+    /// The next part that is not the last; `None` at the last, whose count must be right.
+    pub(crate) fn next(&mut self) -> Result<Option<(u8, Vec<u8>)>, StoreError> {
+        let before = self.parts;
+        match self.part()? {
+            (END, count) if count == before.to_le_bytes() => Ok(None),
+            (END, _) => Err(StoreError::Bundle(format!("it ends after {before} parts, not as it says"))),
+            part => Ok(Some(part)),
+        }
+    }
+
     /// Exactly so many bytes; memory grows with what arrives, not with what is claimed.
     fn raw(&mut self, count: usize) -> Result<Vec<u8>, StoreError> {
         let mut bytes = Vec::new();
@@ -114,7 +161,7 @@ impl In<'_> {
         Ok(bytes)
     }
 
-    fn part(&mut self) -> Result<(u8, Vec<u8>), StoreError> {
+    pub(crate) fn part(&mut self) -> Result<(u8, Vec<u8>), StoreError> {
         let head = self.hashed(5)?;
         let count = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
         if count > PART_BYTES_MAX {
@@ -144,8 +191,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let info = self.get(tenant, id)?;
         let turns = self.turns(tenant, id)?;
-        let mut out = Out { out, hasher: blake3::Hasher::new(), parts: 0 };
-        out.raw(&preamble(MAGIC))?;
+        let mut out = Out::new(out, MAGIC)?;
         let mut head = Writer::default();
         head.option(pages.map(|pages| pages.content), |out, content| {
             out.raw(&content.0);
@@ -161,8 +207,7 @@ impl Store {
             let tokens: Vec<u32> = turns.iter().flat_map(|turn| turn.tokens.iter().copied()).collect();
             self.export_pages(tenant, root, &tokens, (pages, &mut out))?;
         }
-        let parts = out.parts;
-        out.part(END, &parts.to_le_bytes(), &[])
+        out.end()
     }
 
     fn export_pages(
@@ -198,28 +243,26 @@ impl Store {
         Ok(())
     }
 
-    /// Reads a session in, under a new id and, if given, a name. Every hash and count is compared, and no length is
-    /// believed; where anything is wrong no session is made.
+    /// Reads a session in, all of it or, where anything is wrong or a crash comes between, nothing. Every hash and count
+    /// is compared, and no length is believed.
     ///
     /// # Errors
-    /// [`StoreError::Bundle`], [`StoreError::Newer`], and those of [`Store::create`].
+    /// [`StoreError::Bundle`], [`StoreError::Newer`], [`StoreError::IdTaken`], and those of [`Store::create`].
     pub fn import(
         &self,
         tenant: &Tenant,
         input: &mut dyn Read,
-        name: Option<String>,
+        called: ImportAs,
         pages: BundlePages,
     ) -> Result<Imported, StoreError> {
-        let mut input = In { input, hasher: blake3::Hasher::new(), parts: 0 };
-        let first = input.hashed(PREAMBLE_BYTES)?;
-        refuse_newer("the bundle", &first, MAGIC)?;
-        if version_of(&first, MAGIC).is_none() {
-            return Err(StoreError::Bundle("not a session bundle".to_owned()));
+        if let Some(id) = called.id.filter(|&id| lock(&self.inner.state).table.contains(id)) {
+            return Err(StoreError::IdTaken(id));
         }
+        let mut input = In::new(input, MAGIC, "the bundle")?;
         let (SESSION, head) = input.part()? else {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
-        let (content, mut settings) = parse_session(&head)?;
+        let (content, created_ms, mut settings) = parse_session(&head)?;
         let accepted = match pages {
             BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
             _ => None,
@@ -228,26 +271,26 @@ impl Store {
         let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
         let (mut taken, mut refused) = (0, 0);
         loop {
-            let before = input.parts;
-            match input.part()? {
-                (TURN, part) if taken + refused == 0 => incoming.turn(&part)?,
-                (PAGE, part) => match incoming.page(&part)? {
+            match input.next()? {
+                Some((TURN, part)) if taken + refused == 0 => incoming.turn(&part)?,
+                Some((PAGE, part)) => match incoming.page(&part)? {
                     Some(page) => match self.write_patiently(page.header, page.payload, page.digest, ROOM) {
                         Handed::Dropped => refused += 1,
                         Handed::Queued | Handed::Known => taken += 1,
                     },
                     None => refused += 1,
                 },
-                (END, part) if part == before.to_le_bytes() => break,
-                (kind, _) => return Err(StoreError::Bundle(format!("part {before} has kind {kind}"))),
+                None => break,
+                Some((kind, _)) => return Err(StoreError::Bundle(format!("a part of kind {kind}"))),
             }
         }
         settings.root = match pages {
             BundlePages::Accept { root, .. } => Some(root),
             BundlePages::Refuse => None,
         };
-        (settings.name, settings.pinned) = (name, false);
-        let session = self.import_turns(tenant.id, settings, incoming.turns)?;
+        (settings.name, settings.pinned) = (called.name, false);
+        let moved = called.id.map(|id| (id, created_ms));
+        let session = self.import_turns(tenant.id, settings, moved, incoming.turns)?;
         Ok(Imported { session, pages: taken, pages_refused: refused })
     }
 
@@ -255,37 +298,54 @@ impl Store {
         &self,
         tenant: TenantId,
         settings: Settings,
+        moved: Option<(SessionId, u64)>,
         turns: Vec<(Vec<u32>, Vec<u8>)>,
     ) -> Result<SessionInfo, StoreError> {
-        let durability = settings.durability;
-        let id = self.create(tenant, settings)?.id;
+        let (inner, level) = (&*self.inner, settings.durability);
+        if level == Durability::Full {
+            inner.sync_pages()?;
+        }
+        let mut state = lock(&inner.state);
+        let session = state.room(inner, tenant, &settings, moved.map(|(id, _)| id))?;
+        let now_ms = inner.now_ms(&mut state);
+        // Turns get the numbers of their entries for ids, so nothing may be written between.
+        let _ = inner.mend(&mut state)?;
+        let (first, mut head, mut hash) = (state.journal.next_lsn, None, [0; 16]);
+        let mut events = Vec::with_capacity(turns.len() + 1);
         for (i, (tokens, meta)) in turns.into_iter().enumerate() {
-            // Turns of a bundle are written at once and made durable together.
-            let append = Append {
-                expected_turn: Some(i as u32),
-                tokens,
-                meta,
-                durability: Some(durability.min(crate::Durability::Async)),
-            };
-            if let Err(e) = self.append_turn(tenant, id, append) {
-                self.delete(tenant, id)?;
-                return Err(e);
-            }
+            hash = head_hash(hash, &tokens);
+            let (id, parent) = (first + i as u64, head.replace(first + i as u64));
+            let (number, at_ms) = (i as u32 + 1, now_ms);
+            events.push(Event::Node(NodeEvent { id, parent, number, at_ms, tokens, meta, hash }));
         }
-        if durability >= crate::Durability::Turn {
-            self.flush()?;
-        }
-        self.get(tenant, id)
+        events.push(Event::Whole(Box::new(WholeEvent {
+            tenant,
+            settings,
+            parent: None,
+            created_ms: moved.map_or(now_ms, |(_, created_ms)| created_ms.min(now_ms)),
+            used_ms: now_ms,
+            damaged: false,
+            head,
+            hash,
+            in_flight: None,
+        })));
+        let logged = inner.record_all(&mut state, Whose { tenant, session }, events, level);
+        state.table.end_replay();
+        let made = logged.and_then(|logged| Ok((logged, info(session, state.session(tenant, session)?))));
+        drop(state);
+        let (logged, made) = made?;
+        inner.acknowledge(logged, level)?;
+        Ok(made)
     }
 }
 
-fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, Settings), Malformed> {
+pub(crate) fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, u64, Settings), Malformed> {
     let mut r = Reader::new(part, "bundle's session");
     let content = r.option(Reader::array)?.map(ContentId);
-    let _created_ms = r.u64()?;
+    let created_ms = r.u64()?;
     let settings = read_settings(&mut r)?;
     r.end()?;
-    Ok((content, settings))
+    Ok((content, created_ms, settings))
 }
 
 /// A session on its way in.

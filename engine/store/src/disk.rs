@@ -133,6 +133,10 @@ pub trait Clock: Send + Sync {
     fn wall_ms(&self) -> u64;
     /// Milliseconds since some instant; never falls.
     fn monotonic_ms(&self) -> u64;
+    /// The same in microseconds, for measuring.
+    fn monotonic_us(&self) -> u64 {
+        self.monotonic_ms() * 1000
+    }
 }
 
 /// Randomness fit for secrets.
@@ -158,6 +162,10 @@ impl Clock for SystemClock {
 
     fn monotonic_ms(&self) -> u64 {
         self.0.elapsed().as_millis() as u64
+    }
+
+    fn monotonic_us(&self) -> u64 {
+        self.0.elapsed().as_micros() as u64
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::wire::Malformed;
+use crate::{event::SessionId, wire::Malformed};
 
 /// A call on the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +64,9 @@ pub enum StoreError {
     /// Another session of the tenant has the name.
     #[error("a session named {0:?} exists")]
     NameTaken(String),
+    /// A session of this id exists, of this tenant or another.
+    #[error("a session of id {0} exists")]
+    IdTaken(SessionId),
     /// The tenant may have no more.
     #[error("the tenant may have {limit} {what}")]
     Quota {

@@ -9,6 +9,7 @@ use crate::{
     aligned::BLOCK,
     error::{Miss, StoreError},
     event::{Durability, Event, SessionId, Whose},
+    evict::Reason,
     key::TenantId,
     options::Quota,
     pages::{count, lock},
@@ -24,7 +25,7 @@ const SMALL_SEGMENTS_MAX: usize = 8;
 pub struct Maintained {
     /// Sessions past their time.
     pub expired_sessions: usize,
-    /// Pages let go for a quota.
+    /// Pages let go for a quota or room on the disk.
     pub evicted_pages: usize,
     /// Segments removed, their live pages copied.
     pub compacted_segments: usize,
@@ -73,7 +74,7 @@ impl Store {
             inner.rebase(&mut state).map_err(StoreError::Journal)?;
         }
         lock(&inner.pages.writer).drop_tenant(tenant);
-        lock(&inner.pages.index).remove_tenant(tenant);
+        inner.pages.remove_tenant(tenant);
         lock(&inner.pages.quotas).remove(&tenant);
         let dir = segment::tenant_dir(tenant);
         for name in inner.disk.list(&dir)? {
@@ -93,14 +94,36 @@ impl Inner {
         self.check_epoch()?;
         let expired_sessions = self.expire()?;
         let tenants = lock(&self.pages.index).tenants();
-        let over = |tenant| self.pages.evict(tenant, self.pages.quota(tenant).page_bytes);
-        let evicted_pages = tenants.into_iter().map(over).sum();
+        let over = |tenant| self.pages.evict(tenant, self.pages.quota(tenant).page_bytes, Reason::Quota);
+        let mut evicted_pages = tenants.into_iter().map(over).sum();
+        evicted_pages += self.make_room();
         let mut compacted_segments = 0;
         for segment in self.dying_segments() {
+            // What is copied must not take the journal's room.
+            let copied = segment.live_bytes.load(Ordering::Relaxed);
+            if copied > 0 && self.free_bytes() < self.pages.options.reserve_bytes.saturating_add(copied) {
+                continue;
+            }
             self.compact(&segment)?;
             compacted_segments += 1;
         }
         Ok(Maintained { expired_sessions, evicted_pages, compacted_segments })
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.disk.space().map_or(u64::MAX, |space| space.free)
+    }
+
+    /// Where less than the reserve is free, lets go of a tenth of the pages of the tenant that has most, or as many as
+    /// are missing.
+    fn make_room(&self) -> usize {
+        let missing = self.pages.options.reserve_bytes.saturating_sub(self.free_bytes());
+        let most = {
+            let index = lock(&self.pages.index);
+            index.tenants().into_iter().map(|tenant| (index.bytes(tenant), tenant)).max()
+        };
+        let Some((bytes, tenant)) = most.filter(|_| missing > 0) else { return 0 };
+        self.pages.evict(tenant, bytes.saturating_sub(missing.max(bytes / 10)), Reason::DiskFull)
     }
 
     fn expire(&self) -> Result<usize, StoreError> {
@@ -144,12 +167,7 @@ impl Inner {
 
     /// Copies a segment's live pages to the tenant's open one, makes them durable, and removes the file.
     fn compact(&self, segment: &Arc<Segment>) -> Result<(), StoreError> {
-        let mut live: Vec<_> = {
-            let index = lock(&self.pages.index);
-            index.entries().filter(|entry| Arc::ptr_eq(&entry.segment, segment)).cloned().collect()
-        };
-        live.sort_unstable_by_key(|entry| entry.slot.offset);
-        for entry in live {
+        for entry in self.entries_of(segment) {
             match segment.read_stored(&*self.disk, &self.pages.keys, &entry.slot) {
                 Ok((record, bytes)) => {
                     let (block, payload) =

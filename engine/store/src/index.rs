@@ -1,7 +1,8 @@
 //! Which pages a store has and where: in memory, rebuilt from the segments at every start.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -16,14 +17,15 @@ use crate::{
 pub(crate) struct Entry {
     pub(crate) segment: Arc<Segment>,
     pub(crate) slot: Slot,
-    /// When it was last asked for, in calls.
-    used: u64,
+    /// When it was last asked for or continued, in calls.
+    pub(crate) used: u64,
 }
 
 /// Pages of all tenants.
 #[derive(Default)]
 pub(crate) struct Index {
-    entries: HashMap<PageName, Entry>,
+    /// In the order of names, so that a walk can be left and taken up again.
+    entries: BTreeMap<PageName, Entry>,
     /// Tails by the page before them.
     tails: HashMap<(TenantId, PageKey), Vec<PageName>>,
     pub(crate) segments: HashMap<(TenantId, u64), Arc<Segment>>,
@@ -85,8 +87,35 @@ impl Index {
         self.bytes.keys().copied().collect()
     }
 
-    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values()
+    /// Calls so far: the time of [`Entry::used`].
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    pub(crate) fn used(&self, name: &PageName) -> Option<u64> {
+        self.entries.get(name).map(|entry| entry.used)
+    }
+
+    /// The pages of a tenant, or of all, behind this one in the order of names.
+    pub(crate) fn after(
+        &self,
+        tenant: Option<TenantId>,
+        after: Option<PageName>,
+    ) -> impl Iterator<Item = &Entry> {
+        let first = tenant.map(|tenant| PageName {
+            tenant,
+            key: PageKey([0; 32]),
+            class: ClassId([0; 32]),
+            group: 0,
+            kind: Kind::Attention,
+        });
+        let from = match (after, first) {
+            (Some(after), _) => Bound::Excluded(after),
+            (None, Some(first)) => Bound::Included(first),
+            (None, None) => Bound::Unbounded,
+        };
+        let entries = self.entries.range((from, Bound::Unbounded)).map(|(_, entry)| entry);
+        entries.take_while(move |entry| tenant.is_none_or(|tenant| entry.slot.name.tenant == tenant))
     }
 
     /// The longest tail after `parent` that `tokens` begin with.
@@ -121,8 +150,11 @@ impl Index {
         }
         *self.bytes.entry(slot.name.tenant).or_default() += slot.disk_bytes();
         self.classes.insert(slot.name.class);
-        let entry = Entry { segment: segment.clone(), used: self.calls, slot };
         self.calls += 1;
+        if let Some(parent) = self.entries.get_mut(&PageName { key: slot.parent, ..slot.name }) {
+            parent.used = self.calls;
+        }
+        let entry = Entry { segment: segment.clone(), used: self.calls, slot };
         self.entries.insert(entry.slot.name, entry);
     }
 
@@ -156,101 +188,25 @@ impl Index {
     }
 
     pub(crate) fn remove_tenant(&mut self, tenant: TenantId) {
-        self.entries.retain(|name, _| name.tenant != tenant);
+        let names: Vec<_> = self.after(Some(tenant), None).map(|entry| entry.slot.name).collect();
+        for name in names {
+            self.remove(&name);
+        }
         self.tails.retain(|(owner, _), _| *owner != tenant);
         self.segments.retain(|(owner, _), _| *owner != tenant);
         self.bytes.remove(&tenant);
     }
-
-    /// Lets go of a tenant's pages, those without children first and of these the longest unused, until at most
-    /// `bytes` are left. A page with a child that stays, stays: the child could not be reached without it.
-    pub(crate) fn evict(&mut self, tenant: TenantId, bytes: u64, keep: &HashSet<PageKey>) -> usize {
-        if self.bytes(tenant) <= bytes {
-            return 0;
-        }
-        let mut children: HashMap<PageKey, u32> = HashMap::new();
-        let own = || self.entries.values().filter(|entry| entry.slot.name.tenant == tenant);
-        own().for_each(|entry| *children.entry(entry.slot.parent).or_default() += 1);
-        let childless = |entry: &&Entry, children: &HashMap<PageKey, u32>| {
-            children.get(&entry.slot.name.key).is_none_or(|&count| count == 0)
-                && !keep.contains(&entry.slot.name.key)
-        };
-        let mut by_key: HashMap<PageKey, Vec<PageName>> = HashMap::new();
-        own().for_each(|entry| by_key.entry(entry.slot.name.key).or_default().push(entry.slot.name));
-        let leaves = own().filter(|entry| childless(entry, &children));
-        let mut leaves: BTreeSet<_> = leaves.map(|entry| (entry.used, entry.slot.name)).collect();
-        let mut count = 0;
-        while self.bytes(tenant) > bytes
-            && let Some((_, name)) = leaves.pop_first()
-        {
-            let Some(entry) = self.remove(&name) else { continue };
-            count += 1;
-            let parent = entry.slot.parent;
-            let left = children.get_mut(&parent).expect("counted above");
-            *left -= 1;
-            if *left == 0 && !keep.contains(&parent) {
-                let freed = by_key.get(&parent).into_iter().flatten();
-                let freed = freed.filter_map(|name| self.entries.get(name));
-                leaves.extend(freed.map(|entry| (entry.used, entry.slot.name)));
-            }
-        }
-        count
-    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    const TENANT: TenantId = TenantId([0; 16]);
-
-    fn insert(index: &mut Index, segment: &Arc<Segment>, key: u8, parent: u8) {
-        let name = PageName {
-            tenant: TENANT,
-            key: PageKey([key; 32]),
-            class: ClassId([0; 32]),
-            group: 0,
-            kind: Kind::Attention,
-        };
-        let parent = PageKey([parent; 32]);
-        let (serial, offset) = (u64::from(key), 0);
+    /// Enters a page of two blocks.
+    pub(crate) fn insert(index: &mut Index, segment: &Arc<Segment>, name: PageName, parent: PageKey) {
+        let (serial, offset) = (0, 0);
         let slot = Slot { name, parent, serial, offset, payload_bytes: 1, token_count: 32, tail: vec![] };
         segment.add(slot.disk_bytes());
         index.insert(segment, slot, &[]);
-    }
-
-    fn held(index: &Index) -> Vec<u8> {
-        let mut keys: Vec<_> = index.entries().map(|entry| entry.slot.name.key.0[0]).collect();
-        keys.sort_unstable();
-        keys
-    }
-
-    /// 1 - 2 - 3
-    ///   \ 4 - 5, and 6 alone.
-    #[test]
-    fn a_page_goes_after_all_its_children() {
-        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(TENANT, 1)));
-        for (key, parent) in [(1, 0), (2, 1), (3, 2), (4, 1), (5, 4), (6, 0)] {
-            insert(&mut index, &segment, key, parent);
-        }
-        let none = HashSet::new();
-        let expected: [&[u8]; 7] =
-            [&[], &[6], &[1, 6], &[1, 4, 6], &[1, 4, 5, 6], &[1, 2, 4, 5, 6], &[1, 2, 3, 4, 5, 6]];
-        for left in (0..=6).rev() {
-            index.evict(TENANT, left * 8192, &none);
-            // The longest unused leaf goes first: 3, then 2 that it leaves bare, then 5, 4, 1 and 6.
-            assert_eq!(held(&index), expected[left as usize], "{left} pages are left");
-        }
-        assert_eq!(segment.live_bytes.load(Ordering::Relaxed), 0);
-    }
-
-    #[test]
-    fn a_kept_page_keeps_those_it_follows() {
-        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(TENANT, 1)));
-        for (key, parent) in [(1, 0), (2, 1), (3, 2), (4, 3)] {
-            insert(&mut index, &segment, key, parent);
-        }
-        index.evict(TENANT, 0, &HashSet::from([PageKey([2; 32])]));
-        assert_eq!(held(&index), [1, 2]);
     }
 }

@@ -40,6 +40,8 @@ pub struct Options {
     pub reserve_bytes: u64,
     /// Page bytes written in a day; more are dropped.
     pub write_budget_bytes_per_day: Option<u64>,
+    /// How fast a store with threads proves its pages over and over, to find those that went bad; 0 is not at all.
+    pub scrub_bytes_per_s: u64,
     /// Limits of tenants that have none of their own.
     pub quota: Quota,
     /// Whether the store writes and syncs on threads of its own; without them, the caller drives it by
@@ -61,6 +63,7 @@ impl Default for Options {
             rebase_bytes: 16 << 20,
             reserve_bytes: 64 << 20,
             write_budget_bytes_per_day: None,
+            scrub_bytes_per_s: 8 << 20,
             quota: Quota::default(),
             threads: true,
             reader_threads: 4,

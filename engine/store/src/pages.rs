@@ -11,6 +11,7 @@ use std::{
 
 use crate::{
     aligned::{AlignedBytes, BLOCK},
+    counts::SyncCounts,
     disk::{Clock, Disk},
     error::{Miss, StoreError},
     index::Index,
@@ -68,14 +69,22 @@ pub struct PageCounts {
     pub mismatched: AtomicU64,
     /// Pages read and proven.
     pub read: AtomicU64,
+    /// Their payload bytes.
+    pub read_bytes: AtomicU64,
+    /// How long that took in all, microseconds; of reads side by side each counts.
+    pub read_us: AtomicU64,
     /// Reads that found nothing.
     pub missed: AtomicU64,
     /// Pages whose bytes were not those written.
     pub damaged: AtomicU64,
-    /// Pages let go for room.
+    /// Pages let go for a quota.
     pub evicted: AtomicU64,
+    /// Pages let go because the disk was full.
+    pub evicted_disk_full: AtomicU64,
     /// Segments given up after an error.
     pub abandoned_segments: AtomicU64,
+    /// Syncs of segments.
+    pub sync: SyncCounts,
 }
 
 pub(crate) fn count(counter: &AtomicU64) {
@@ -168,9 +177,13 @@ impl Pages {
             count(&self.counts.missed);
             return Err(Miss::Absent);
         };
+        let begun_us = self.clock.monotonic_us();
         match entry.segment.read(&*self.disk, &self.keys, &entry.slot) {
             Ok((record, bytes)) if record.header == *wanted => {
+                let took_us = self.clock.monotonic_us().saturating_sub(begun_us);
                 count(&self.counts.read);
+                self.counts.read_bytes.fetch_add(record.payload_bytes as u64, Ordering::Relaxed);
+                self.counts.read_us.fetch_add(took_us, Ordering::Relaxed);
                 Ok(Page { bytes, len: record.payload_bytes, digest: record.digest })
             }
             Ok(_) => {
@@ -270,19 +283,6 @@ impl Pages {
         lock(&self.quotas).get(&tenant).copied().unwrap_or(self.options.quota)
     }
 
-    /// Lets go of a tenant's pages until at most `bytes` are left, as far as may be.
-    pub(crate) fn evict(&self, tenant: TenantId, bytes: u64) -> usize {
-        if lock(&self.index).bytes(tenant) <= bytes {
-            return 0;
-        }
-        let kept = self.keeper.get().map(|keeper| keeper(tenant)).unwrap_or_default();
-        let mut index = lock(&self.index);
-        let mut evicted = index.evict(tenant, bytes, &kept.preferred);
-        evicted += index.evict(tenant, bytes, &kept.pinned);
-        self.counts.evicted.fetch_add(evicted as u64, Ordering::Relaxed);
-        evicted
-    }
-
     /// Drops what waits and takes nothing more: another store owns the directory.
     pub(crate) fn give_up(&self) {
         let mut ring = lock(&self.ring);
@@ -308,6 +308,13 @@ impl Pages {
     pub(crate) fn close(&self) {
         lock(&self.ring).closed = true;
         self.moved.notify_all();
+    }
+
+    /// Waits until the store closes; false after `patience`.
+    pub(crate) fn wait_closed(&self, patience: Duration) -> bool {
+        let waited = self.moved.wait_timeout_while(lock(&self.ring), patience, |ring| !ring.closed);
+        let (ring, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+        ring.closed
     }
 
     pub(crate) fn is_closed(&self) -> bool {

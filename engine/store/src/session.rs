@@ -146,6 +146,15 @@ impl Table {
         self.by_tenant.get(&tenant).map_or(0, BTreeSet::len)
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    pub(crate) fn counts(&self) -> Vec<(TenantId, usize)> {
+        let counts = self.by_tenant.iter().map(|(tenant, ids)| (*tenant, ids.len()));
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+
     pub(crate) fn all(&self) -> impl Iterator<Item = (SessionId, &Session)> {
         self.sessions.iter().map(|(id, session)| (*id, session))
     }
@@ -162,7 +171,7 @@ impl Table {
         }
     }
 
-    /// Ends the reading of a journal: turns that no session has are let go.
+    /// Ends the reading of a journal or a bundle: turns that no session has are let go.
     pub(crate) fn end_replay(&mut self) {
         self.nodes.clear();
         self.last_node.clear();

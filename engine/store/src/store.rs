@@ -12,6 +12,7 @@ use std::{
 };
 
 use crate::{
+    counts::SyncCounts,
     disk::{Clock, Disk, Entropy, SystemClock, SystemEntropy},
     error::StoreError,
     event::{Durability, Event, SessionId, Whose},
@@ -25,6 +26,7 @@ use crate::{
     session::Table,
     tenant::{Tenant, Tenants},
     time::Time,
+    verify::{ScrubCounts, ScrubPlace},
     writer::Writer,
 };
 
@@ -66,12 +68,14 @@ struct Commits {
 pub struct JournalCounts {
     /// Entries appended.
     pub entries: AtomicU64,
-    /// Syncs, each for all entries before it.
-    pub syncs: AtomicU64,
+    /// Syncs of entries.
+    pub sync: SyncCounts,
     /// Appends and syncs that failed.
     pub errors: AtomicU64,
     /// Bases written.
     pub bases: AtomicU64,
+    /// Damaged files that the opening put aside.
+    pub quarantined: AtomicU64,
 }
 
 pub(crate) struct Inner {
@@ -84,7 +88,8 @@ pub(crate) struct Inner {
     committed: Condvar,
     fenced: AtomicBool,
     pub(crate) counts: JournalCounts,
-    pub(crate) scrub: Mutex<crate::verify::ScrubPlace>,
+    pub(crate) scrub: Mutex<ScrubPlace>,
+    pub(crate) scrub_counts: ScrubCounts,
 }
 
 impl Store {
@@ -133,8 +138,12 @@ impl Store {
             commits: Mutex::default(),
             committed: Condvar::new(),
             fenced: AtomicBool::new(false),
-            counts: JournalCounts::default(),
+            counts: JournalCounts {
+                quarantined: AtomicU64::new(found.report.quarantined.len() as u64),
+                ..JournalCounts::default()
+            },
             scrub: Mutex::default(),
+            scrub_counts: ScrubCounts::default(),
         });
         if found.wants_base {
             // What was read is in memory and in the old files: a full disk must not keep the store from opening.
@@ -289,28 +298,49 @@ impl Inner {
         event: Event,
         level: Durability,
     ) -> Result<(Durability, u64), StoreError> {
+        self.record_all(state, whose, vec![event], level)
+    }
+
+    /// The same for several entries of which only the last makes a difference, so that a crash between them makes none.
+    pub(crate) fn record_all(
+        &self,
+        state: &mut State,
+        whose: Whose,
+        events: Vec<Event>,
+        level: Durability,
+    ) -> Result<(Durability, u64), StoreError> {
         let id = whose.session;
         if level == Durability::Ephemeral {
-            state.next_unwritten += 1;
-            apply(&mut state.table, state.next_unwritten, id, event);
+            for event in events {
+                state.next_unwritten += 1;
+                apply(&mut state.table, state.next_unwritten, id, event);
+            }
             return Ok((level, 0));
         }
-        let mended = match self.check_epoch() {
-            Err(StoreError::Io(e)) => Err(e),
-            Err(e) => return Err(e),
-            Ok(()) if state.journal.is_broken => self.try_rebase(state),
-            Ok(()) => Ok(()),
-        };
-        match mended.and_then(|()| state.journal.append(whose, &event)) {
-            Ok(lsn) => {
-                self.counts.entries.fetch_add(1, Ordering::Relaxed);
-                apply(&mut state.table, lsn, id, event);
+        let appended = self.mend(state)?.and_then(|()| {
+            let first = state.journal.next_lsn;
+            let (end, before) = events.split_last().expect("an entry at least");
+            before.iter().try_for_each(|event| state.journal.append(whose, event).map(drop))?;
+            if !before.is_empty() && level >= Durability::Turn {
+                // A power loss must not keep the end without what it ends.
+                state.journal.file.sync().inspect_err(|_| state.journal.is_broken = true)?;
+            }
+            state.journal.append(whose, end)?;
+            Ok((first, state.journal.last_lsn()))
+        });
+        match appended {
+            Ok((first, last)) => {
+                self.counts.entries.fetch_add(events.len() as u64, Ordering::Relaxed);
+                self.counts.sync.wrote(self.clock.monotonic_ms());
+                for (lsn, event) in (first..).zip(events) {
+                    apply(&mut state.table, lsn, id, event);
+                }
                 let grown = state.journal.base_bytes.max(self.pages.options.rebase_bytes);
                 if state.journal.tail_bytes > grown {
                     // The entry stands in the old file; a failure is met again by the next one.
                     let _ = self.try_rebase(state);
                 }
-                Ok((Durability::Async, lsn))
+                Ok((Durability::Async, last))
             }
             Err(e) if level >= Durability::Turn || e.kind() == std::io::ErrorKind::InvalidInput => {
                 self.counts.errors.fetch_add(1, Ordering::Relaxed);
@@ -319,11 +349,23 @@ impl Inner {
             Err(_) => {
                 self.counts.errors.fetch_add(1, Ordering::Relaxed);
                 state.journal.is_broken = true;
-                let lsn = state.journal.next_lsn;
-                state.journal.next_lsn += 1;
-                apply(&mut state.table, lsn, id, event);
+                for event in events {
+                    let lsn = state.journal.next_lsn;
+                    state.journal.next_lsn += 1;
+                    apply(&mut state.table, lsn, id, event);
+                }
                 Ok((Durability::Ephemeral, 0))
             }
+        }
+    }
+
+    /// Makes a broken journal whole, if that is possible; the outer error is for good.
+    pub(crate) fn mend(&self, state: &mut State) -> Result<std::io::Result<()>, StoreError> {
+        match self.check_epoch() {
+            Err(StoreError::Io(e)) => Ok(Err(e)),
+            Err(e) => Err(e),
+            Ok(()) if state.journal.is_broken => Ok(self.try_rebase(state)),
+            Ok(()) => Ok(Ok(())),
         }
     }
 
@@ -342,6 +384,7 @@ impl Inner {
         let start = Event::Start { epoch: self.pages.epoch, wall_ms };
         state.journal.rebase(&start, &state.table.entries())?;
         state.durable_lsn = state.journal.last_lsn();
+        self.counts.sync.synced(None);
         self.counts.bases.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -385,13 +428,18 @@ impl Inner {
             (state.journal.file.clone(), state.journal.last_lsn())
         };
         self.check_epoch()?;
-        self.counts.syncs.fetch_add(1, Ordering::Relaxed);
-        let failed = match file.sync() {
+        let (begun_us, begun_ms) = (self.clock.monotonic_us(), self.clock.monotonic_ms());
+        let synced = file.sync();
+        self.counts.sync.took(self.clock.monotonic_us().saturating_sub(begun_us));
+        let failed = match synced {
             Ok(()) => {
                 let mut state = lock(&self.state);
                 // Entries that failed to be written, and wait for a base, are not in the file.
                 if !state.journal.is_broken || state.durable_lsn >= last {
                     state.durable_lsn = state.durable_lsn.max(last);
+                    // Entries that came meanwhile wait since then at most.
+                    let waits = state.durable_lsn < state.journal.last_lsn();
+                    self.counts.sync.synced(waits.then_some(begun_ms));
                     return Ok(last);
                 }
                 std::io::Error::other("entries wait for a new base")
@@ -433,7 +481,7 @@ impl Inner {
             let named = std::thread::Builder::new().name(name.to_owned());
             named.spawn(move || run(&inner)).expect("the system has a thread for the store")
         };
-        vec![
+        let mut threads = vec![
             spawn("store-pages", self.clone(), |inner| {
                 let patience = Duration::from_millis(inner.pages.options.sync_ms.clamp(1, 50));
                 while !inner.pages.is_closed() || inner.pages.ring_bytes() > 0 {
@@ -454,7 +502,11 @@ impl Inner {
                     }
                 }
             }),
-        ]
+        ];
+        if self.pages.options.scrub_bytes_per_s > 0 {
+            threads.push(spawn("store-scrub", self.clone(), Inner::scrub_on));
+        }
+        threads
     }
 }
 

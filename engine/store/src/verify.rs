@@ -1,6 +1,12 @@
 //! Looking at everything: a whole check, a slow one in steps, and a copy of a live store.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use crate::{
     aligned::BLOCK,
@@ -9,8 +15,9 @@ use crate::{
     event::Event,
     index::Entry,
     journal::{self, FileName, Piece},
-    key::{TenantId, hex},
+    key::hex,
     pages::{count, lock},
+    record::PageName,
     recover::{CONFIG, CONFIG_MAGIC, EpochFile, QUARANTINE, epoch_twin},
     report::Damage,
     segment::{self, Segment},
@@ -34,8 +41,23 @@ pub struct VerifyReport {
     pub damage: Vec<Damage>,
 }
 
-/// Where the scrubber is: the last segment it finished.
-pub(crate) type ScrubPlace = Option<(TenantId, u64)>;
+/// Where the scrubber is: the last page it looked at.
+pub(crate) type ScrubPlace = Option<PageName>;
+
+/// Counts of the scrubber since the store was opened.
+#[derive(Debug, Default)]
+pub struct ScrubCounts {
+    /// Pages proven.
+    pub pages: AtomicU64,
+    /// Bytes read, headers and padding included.
+    pub bytes: AtomicU64,
+    /// Pages that were damaged, and are let go.
+    pub damaged: AtomicU64,
+    /// Pages that the disk did not give.
+    pub unreadable: AtomicU64,
+    /// Times that all pages were looked at.
+    pub passes: AtomicU64,
+}
 
 /// What a step of the scrubber did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,10 +66,14 @@ pub struct Scrubbed {
     pub pages: u64,
     /// Pages that were damaged, and are let go.
     pub damaged: u64,
-    /// All segments have been seen; the next step begins anew.
+    /// Bytes read, headers and padding included.
+    pub bytes: u64,
+    /// All pages have been seen; the next step begins anew.
     pub done: bool,
 }
 
+/// Between two passes of the scrubber.
+const SCRUB_REST: Duration = Duration::from_secs(60);
 /// Bytes copied at once.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -70,7 +96,7 @@ impl Store {
                 inner.verify_journal(name, &mut report)?;
             }
         }
-        let mut entries: Vec<Entry> = lock(&inner.pages.index).entries().cloned().collect();
+        let mut entries = inner.pages.gather(None, |entry| Some(entry.clone()));
         entries.sort_unstable_by_key(|e| (e.segment.tenant, e.segment.number, e.slot.offset));
         for entry in entries {
             match inner.prove(&entry) {
@@ -109,34 +135,15 @@ impl Store {
         Ok(())
     }
 
-    /// Proves the pages of the next segment; a damaged page is let go. Call it now and then.
+    /// Proves the next page; one that is damaged is let go. A store with threads does so by itself, see
+    /// [`Options::scrub_bytes_per_s`](crate::Options::scrub_bytes_per_s).
     pub fn scrub(&self) -> Scrubbed {
-        let inner = &*self.inner;
-        let mut place = lock(&inner.scrub);
-        let next = {
-            let index = lock(&inner.pages.index);
-            let segments = index.segments.iter().filter(|(key, _)| place.is_none_or(|place| **key > place));
-            segments.min_by_key(|(key, _)| **key).map(|(key, segment)| (*key, segment.clone()))
-        };
-        let Some((key, segment)) = next else {
-            *place = None;
-            return Scrubbed { done: true, ..Scrubbed::default() };
-        };
-        let mut scrubbed = Scrubbed::default();
-        for entry in inner.entries_of(&segment) {
-            match inner.prove(&entry) {
-                Ok(_) => scrubbed.pages += 1,
-                Err(Miss::Damaged(_)) => {
-                    scrubbed.damaged += 1;
-                    count(&inner.pages.counts.damaged);
-                    lock(&inner.pages.index).remove_at(&entry);
-                }
-                // The disk may answer another time.
-                Err(_) => {}
-            }
-        }
-        *place = Some(key);
-        scrubbed
+        self.inner.scrub()
+    }
+
+    /// Counts of the scrubber.
+    pub fn scrub_counts(&self) -> &ScrubCounts {
+        &self.inner.scrub_counts
     }
 
     /// Copies the store, as it is at one moment, to an empty directory.
@@ -205,6 +212,50 @@ impl Store {
 }
 
 impl Inner {
+    pub(crate) fn scrub(&self) -> Scrubbed {
+        let mut place = lock(&self.scrub);
+        let next = lock(&self.pages.index).after(None, *place).next().cloned();
+        *place = next.as_ref().map(|entry| entry.slot.name);
+        let Some(entry) = next else {
+            count(&self.scrub_counts.passes);
+            return Scrubbed { done: true, ..Scrubbed::default() };
+        };
+        let bytes = entry.slot.disk_bytes();
+        let mut scrubbed = Scrubbed { bytes, ..Scrubbed::default() };
+        self.scrub_counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+        match self.prove(&entry) {
+            Ok(_) => {
+                scrubbed.pages = 1;
+                count(&self.scrub_counts.pages);
+            }
+            Err(Miss::Damaged(_)) => {
+                scrubbed.damaged = 1;
+                count(&self.scrub_counts.damaged);
+                count(&self.pages.counts.damaged);
+                lock(&self.pages.index).remove_at(&entry);
+            }
+            // The disk may answer another time; a file that is gone was compacted.
+            Err(_) => count(&self.scrub_counts.unreadable),
+        }
+        scrubbed
+    }
+
+    /// Proves pages one after another at the rate that was chosen, until the store closes.
+    pub(crate) fn scrub_on(&self) {
+        let rate = self.pages.options.scrub_bytes_per_s as f64;
+        loop {
+            let scrubbed = self.scrub();
+            let rest = if scrubbed.done {
+                SCRUB_REST
+            } else {
+                Duration::from_secs_f64(scrubbed.bytes as f64 / rate)
+            };
+            if self.pages.wait_closed(rest) {
+                break;
+            }
+        }
+    }
+
     fn verify_journal(&self, name: FileName, report: &mut VerifyReport) -> Result<(), StoreError> {
         let bytes = journal::read(&*self.disk, name)?;
         for piece in journal::scan(&bytes, &self.pages.keys) {
@@ -237,10 +288,10 @@ impl Inner {
         lock(&self.pages.index).segments.contains_key(&(segment.tenant, segment.number))
     }
 
-    fn entries_of(&self, segment: &Arc<Segment>) -> Vec<Entry> {
-        let index = lock(&self.pages.index);
-        let mut entries: Vec<_> =
-            index.entries().filter(|entry| Arc::ptr_eq(&entry.segment, segment)).cloned().collect();
+    /// The pages of a segment, in the order they lie in.
+    pub(crate) fn entries_of(&self, segment: &Arc<Segment>) -> Vec<Entry> {
+        let is_in = |entry: &Entry| Arc::ptr_eq(&entry.segment, segment).then(|| entry.clone());
+        let mut entries = self.pages.gather(Some(segment.tenant), is_in);
         entries.sort_unstable_by_key(|entry| entry.slot.offset);
         entries
     }

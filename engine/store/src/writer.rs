@@ -4,6 +4,7 @@ use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
     aligned::BLOCK,
+    evict::Reason,
     key::TenantId,
     pages::{PageWrite, Pages, count, lock},
     record::Record,
@@ -97,7 +98,9 @@ impl Writer {
                 pages.counts.written_bytes.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
                 self.unsynced_bytes += bytes;
                 self.unchecked_bytes = self.unchecked_bytes.saturating_add(bytes);
-                self.unsynced_since_ms.get_or_insert_with(|| pages.clock.monotonic_ms());
+                let now_ms = pages.clock.monotonic_ms();
+                self.unsynced_since_ms.get_or_insert(now_ms);
+                pages.counts.sync.wrote(now_ms);
                 self.seal_if_grown(pages, tenant);
                 Ok(())
             }
@@ -160,7 +163,7 @@ impl Writer {
         let fits = || lock(&pages.index).bytes(tenant).saturating_add(bytes) <= quota;
         if !fits() {
             // A tenth at once, so that not every page pays for the search.
-            pages.evict(tenant, (quota - quota / 10).min(quota.saturating_sub(bytes)));
+            pages.evict(tenant, (quota - quota / 10).min(quota.saturating_sub(bytes)), Reason::Quota);
         }
         fits()
     }
@@ -179,7 +182,7 @@ impl Writer {
     /// its bytes and would report success the next time.
     pub(crate) fn sync(&mut self, pages: &Pages) -> io::Result<()> {
         let tenants: Vec<_> = self.actives.keys().copied().collect();
-        let mut first_error = None;
+        let (begun_us, mut first_error) = (pages.clock.monotonic_us(), None);
         for tenant in tenants {
             let active = self.actives.get_mut(&tenant).expect("a key just listed");
             if let Err(e) = active.sync(&*pages.disk) {
@@ -187,8 +190,12 @@ impl Writer {
                 first_error.get_or_insert(e);
             }
         }
+        if self.unsynced_since_ms.take().is_some() {
+            pages.counts.sync.took(pages.clock.monotonic_us().saturating_sub(begun_us));
+        }
         self.unsynced_bytes = 0;
-        self.unsynced_since_ms = None;
+        // What could not be synced is given up, and waits no more.
+        pages.counts.sync.synced(None);
         first_error.map_or(Ok(()), Err)
     }
 

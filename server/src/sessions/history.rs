@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use mainstay_engine::store::Turn;
-use mainstay_models::tokenizer::{AddSpecial, ShowSpecial};
+use mainstay_models::tokenizer::{AddSpecial, ShowSpecial, Tokenizer};
 use serde_json::Value;
 
 use super::record::TurnRecord;
@@ -106,7 +106,10 @@ impl History {
 
     /// The text that the tokens stand for, `None` where a record does not fit the ones before it.
     fn text(&self) -> Option<String> {
-        self.turns.iter().try_fold(String::new(), |mut text, (_, record)| {
+        self.turns.iter().try_fold(String::new(), |mut text, (turn, record)| {
+            if turn.meta.is_empty() {
+                return None;
+            }
             let kept = text.get(..record.text_kept)?.len();
             text.truncate(kept);
             Some(text + &record.text)
@@ -118,7 +121,11 @@ impl History {
         let (mut text, mut best) = (String::new(), (0, 0));
         // Bytes of the text that agree with the rendering.
         let mut agree = 0;
-        for (at, (_, record)) in self.turns.iter().enumerate() {
+        for (at, (turn, record)) in self.turns.iter().enumerate() {
+            if turn.meta.is_empty() {
+                // A turn that a fork or a rollback cut: nobody knows any longer what its tokens stood for.
+                break;
+            }
             let Some(kept) = text.get(..record.text_kept).map(str::len) else { break };
             text.truncate(kept);
             agree = agree.min(kept);
@@ -214,20 +221,71 @@ fn encode_after(
     if kept.is_empty() {
         return input.encode(model, suffix).map(Some);
     }
+    let plain = input.clone().with_special(AddSpecial::No);
+    tokens_after(&model.served.tokenizer, kept, suffix, |text| plain.encode(model, text))
+}
+
+fn tokens_after<E>(
+    tokenizer: &Tokenizer,
+    kept: &[u32],
+    suffix: &str,
+    encode: impl Fn(&str) -> Result<Vec<u32>, E>,
+) -> Result<Option<Vec<u32>>, E> {
     if suffix.is_empty() {
         return Ok(Some(Vec::new()));
     }
-    let tokenizer = &model.served.tokenizer;
-    let plain = input.clone().with_special(AddSpecial::No);
     let before = &kept[kept.len().saturating_sub(SEAM_TOKENS)..];
     let expected = tokenizer.decode(before, ShowSpecial::Yes) + suffix;
     let fits = |tokens: &[u32]| tokenizer.decode(&[before, tokens].concat(), ShowSpecial::Yes) == expected;
-    let alone = plain.encode(model, suffix)?;
+    let alone = encode(suffix)?;
     if fits(&alone) {
         return Ok(Some(alone));
     }
     // Some tokenizers put a space before the first word of a text, but not after a special token.
-    let last = &kept[kept.len() - 1..];
-    let anchored = plain.encode(model, &(tokenizer.decode(last, ShowSpecial::Yes) + suffix))?;
+    let last = &kept[kept.len().saturating_sub(1)..];
+    let anchored = encode(&(tokenizer.decode(last, ShowSpecial::Yes) + suffix))?;
     Ok(anchored.strip_prefix(last).filter(|tokens| fits(tokens)).map(<[u32]>::to_vec))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn tokenizer(name: &str) -> Arc<Tokenizer> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name).join("tokenizer.json");
+        Arc::new(Tokenizer::from_bytes(&path, &std::fs::read(&path).unwrap()).unwrap())
+    }
+
+    #[test]
+    fn a_suffix_is_encoded_as_it_reads_behind_the_tokens_before_it() {
+        let plain = |tokenizer: &Tokenizer, text: &str| {
+            tokenizer.encode(text, AddSpecial::No).map_err(|e| e.to_string())
+        };
+        for name in ["llama", "mistral", "qwen2", "qwen3"] {
+            let tokenizer = tokenizer(&format!("tests/fixtures/{name}"));
+            for (before, suffix) in [
+                ("Hello", " world"),
+                ("Hello", "world"),
+                ("a\n", "b c"),
+                ("", "x"),
+                ("x", ""),
+                ("日", "本"),
+                ("one ", " two"),
+            ] {
+                let kept = plain(&tokenizer, before).unwrap();
+                let Some(tokens) =
+                    tokens_after(&tokenizer, &kept, suffix, |text| plain(&tokenizer, text)).unwrap()
+                else {
+                    // Then the whole is encoded anew; byte-level tokenizers say everything.
+                    assert!(["llama", "mistral"].contains(&name), "{name}: {suffix:?} after {before:?}");
+                    continue;
+                };
+                let whole = tokenizer.decode(&[kept.clone(), tokens].concat(), ShowSpecial::Yes);
+                assert_eq!(whole, tokenizer.decode(&kept, ShowSpecial::Yes) + suffix, "{name}");
+            }
+        }
+    }
 }

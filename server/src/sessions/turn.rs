@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mainstay_engine::store::{
     Append, Appended, At, Durability, InFlight, SessionId, Settings, Store, StoreError, TenantId,
+    Turn as PastTurn,
 };
 use mainstay_engine::{FinishReason, Score};
 use mainstay_models::tokenizer::ShowSpecial;
@@ -176,7 +177,7 @@ impl Turn {
             (own, asked) => asked.unwrap_or(own).max(Durability::Async),
         };
         if level == Durability::Full {
-            job.model.served.engine.settle(FULL_PATIENCE).await;
+            kv::settle_within(&job.model, &job.keep, FULL_PATIENCE).await;
         } else {
             kv::settle(&job.model, &job.keep).await;
         }
@@ -257,10 +258,13 @@ impl Journal {
             // By it the store finds the pages that must be on disk before the turn.
             store.patch(tenant, id, |settings| settings.root = writing.settings.root)?;
         }
+        let mut given_up = Vec::new();
         if kept < turns {
+            given_up = store.turns(tenant, id)?.split_off(kept as usize);
             store.rollback(tenant, id, At::Turn(kept), Some(turns))?;
         }
-        let appended = store.append_turn(tenant, id, writing.append)?;
+        let appended = store.append_turn(tenant, id, writing.append);
+        let appended = appended.inspect_err(|_| take_back(store, (tenant, id), &given_up))?;
         *written = None;
         let (old, new) = (&writing.old, &writing.settings);
         if (old.root, &old.meta, &old.model) != (new.root, &new.meta, &new.model) {
@@ -277,6 +281,22 @@ impl Journal {
             }
         }
         Ok(appended)
+    }
+}
+
+/// Appends turns again whose successor was not made durable: the session is to be as it was.
+fn take_back(store: &Store, (tenant, id): (TenantId, SessionId), turns: &[Arc<PastTurn>]) {
+    for turn in turns {
+        let append = Append {
+            expected_turn: Some(turn.number - 1),
+            tokens: turn.tokens.clone(),
+            meta: turn.meta.clone(),
+            durability: Some(Durability::Async),
+        };
+        if let Err(error) = store.append_turn(tenant, id, append) {
+            tracing::error!(%error, session = %id, turn = turn.number, "a turn was given up and not taken back");
+            return;
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which tokens of a session stand for a conversation.
 
-use mainstay_engine::store::Settings;
+use mainstay_engine::store::{At, Settings};
 use mainstay_models::tokenizer::{AddSpecial, ShowSpecial};
 use serde_json::{Value, json};
 
@@ -109,7 +109,7 @@ async fn a_template_that_trims_answers_keeps_their_tokens() {
     let server = start(Setup { template: Some(TRIMS.to_owned()), ..with_store(&directory) }).await;
     let space = server.tokenizer.encode(" a", AddSpecial::No).unwrap()[0];
     let id = server.session(Settings::default());
-    // A space is all that can be drawn: the answer is nothing but what is trimmed away.
+    // All that can be drawn begins with a space, which is trimmed away.
     let first = ask(&server, &id, json!({"logit_bias": {space.to_string(): 100}, "max_tokens": 4})).await;
     assert!(text(&first).starts_with(' '), "{first}");
     let mut messages = vec![user("Say something."), assistant(&first), user("go on")];
@@ -125,6 +125,19 @@ async fn a_template_that_trims_answers_keeps_their_tokens() {
     let third = ask(&server, &id, json!({"messages": messages})).await;
     assert_eq!((&third["session"]["turn"], &third["kv"]["reason"]), (&json!(3), &Value::Null));
     assert!(ids(&third["prompt_token_ids"]).starts_with(&all_tokens(&second)));
+    // The token that ended an answer is the beginning of what the template writes after it.
+    let id = server.session(Settings::default());
+    let eos = crate::testbed::EOS.to_string();
+    let ended = json!({"logit_bias": {space.to_string(): 50, eos: 100}, "min_tokens": 3});
+    let first = ask(&server, &id, ended).await;
+    assert!(first["choices"][0]["finish_reason"] == "stop" && text(&first).starts_with(' '), "{first}");
+    let messages = json!([user("Say something."), assistant(&first), user("go on")]);
+    let second = ask(&server, &id, json!({"messages": messages})).await;
+    assert_eq!((&second["session"]["turn"], &second["kv"]["reason"]), (&json!(2), &Value::Null));
+    let prompt = ids(&second["prompt_token_ids"]);
+    assert!(prompt.starts_with(&all_tokens(&first)));
+    let rest = server.tokenizer.decode(&prompt[all_tokens(&first).len()..], ShowSpecial::Yes);
+    assert_eq!(rest, format!("\n<|im_start|>user\ngo on{IM_END}\n<|im_start|>assistant\n"));
     server.stop().await;
 }
 
@@ -262,5 +275,52 @@ async fn a_changed_model_is_named() {
     let rendered = server.tokenizer.decode(&ids(&fourth["prompt_token_ids"]), ShowSpecial::Yes);
     assert_eq!(rendered.matches("go on").count(), 3, "{rendered}");
     assert_eq!(ask(&server, &id, append()).await["session"]["turn"], 2);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_turn_that_was_cut_does_not_stand() {
+    let directory = Directory::new();
+    let server = start(with_store(&directory)).await;
+    let id = server.session(Settings::default());
+    let append = |said: &str| json!({"messages": [user(said)], "session_mode": "append"});
+    let first = ask(&server, &id, append("a")).await;
+    ask(&server, &id, append("b")).await;
+    let (tenant, at) = server.id(&id);
+    let store = server.store.clone().unwrap();
+    let cut = all_tokens(&first).len() as u32 + 5;
+    let fork = store.fork(tenant, at, At::Token(cut), None).unwrap().id;
+    drop(store);
+    let fork = format!("sess_{fork}");
+    let answer = ask(&server, &fork, append("c")).await;
+    assert_eq!(
+        (&answer["session"]["turn"], &answer["kv"]["reason"]),
+        (&json!(2), &json!("template_rewrote_history"))
+    );
+    assert!(ids(&answer["prompt_token_ids"]).starts_with(&all_tokens(&first)));
+    let rendered = server.tokenizer.decode(&ids(&answer["prompt_token_ids"]), ShowSpecial::Yes);
+    let expected = format!(
+        "<|im_start|>user\na{IM_END}\n<|im_start|>assistant\n{}{IM_END}\n<|im_start|>user\nc",
+        text(&first)
+    );
+    assert!(rendered.starts_with(&expected), "{rendered}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_fork_that_never_began_is_not_left_behind() {
+    let directory = Directory::new();
+    let server = start(with_store(&directory)).await;
+    let id = server.session(Settings::default());
+    ask(&server, &id, json!({"messages": [user("a")]})).await;
+    server.engine.shutdown();
+    server.post(CHAT, &turn(&id, json!({"messages": [user("A")]}))).await.error(503);
+    let (tenant, at) = server.id(&id);
+    let store = server.store.clone().unwrap();
+    while store.list(tenant, None, 9).len() > 1 {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    assert_eq!(store.get(tenant, at).unwrap().turn_count, 1);
+    drop(store);
     server.stop().await;
 }

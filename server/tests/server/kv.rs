@@ -142,3 +142,38 @@ async fn wrong_values_are_refused_by_name() {
         assert_eq!(server.post(COMPLETIONS, &body).await.error(400)["param"], field);
     }
 }
+
+#[tokio::test]
+async fn an_answer_does_not_wait_long_for_its_pages() {
+    let directory = Directory::new();
+    let (gate, blocked) = std::sync::mpsc::channel();
+    let server = start(Setup { gate: Some(blocked), ..with_store(&directory) }).await;
+    let other = ask(&server, json!({"max_tokens": 500, "prompt": "y"}));
+    let short = async {
+        while server.engine.stats().running + server.engine.stats().waiting == 0 {
+            tokio::task::yield_now().await;
+        }
+        // The steps of the other request are so long that the engine does not hear of anything in time, unless the
+        // question reached it just before the next one began.
+        for _ in 0..20 {
+            let answer = ask(&server, json!({"max_tokens": 1, "prompt": "x"}));
+            tokio::pin!(answer);
+            let answer = loop {
+                match tokio::time::timeout(std::time::Duration::from_millis(300), &mut answer).await {
+                    Ok(answer) => break answer,
+                    Err(_) => gate.send(()).unwrap(),
+                }
+            };
+            assert_eq!(answer["kv"]["durability"], "async");
+            let page = String::from_utf8(server.get("/metrics").await.body.to_vec()).unwrap();
+            if !page.contains("kv_page_late_total{model_name=\"org/echo\"} 0\n") {
+                assert!(page.contains("kv_page_late_total{model_name=\"org/echo\"} 1\n"), "{page}");
+                drop(gate);
+                return;
+            }
+        }
+        panic!("no answer was late for its pages");
+    };
+    tokio::join!(other, short);
+    server.stop().await;
+}

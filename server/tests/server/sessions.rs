@@ -1,10 +1,12 @@
 //! Turns of sessions: what they write, who may, what they refuse.
 
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use axum::body::Body;
 use axum::http::Request;
-use mainstay_engine::store::{Durability, Settings};
+use mainstay_engine::store::sim::{SimClock, SimDisk, SimEntropy};
+use mainstay_engine::store::{Durability, Options, Settings, Store};
 use serde_json::{Value, json};
 
 use crate::testbed::{CHAT, Directory, Reply, Server, Setup, chat, request, start};
@@ -53,7 +55,7 @@ async fn a_turn_is_answered_with_its_session_and_goes_on_after_a_restart() {
     assert_eq!(first["session"], json!({"id": id, "name": "mine", "turn": 1}));
     assert_eq!(first["kv"]["durability"], "async");
     let tokens = [ids(&first["prompt_token_ids"]), ids(&first["choices"][0]["token_ids"])].concat();
-    assert_eq!(server.turns(&id), [tokens.clone()]);
+    assert_eq!(server.turns(&id), std::slice::from_ref(&tokens));
     // Named by its name, in a header, with only what is new.
     let next = turn("mine", json!({"messages": [user("more")], "session_mode": "append"}));
     let second = send_with(&server, &next, &[("x-session-id", "mine"), ("if-match", "\"1\"")]).await.ok();
@@ -279,8 +281,8 @@ async fn ephemeral_sessions_live_in_memory() {
     let server = start(with_store(&directory)).await;
     let id = server.session(Settings { durability: Durability::Ephemeral, ..Settings::default() });
     for turns in 1..=2 {
-        let body =
-            turn(&id, json!({"messages": [user("hi")], "session_mode": "append", "durability": "full"}));
+        let long = user(&"one two three ".repeat(40));
+        let body = turn(&id, json!({"messages": [long], "session_mode": "append", "durability": "full"}));
         let answer = server.post(CHAT, &body).await.ok();
         assert_eq!(
             (&answer["session"]["turn"], &answer["kv"]["durability"]),
@@ -290,6 +292,9 @@ async fn ephemeral_sessions_live_in_memory() {
     server.stop().await;
     let server = start(with_store(&directory)).await;
     server.post(CHAT, &turn(&id, json!({}))).await.error(404);
+    let again = chat(json!({"messages": [user(&"one two three ".repeat(40))], "max_tokens": 1}));
+    let answer = server.post(CHAT, &again).await.ok();
+    assert_eq!(answer["kv"]["tier"], Value::Null, "its pages were stored");
     server.stop().await;
 }
 
@@ -311,5 +316,63 @@ async fn turns_are_as_durable_as_asked_for() {
     ] {
         assert_eq!(server.post(CHAT, &append(patch)).await.ok()["kv"]["durability"], level);
     }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_disk_is_507_where_more_was_promised() {
+    let disk = SimDisk::new(1);
+    let (clock, entropy) = (Arc::new(SimClock::new(1_700_000_000_000)), Arc::new(SimEntropy::new(1)));
+    let options = Options { reserve_bytes: 0, ..Options::default() };
+    let (store, _) = Store::open(Arc::new(disk.clone()), clock, entropy, options).unwrap();
+    let server = start(Setup { store: Some(Arc::new(store)), ..Setup::default() }).await;
+    let levels = [Durability::Turn, Durability::Async];
+    let [strict, loose] =
+        levels.map(|durability| server.session(Settings { durability, ..Settings::default() }));
+    let append = |id: &str, patch: Value| {
+        let mut body = turn(id, json!({"session_mode": "append"}));
+        body.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
+        body
+    };
+    server.post(CHAT, &append(&strict, json!({}))).await.ok();
+    server.post(CHAT, &append(&loose, json!({}))).await.ok();
+    disk.set_capacity(0);
+    assert_eq!(server.post(CHAT, &append(&strict, json!({}))).await.error(507)["code"], "not_durable");
+    let streamed =
+        server.stream(CHAT, &append(&strict, json!({"stream": true}))).await.events_until_error().await;
+    assert_eq!(streamed.last().unwrap()["error"]["code"], "not_durable");
+    let finished = |event: &Value| event["choices"][0]["finish_reason"].is_string();
+    assert!(!streamed.iter().any(finished), "it was said to have ended: {streamed:?}");
+    let answer = server.post(CHAT, &append(&loose, json!({}))).await.ok();
+    assert_eq!((&answer["session"]["turn"], &answer["kv"]["durability"]), (&json!(2), &json!("ephemeral")));
+    assert_eq!((server.turns(&strict).len(), server.turns(&loose).len()), (1, 2));
+    disk.set_capacity(u64::MAX);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn pages_that_are_not_durable_leave_a_session_as_it_was_also_where_it_was_to_be_rewritten() {
+    let (clock, entropy) = (Arc::new(SimClock::new(1_700_000_000_000)), Arc::new(SimEntropy::new(1)));
+    // No page is ever written.
+    let options = Options { reserve_bytes: 0, write_budget_bytes_per_day: Some(0), ..Options::default() };
+    let (store, _) = Store::open(Arc::new(SimDisk::new(1)), clock, entropy, options).unwrap();
+    let template = Some("{{ day }}{% for m in messages %}{{ m.content }}\n{% endfor %}".to_owned());
+    let server = start(Setup { store: Some(Arc::new(store)), template, ..Setup::default() }).await;
+    let id = server.session(Settings { durability: Durability::Full, ..Settings::default() });
+    let said = |day: &str, text: &str| {
+        turn(
+            &id,
+            json!({"messages": [user(text)], "session_mode": "append", "max_tokens": 4,
+                         "chat_template_kwargs": {"day": day}}),
+        )
+    };
+    // Less than a page.
+    assert_eq!(server.post(CHAT, &said("Monday", "a")).await.ok()["kv"]["durability"], "full");
+    let before = server.turns(&id);
+    let reply = server.post(CHAT, &said("Tuesday", &"word ".repeat(50))).await;
+    assert_eq!(reply.error(507)["code"], "not_durable");
+    assert_eq!(server.turns(&id), before);
+    let answer = server.post(CHAT, &said("Monday", "b")).await.ok();
+    assert_eq!((&answer["session"]["turn"], &answer["kv"]["reason"]), (&json!(2), &Value::Null));
     server.stop().await;
 }

@@ -49,6 +49,8 @@ pub(crate) struct Setup {
     pub(crate) generation: Generation,
     /// Where sessions and pages are; without it there are none.
     pub(crate) directory: Option<PathBuf>,
+    /// The same, already open.
+    pub(crate) store: Option<Arc<Store>>,
     /// The weights, as far as a fake has some.
     pub(crate) weights: u8,
 }
@@ -65,6 +67,7 @@ impl Default for Setup {
             template: Some(TEMPLATE.to_owned()),
             generation: Generation { eos: vec![EOS], ..Generation::default() },
             directory: None,
+            store: None,
             weights: 0,
         }
     }
@@ -147,7 +150,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         executor = executor.failing_every(n);
     }
     let mut options = EngineOptions::new(limits, setup.waiting, vocab);
-    let store = setup.directory.as_deref().map(open_store);
+    let store = setup.store.or_else(|| setup.directory.as_deref().map(open_store));
     options.store = store.clone();
     options.restore = RestorePolicy::Always;
     let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
@@ -376,6 +379,19 @@ impl Open {
             return None;
         }
         Some((number, serde_json::from_str(data).unwrap()))
+    }
+
+    /// The events up to the end, or to an error, after which nothing may come.
+    pub(crate) async fn events_until_error(mut self) -> Vec<Value> {
+        let mut events = Vec::new();
+        while let Some(block) = self.block().await {
+            let data = block.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
+            match data {
+                "[DONE]" => assert_eq!(self.block().await, None),
+                data => events.push(serde_json::from_str(data).unwrap()),
+            }
+        }
+        events
     }
 
     pub(crate) async fn events(mut self) -> Vec<Value> {

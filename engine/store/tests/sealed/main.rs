@@ -2,6 +2,8 @@
 
 #[path = "../store/abort.rs"]
 mod abort;
+#[path = "../store/counts.rs"]
+mod counts;
 #[path = "../store/crash.rs"]
 mod crash;
 #[path = "../store/damage.rs"]
@@ -10,6 +12,8 @@ mod erase;
 #[path = "../store/faults.rs"]
 mod faults;
 mod keys;
+#[path = "../store/moves.rs"]
+mod moves;
 #[path = "../store/rig.rs"]
 mod rig;
 #[path = "../store/roundtrip.rs"]

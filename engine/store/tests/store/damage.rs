@@ -1,6 +1,6 @@
 //! Bytes that change, files that are cut, records that move: the same content or a report, never other tokens.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use mainstay_store::{
     Append, At, Durability, Options, RecoveryReport, SessionId, Settings, Store, StoreError,
@@ -239,6 +239,36 @@ fn a_newer_format_is_refused_and_nothing_is_touched() {
 }
 
 #[test]
+fn a_store_with_threads_proves_its_pages_by_itself() {
+    let rig = Rig::new(5);
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let all = tokens(5, 320);
+    write_pages(&store, &tenant, &all);
+    store.close().unwrap();
+    let (path, mut bytes) = rig.disk.files().into_iter().find(|(path, _)| path.starts_with("seg")).unwrap();
+    bytes[6 * 4096] ^= 1;
+    rig.disk.set(&path, bytes);
+    // Ten records of two blocks at this rate take half a second.
+    let scrub_bytes_per_s = 20 * 2 * 4096;
+    let options = Options { scrub_bytes_per_s, ..crate::rig::options() };
+    let begun = std::time::Instant::now();
+    let (store, _) = Rig { options, ..rig }.open();
+    let counts = store.scrub_counts();
+    while counts.passes.load(Ordering::Relaxed) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(begun.elapsed().as_millis() >= 490, "{:?}", begun.elapsed());
+    let found = [&counts.pages, &counts.damaged, &counts.unreadable].map(|c| c.load(Ordering::Relaxed));
+    assert_eq!((found, counts.bytes.load(Ordering::Relaxed)), ([9, 1, 0], 20 * 4096));
+    assert!(!store.contains(&headers(&tenant, &all)[2].name));
+    // Its rest does not hold up the end.
+    let begun = std::time::Instant::now();
+    store.close().unwrap();
+    assert!(begun.elapsed().as_secs() < 30);
+}
+
+#[test]
 fn the_scrubber_and_the_check_find_a_bad_page_first() {
     let rig = Rig::new(4);
     let (store, _) = rig.open();
@@ -254,9 +284,11 @@ fn the_scrubber_and_the_check_find_a_bad_page_first() {
     assert!(!report.is_damaged(), "payloads are proven when read");
     let found = store.verify().unwrap();
     assert_eq!((found.pages, found.damage.len()), (3, 1));
-    let scrubbed = store.scrub();
-    assert_eq!((scrubbed.pages, scrubbed.damaged, scrubbed.done), (3, 1, false));
-    assert!(store.scrub().done);
+    let steps: Vec<_> = std::iter::repeat_with(|| store.scrub()).take(5).collect();
+    assert_eq!(steps.iter().map(|step| (step.pages, step.damaged)).max(), Some((1, 0)), "a page at a time");
+    let sums = (steps.iter().map(|s| s.pages).sum(), steps.iter().map(|s| s.damaged).sum());
+    assert_eq!(sums, (3_u64, 1_u64));
+    assert_eq!(steps.iter().map(|step| step.done).collect::<Vec<_>>(), [false, false, false, false, true]);
     assert!(!store.contains(&headers(&tenant, &all)[2].name), "it is let go");
     assert_eq!(read_pages(&store, &tenant, &all), 3);
 }

@@ -169,6 +169,33 @@ fn a_full_disk_stops_pages_first_and_then_strict_turns() {
 }
 
 #[test]
+fn a_full_disk_is_emptied_of_the_oldest_pages() {
+    let options = Options { reserve_bytes: 64 << 10, segment_bytes: 32 << 10, ..Rig::new(0).options };
+    let rig = Rig { options, ..Rig::new(10) };
+    rig.disk.set_capacity(256 << 10);
+    let (store, _) = rig.open();
+    let [tenant, small] = ["t", "u"].map(|name| store.tenant(name).unwrap());
+    let little = tokens(1000, 64);
+    write_pages(&store, &small, &little);
+    let mut newest = Vec::new();
+    for seed in 0..40 {
+        newest = tokens(seed, 64);
+        write_pages(&store, &tenant, &newest);
+        store.flush().unwrap();
+        rig.clock.advance(5000);
+        store.maintain().unwrap();
+    }
+    assert_eq!(read_pages(&store, &tenant, &newest), 2, "it goes on");
+    assert_eq!(read_pages(&store, &small, &little), 2, "who has little keeps it");
+    assert_eq!(read_pages(&store, &tenant, &tokens(0, 64)), 0);
+    let counts = store.page_counts();
+    assert!(counts.evicted_disk_full.load(Ordering::Relaxed) > 10);
+    assert_eq!(counts.evicted.load(Ordering::Relaxed), 0);
+    let used: usize = rig.disk.files().values().map(Vec::len).sum();
+    assert!(used < (256 - 64 + 32) << 10, "{used} bytes: the journal has its room");
+}
+
+#[test]
 fn a_second_store_is_refused_and_a_stale_one_is_fenced() {
     let rig = Rig::new(4);
     let (first, _) = rig.open();

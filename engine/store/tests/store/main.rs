@@ -1,9 +1,12 @@
 //! A store as its users see it, on a simulated disk.
 
 mod abort;
+mod counts;
 mod crash;
 mod damage;
 mod faults;
+mod moves;
+mod object;
 mod rig;
 mod roundtrip;
 

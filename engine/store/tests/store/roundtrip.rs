@@ -6,8 +6,8 @@ use crate::rig::{
     Rig, class, content, hand, headers, payload, read_pages, root, settings, tokens, turn, view, write_pages,
 };
 use mainstay_store::{
-    Append, At, BundlePages, Durability, ExportPages, Handed, InFlight, Miss, Options, PageHeader, PageName,
-    Quota, Settings, Store, StoreError, sim::Ending,
+    Append, At, BundlePages, Durability, ExportPages, Handed, ImportAs, InFlight, Miss, Options, PageHeader,
+    PageName, Quota, Settings, Store, StoreError, sim::Ending,
 };
 
 #[test]
@@ -183,7 +183,14 @@ fn a_bundle_carries_a_session_to_another_store() {
     let (other, _) = other_rig.open();
     let there = other.tenant("u").unwrap();
     let accept = BundlePages::Accept { content: content(), root: root(&there) };
-    let imported = other.import(&there, &mut &bundle[..], Some("moved".into()), accept).unwrap();
+    let imported = other
+        .import(
+            &there,
+            &mut &bundle[..],
+            ImportAs { name: Some("moved".into()), ..ImportAs::default() },
+            accept,
+        )
+        .unwrap();
     assert_eq!((imported.pages, imported.pages_refused), (4, 0));
     let new = imported.session.id;
     assert_eq!(view(&other, &there, new).1, all);
@@ -195,7 +202,7 @@ fn a_bundle_carries_a_session_to_another_store() {
     }
     // Another model's pages are refused, the tokens are not.
     let accept = BundlePages::Accept { content: mainstay_store::ContentId([9; 32]), root: root(&there) };
-    let cold = other.import(&there, &mut &bundle[..], None, accept).unwrap();
+    let cold = other.import(&there, &mut &bundle[..], ImportAs::default(), accept).unwrap();
     assert_eq!((cold.pages, cold.pages_refused), (0, 4));
     assert_eq!(other.tokens(there.id, cold.session.id).unwrap(), all);
     // No byte of it may differ, and none may be missing.
@@ -203,8 +210,11 @@ fn a_bundle_carries_a_session_to_another_store() {
     for at in 0..bundle.len() {
         let mut flipped = bundle.clone();
         flipped[at] ^= 1 << (at % 8);
-        assert!(other.import(&there, &mut &flipped[..], None, accept).is_err(), "byte {at}");
-        assert!(other.import(&there, &mut &bundle[..at], None, accept).is_err(), "cut at {at}");
+        assert!(other.import(&there, &mut &flipped[..], ImportAs::default(), accept).is_err(), "byte {at}");
+        assert!(
+            other.import(&there, &mut &bundle[..at], ImportAs::default(), accept).is_err(),
+            "cut at {at}"
+        );
     }
     assert_eq!(other.list(there.id, None, 99).len(), count, "a refused bundle leaves no session");
 }

@@ -10,7 +10,7 @@ use axum::extract::Request;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
-use mainstay_engine::store::{BundlePages, ExportPages, Imported, SessionInfo, Store, StoreError};
+use mainstay_engine::store::{BundlePages, ExportPages, ImportAs, Imported, SessionInfo, Store, StoreError};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -162,7 +162,7 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         Some(model) => model.served.engine.import_pages(&owner.name)?,
         None => BundlePages::Refuse,
     };
-    let mut imported = store.import(tenant, &mut input, wanted.name, pages)?;
+    let mut imported = store.import(tenant, &mut input, ImportAs { id: None, name: wanted.name }, pages)?;
     let id = imported.session.id;
     let settle = || {
         if input.read(&mut [0])? > 0 {

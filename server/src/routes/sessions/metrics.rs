@@ -46,7 +46,9 @@ type JournalNumber = (&'static str, &'static str, fn(&JournalCounts) -> &AtomicU
 
 const JOURNAL: [JournalNumber; 4] = [
     ("mainstay_journal_entries_total", "Entries appended to the journal.", |c| &c.entries),
-    ("mainstay_journal_syncs_total", "Syncs of the journal, each for all entries before it.", |c| &c.syncs),
+    ("mainstay_journal_syncs_total", "Syncs of the journal, each for all entries before it.", |c| {
+        &c.sync.syncs
+    }),
     ("mainstay_journal_errors_total", "Appends and syncs that failed.", |c| &c.errors),
     ("mainstay_journal_bases_total", "Times the journal was written anew.", |c| &c.bases),
 ];
