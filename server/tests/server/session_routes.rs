@@ -326,6 +326,7 @@ async fn turns_are_listed() {
         "number": 2,
         "token_start": 10,
         "token_end": 20,
+        "sent_tokens": 4,
         "messages": [{"role": "user", "content": "question 2"}],
         "answer": {"role": "assistant", "content": "answer 2"},
         "finish_reason": "stop",
