@@ -64,7 +64,7 @@ pub(super) async fn acquire(
         Some(name) => owner.app.registry.get(name)?,
         None => owner.app.registry.first()?,
     };
-    let _claim = owner.sessions.claim(id)?;
+    let claim = owner.sessions.claim(id)?;
     let (name, tenant) = (owner.name.clone(), owner.tenant);
     let acquired = owner.sessions.call(move |store| {
         let pages = model.served.engine.import_pages(&name)?;
@@ -73,6 +73,7 @@ pub(super) async fn acquire(
         Ok(acquired)
     });
     let acquired = acquired.await??;
+    drop(claim);
     let mut object = owner.show(vec![acquired.session]).await?.pop().unwrap_or(Value::Null);
     object["kv"]["pages"] = json!(acquired.pages);
     object["kv"]["pages_missed"] = json!(acquired.pages_missed);
