@@ -40,7 +40,7 @@ curl -sSf --noproxy '*' -o "$log.bucket" -X PUT "$url/$bucket" || fail "no bucke
 
 export AWS_ENDPOINT=$url AWS_ALLOW_HTTP=true AWS_REGION=us-east-1 NO_PROXY=127.0.0.1
 export AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test MAINSTAY_TEST_BUCKET=$bucket
-cargo test --release -p mainstay-store --test store object:: || fail "the tests failed"
+cargo test --release --workspace --test store object:: || fail "the tests failed"
 
 # The tests pass without a bucket too, so the server must say that it was asked, and that it refused.
 asked=$(grep -ac "PUT /$bucket/.*session/" "$log" || true)
