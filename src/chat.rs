@@ -6,16 +6,18 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use rustyline::error::ReadlineError;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::runtime::Runtime;
 
 use crate::client::{Client, RemoteArgs, Route, SamplingArgs};
-use crate::data_dir;
 use crate::local::Connection;
 use crate::options::ModelArgs;
+use crate::sessions::{self, Resumed};
+use crate::store::DirArgs;
+use crate::{data_dir, exit};
 
 const HELP: &str = "\
-/reset  forget the conversation
+/reset  forget the conversation; with --session, begin a new session and leave the old one as it is
 /help   show this
 /quit   leave (as does Ctrl-D)
 Ctrl-C stops an answer.";
@@ -30,9 +32,11 @@ pub(crate) struct ChatArgs {
     /// What stands before the conversation.
     #[arg(long, env = "MAINSTAY_SYSTEM", value_name = "TEXT")]
     system: Option<String>,
-    /// Where the input history is kept; the user's data directory without it.
-    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
+    /// Go on with the session of this name or id, or begin one of this name: it outlives the chat.
+    #[arg(long, env = "MAINSTAY_SESSION", value_name = "NAME")]
+    session: Option<String>,
+    #[command(flatten)]
+    dir: DirArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -89,23 +93,50 @@ impl Conversation {
 /// Talks until the input ends.
 pub(crate) fn run(args: ChatArgs) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let connection = runtime.block_on(Connection::open(&args.remote, &args.model))?;
+    let is_kept_here = args.session.is_some() && args.remote.url.is_none();
+    let store = is_kept_here.then(|| sessions::open_store(&args.dir)).transpose()?;
+    let mut connection = runtime.block_on(Connection::open(&args.remote, &args.model, store))?;
+    let session = args.session.as_deref().map(|name| runtime.block_on(enter(&connection.client, name)));
+    let session = session.transpose()?;
+    if let (Some(session), None) = (&session, &args.model.model) {
+        connection.client.set_model(&session.model);
+    }
     let chat = Chat {
         client: &connection.client,
         runtime: &runtime,
         sampling: args.sampling,
         conversation: Conversation::new(args.system),
+        session,
     };
     let result = if stdin().is_terminal() {
         let device = connection.device.as_deref().map(|d| format!(" ({d})")).unwrap_or_default();
         eprintln!("{}{device}; /help for help", connection.client.model());
-        chat.talk_in_terminal(args.data_dir)
+        chat.talk_in_terminal(args.dir.data_dir)
     } else {
         chat.answer_pipe()
     };
-    drop(connection);
+    let closed = runtime.block_on(connection.close());
     runtime.shutdown_background();
-    result
+    result.and(closed)
+}
+
+/// The session of this name, and how far it is.
+async fn enter(client: &Client, name: &str) -> Result<Resumed> {
+    match sessions::resume(&client.api, name).await? {
+        Some(session) => {
+            let turns = if session.turns == 1 { "turn" } else { "turns" };
+            eprintln!("session {name} ({}): {} {turns} resumed", session.id, session.turns);
+            Ok(session)
+        }
+        None if name.starts_with("sess_") => {
+            Err(exit::Usage(format!("--session {name}: there is no such session")).into())
+        }
+        None => {
+            let session = sessions::begin(&client.api, Some(name), client.model()).await?;
+            eprintln!("session {name} ({}): begun", session.id);
+            Ok(session)
+        }
+    }
 }
 
 struct Chat<'a> {
@@ -113,6 +144,8 @@ struct Chat<'a> {
     runtime: &'a Runtime,
     sampling: SamplingArgs,
     conversation: Conversation,
+    /// What remembers the conversation, if the server does: only what is new is sent then.
+    session: Option<Resumed>,
 }
 
 /// Whether more input is wanted.
@@ -170,7 +203,7 @@ impl Chat<'_> {
     fn take(&mut self, line: &str) -> Result<Next> {
         match Input::parse(line) {
             Input::Nothing => {}
-            Input::Reset => self.conversation.reset(),
+            Input::Reset => self.reset()?,
             Input::Help => eprintln!("{HELP}"),
             Input::Quit => return Ok(Next::Leave),
             Input::Unknown(command) => eprintln!("{command}: no such command; /help lists them"),
@@ -179,11 +212,34 @@ impl Chat<'_> {
         Ok(Next::Line)
     }
 
+    fn reset(&mut self) -> Result<()> {
+        self.conversation.reset();
+        if let Some(old) = &self.session {
+            let new = self.runtime.block_on(sessions::begin(&self.client.api, None, self.client.model()))?;
+            eprintln!("a new session, {}; {} stays as it is", new.id, old.id);
+            self.session = Some(new);
+        }
+        Ok(())
+    }
+
+    /// What a turn sends: everything so far, or to a session what it does not have yet.
+    fn body(&self) -> Map<String, Value> {
+        let mut body = self.sampling.fields();
+        let mut messages = self.conversation.messages.as_slice();
+        if let Some(session) = &self.session {
+            let known = if session.turns == 0 { 0 } else { messages.len().saturating_sub(1) };
+            messages = &messages[known..];
+            body.insert("session_id".into(), json!(session.id));
+            body.insert("session_mode".into(), json!("append"));
+        }
+        body.insert("messages".into(), json!(messages));
+        body
+    }
+
     /// Sends one turn. What came of a stopped answer stays in the conversation; a turn that failed is forgotten.
     fn say(&mut self, text: &str) -> Result<()> {
         self.conversation.push("user", text);
-        let mut body = self.sampling.fields();
-        body.insert("messages".into(), Value::Array(self.conversation.messages.clone()));
+        let body = self.body();
         let mut answer = String::new();
         let mut out = stdout();
         let shown = self.client.stream(Route::Chat, body, |piece| {
@@ -203,6 +259,9 @@ impl Chat<'_> {
         }
         println!();
         self.conversation.push("assistant", &answer);
+        if let Some(session) = &mut self.session {
+            session.turns += 1;
+        }
         ended
     }
 }

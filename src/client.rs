@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use reqwest::{RequestBuilder, Response};
+use reqwest::Method;
 use serde_json::{Map, Value, json};
 
-use crate::exit::Usage;
+use crate::api::Api;
 
 /// How answers are drawn; what is not given is left to the server.
 #[derive(Args, Clone, Debug, Default)]
@@ -60,9 +60,7 @@ pub(crate) struct RemoteArgs {
 
 /// One model of one server.
 pub(crate) struct Client {
-    http: reqwest::Client,
-    base: String,
-    key: Option<String>,
+    pub(crate) api: Api,
     model: String,
 }
 
@@ -81,22 +79,21 @@ impl Client {
     /// # Errors
     /// [`Usage`] for an address that is none; what the server says otherwise.
     pub(crate) async fn connect(url: &str, key: Option<&str>, model: Option<&str>) -> Result<Self> {
-        let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        if !base.starts_with("http://") && !base.starts_with("https://") {
-            return Err(Usage(format!("--url {url}: expected http:// or https://")).into());
-        }
-        let http = reqwest::Client::new();
-        let mut client = Self { http, base, key: key.map(str::to_owned), model: String::new() };
-        client.model = match model {
+        let api = Api::new(url, key)?;
+        let model = match model {
             Some(model) => model.to_owned(),
             None => {
-                let reply = client.send(client.http.get(format!("{}/v1/models", client.base))).await?;
-                let models: Value = reply.json().await.context("the server's list of models")?;
+                let models = api.json(Method::GET, "/v1/models", None).await?;
                 let first = models["data"][0]["id"].as_str();
-                first.with_context(|| format!("{}: the server lists no model", client.base))?.to_owned()
+                first.with_context(|| format!("{}: the server lists no model", api.base()))?.to_owned()
             }
         };
-        Ok(client)
+        Ok(Self { api, model })
+    }
+
+    /// Goes on with another model of the server.
+    pub(crate) fn set_model(&mut self, model: &str) {
+        model.clone_into(&mut self.model);
     }
 
     /// The model's name.
@@ -116,15 +113,15 @@ impl Client {
         mut take: impl FnMut(&str) -> Result<()>,
     ) -> Result<()> {
         let path = match route {
-            Route::Chat => "chat/completions",
-            Route::Completions => "completions",
+            Route::Chat => "/v1/chat/completions",
+            Route::Completions => "/v1/completions",
         };
         body.insert("model".into(), json!(self.model));
         body.insert("stream".into(), json!(true));
-        let request = self.http.post(format!("{}/v1/{path}", self.base));
+        let request = self.api.request(Method::POST, path);
         let request =
             request.header("content-type", "application/json").body(Value::Object(body).to_string());
-        let mut reply = self.send(request).await?;
+        let mut reply = self.api.send(request).await?;
         let mut events = EventReader::default();
         while let Some(bytes) = reply.chunk().await.context("the answer broke off")? {
             for data in events.push(&bytes) {
@@ -144,23 +141,6 @@ impl Client {
             }
         }
         bail!("the answer broke off")
-    }
-
-    async fn send(&self, mut request: RequestBuilder) -> Result<Response> {
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
-        }
-        let reply = request.send().await.with_context(|| format!("{} cannot be reached", self.base))?;
-        if reply.status().is_success() {
-            return Ok(reply);
-        }
-        let status = reply.status();
-        let text = reply.text().await.unwrap_or_default();
-        let body: Value = serde_json::from_str(&text).unwrap_or_default();
-        match body["error"]["message"].as_str() {
-            Some(message) => bail!("{message} ({status})"),
-            None => bail!("{}: {status}", self.base),
-        }
     }
 }
 

@@ -1,5 +1,4 @@
-//! The directory for what outlives a run. This version keeps the input history of `mainstay chat` there and nothing
-//! else; sessions are still lost when the server stops.
+//! The directory for what outlives a run: sessions with their keys and values, and the input history of `mainstay chat`.
 
 use std::env;
 use std::fs;

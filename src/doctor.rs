@@ -96,7 +96,7 @@ async fn hello(engine: &EngineArgs) -> Result<Hello> {
     let start = Instant::now();
     let model = ModelArgs { model: None, engine: engine.clone() };
     let remote = RemoteArgs { url: None, api_key: None };
-    let connection = Connection::open(&remote, &model).await?;
+    let connection = Connection::open(&remote, &model, None).await?;
     let ready_ms = start.elapsed().as_millis();
     let mut body = SamplingArgs::default().fields();
     body.insert("messages".into(), json!([{"role": "user", "content": "Hello!"}]));

@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to its terminal")]
 
+mod api;
 mod bench;
 mod chat;
 mod client;
@@ -17,9 +18,11 @@ mod options;
 mod progress;
 mod run;
 mod serve;
+mod sessions;
 mod size;
 mod source;
 mod start;
+mod store;
 
 use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
@@ -57,6 +60,8 @@ enum Command {
     Pull(models::PullArgs),
     /// List or remove fetched models.
     Models(models::ModelsArgs),
+    /// Look at sessions, move them, check them.
+    Sessions(sessions::SessionsArgs),
 }
 
 fn main() -> ExitCode {
@@ -110,6 +115,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Pull(args) => models::pull(&args),
         Command::Models(args) => models::run(args),
+        Command::Sessions(args) => sessions::run(args),
     }
 }
 

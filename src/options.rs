@@ -2,6 +2,7 @@
 
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
+use mainstay_engine::RestorePolicy;
 
 use crate::size;
 
@@ -29,6 +30,27 @@ pub(crate) enum KvType {
     F32,
     /// 2 bytes.
     Bf16,
+}
+
+/// Whether stored keys and values are read back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RestoreChoice {
+    /// Where that is faster than computing them again, by what was measured here.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl From<RestoreChoice> for RestorePolicy {
+    fn from(choice: RestoreChoice) -> Self {
+        match choice {
+            RestoreChoice::Auto => Self::Auto,
+            RestoreChoice::Always => Self::Always,
+            RestoreChoice::Never => Self::Never,
+        }
+    }
 }
 
 /// Where the model comes from and what runs it.
@@ -72,6 +94,12 @@ pub(crate) struct EngineArgs {
     /// Most sequences that wait for their first step; further requests are refused with 429.
     #[arg(long, env = "MAINSTAY_MAX_WAITING", value_name = "N", default_value_t = 256)]
     pub(crate) max_waiting: usize,
+    /// Whether stored keys and values are read back.
+    #[arg(long, env = "MAINSTAY_RESTORE", value_enum, default_value = "auto")]
+    pub(crate) restore: RestoreChoice,
+    /// Read all weights again to prove which model they are, instead of trusting sizes and times of their files.
+    #[arg(long, env = "MAINSTAY_VERIFY_WEIGHTS", value_parser = switch())]
+    pub(crate) verify_weights: bool,
 }
 
 /// What every command takes.

@@ -49,7 +49,7 @@ pub(crate) fn run(args: RunArgs) -> Result<()> {
 }
 
 async fn answer(args: &RunArgs, prompt: &str) -> Result<()> {
-    let connection = Connection::open(&args.remote, &args.model).await?;
+    let connection = Connection::open(&args.remote, &args.model, None).await?;
     let mut body = args.sampling.fields();
     let route = if args.raw { Route::Completions } else { Route::Chat };
     match route {

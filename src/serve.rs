@@ -3,20 +3,21 @@
 use std::future::Future;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use mainstay_engine::store::Store;
 use mainstay_server::{ApiKey, Registry, ServedModel, ServerOptions, ShutdownTrigger, shutdown_channel};
 use tokio::net::TcpListener;
 
 use crate::exit::Usage;
 use crate::options::{EngineArgs, ModelArgs, switch};
+use crate::size;
 use crate::source::Source;
 use crate::start::{self, Budget, Started};
-use crate::{data_dir, size};
+use crate::store::{self, StoreArgs};
 
 /// Options of `mainstay serve`.
 #[derive(Args, Clone, Debug)]
@@ -25,6 +26,8 @@ pub(crate) struct ServeArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) http: HttpArgs,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 /// Address, keys and bounds of the HTTP side.
@@ -67,9 +70,6 @@ pub(crate) struct HttpArgs {
     /// Largest request body.
     #[arg(long, env = "MAINSTAY_BODY_LIMIT", value_name = "BYTES", default_value = "32M", value_parser = size::parse)]
     body_limit: u64,
-    /// A directory for what outlives the server. It is made and checked; sessions are not stored in this version.
-    #[arg(long, env = "MAINSTAY_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
     /// Show /metrics without a key to other machines too.
     #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
     public_metrics: bool,
@@ -87,13 +87,6 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
     // refuses what needs no model before anything is fetched
     start::backend(&args.model.engine)?;
     let keys = keys(&args.http.api_key)?;
-    if let Some(dir) = &args.http.data_dir {
-        data_dir::prepare(dir)?;
-        tracing::warn!(
-            "--data-dir: sessions are not stored in this version; nothing is kept in {}",
-            dir.display()
-        );
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(source, args, keys));
     // a fetch or a load that is still going on must not hold the process
@@ -109,10 +102,24 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     let registry = Registry::loading([id.clone()]);
     let (trigger, signal) = shutdown_channel();
     let signals = tokio::spawn(follow_signals(trigger)?);
-    let options = server_options(&args.http, keys, address);
+    let opened = args.store.open()?;
+    let recovery = opened.as_ref().map(|opened| opened.recovery);
+    let store = opened.map(|opened| opened.store);
+    let tier = match &store {
+        Some(store) => args.store.open_tier(store).await?,
+        None => None,
+    };
+    let options = ServerOptions {
+        store: store.clone(),
+        tier,
+        recovery,
+        durability: args.store.durability.into(),
+        journal_interval: args.store.journal_interval(),
+        ..server_options(&args.http, keys, address)
+    };
     let server = mainstay_server::serve(listener, registry.clone(), options, signal);
     let mut server = std::pin::pin!(server);
-    let load = load(source, args.model.engine);
+    let load = load(source, args.model.engine, store.clone());
     let started = tokio::select! {
         started = load => started?,
         ended = &mut server => return Ok(ended?),
@@ -127,14 +134,19 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     server.await?;
     signals.abort();
     handle.shutdown();
-    Ok(())
+    handle.closed().await;
+    drop((handle, registry));
+    match store {
+        Some(store) => store::close(store).await,
+        None => Ok(()),
+    }
 }
 
 /// Opens the model and starts its engine.
-pub(crate) async fn load(source: Source, args: EngineArgs) -> Result<Started> {
+pub(crate) async fn load(source: Source, args: EngineArgs, store: Option<Arc<Store>>) -> Result<Started> {
     let budget = if source == Source::Embedded { Budget::Embedded } else { Budget::Machine };
     let model = source.open().await?;
-    tokio::task::spawn_blocking(move || start::engine(model, &args, budget))
+    tokio::task::spawn_blocking(move || start::engine(model, &args, budget, store))
         .await
         .context("the loader stopped")?
 }

@@ -1,19 +1,22 @@
 //! From an open checkpoint to a running engine: the backend, the budget of memory, the limits.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits, PAGE_TOKENS};
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
-use mainstay_engine::{EngineOptions, Handle};
+use mainstay_engine::store::Store;
+use mainstay_engine::{EngineOptions, Handle, ModelIdentity};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::graph::Graph;
-use mainstay_models::weights::DType;
+use mainstay_models::weights::{DType, RootCheck};
 use mainstay_models::{Model, Weights};
 
 use crate::exit::Usage;
 use crate::options::{BackendChoice, EngineArgs, KvType};
 use crate::progress::Progress;
-use crate::{machine, size};
+use crate::{data_dir, machine, size};
 
 /// Without --kv-memory, keys and values take this part of the memory that is free beside the weights,
 const KV_SHARE: u64 = 4;
@@ -25,6 +28,8 @@ const KV_BYTES_MAX: u64 = 16 << 30;
 const KV_BYTES_EMBEDDED: u64 = 256 << 20;
 /// What is assumed to be free where the system does not tell.
 const FREE_BYTES_UNKNOWN: u64 = 4 << 30;
+/// Beside the weights, so that they are not read whole at every start.
+const SIDECAR: &str = ".mainstay-weights.json";
 /// Weights above this size are read from disk under a progress bar before the backend sees them.
 const BAR_BYTES_MIN: u64 = 64 << 20;
 
@@ -76,7 +81,12 @@ pub(crate) fn threads(args: &EngineArgs) -> usize {
 ///
 /// # Errors
 /// [`Usage`] for limits that cannot be held; otherwise what the backend says.
-pub(crate) fn engine(model: Model, args: &EngineArgs, budget: Budget) -> Result<Started> {
+pub(crate) fn engine(
+    model: Model,
+    args: &EngineArgs,
+    budget: Budget,
+    store: Option<Arc<Store>>,
+) -> Result<Started> {
     let backend = backend(args)?;
     let free_bytes = machine::memory().map_or(FREE_BYTES_UNKNOWN, |m| m.available_bytes);
     let weight_bytes = model.graph.weight_bytes(&model.weights);
@@ -90,12 +100,17 @@ pub(crate) fn engine(model: Model, args: &EngineArgs, budget: Budget) -> Result<
     };
     let limits = limits(&model.graph, kv_dtype(args.kv_type, &model.weights), kv_bytes, args)?;
     warm(&model.weights, weight_bytes);
-    let executor = {
+    let mut executor = {
         let _bar = (weight_bytes >= BAR_BYTES_MIN).then(|| Progress::start("preparing weights", 0));
         backend.load(&model.graph, &model.weights, &limits)?
     };
-    let options =
-        EngineOptions { limits: limits.clone(), waiting: args.max_waiting, vocab: model.graph.vocab };
+    let mut options = EngineOptions::new(limits.clone(), args.max_waiting, model.graph.vocab);
+    if store.is_some() {
+        options.model = identity(&model, args.verify_weights);
+        options.model.probe = mainstay_engine::probe(&mut *executor, &limits, model.graph.vocab)?;
+    }
+    options.store = store;
+    options.restore = args.restore.into();
     let handle = Handle::start(executor, options).context("the engine's thread could not be started")?;
     let class = handle.numeric_class();
     tracing::info!(
@@ -107,6 +122,25 @@ pub(crate) fn engine(model: Model, args: &EngineArgs, budget: Budget) -> Result<
         "engine started"
     );
     Ok(Started { handle, device: device_name(&*backend), limits, model })
+}
+
+/// What of the model decides the bytes of its pages.
+fn identity(model: &Model, verify: bool) -> ModelIdentity {
+    let check = if verify { RootCheck::Verify } else { RootCheck::Trust };
+    let origin = model.weights.origin();
+    let mut sidecars = vec![origin.join(SIDECAR)];
+    // A model's directory may be read-only.
+    if let Some(dir) = data_dir::resolve(None) {
+        let name = blake3::hash(origin.as_os_str().as_encoded_bytes()).to_hex();
+        sidecars.push(dir.join("weights").join(format!("{}.json", &name[..16])));
+    }
+    ModelIdentity {
+        weights: model.weights.cached_root(&sidecars, check, machine::cores()),
+        config: model.hashes.config,
+        tokenizer: model.hashes.tokenizer,
+        template: model.hashes.template,
+        ..ModelIdentity::default()
+    }
 }
 
 /// The backend and what it runs on, for people.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits};
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_engine::{
-    EngineOptions, Event, FinishReason, Generation, Handle, Request, SamplingRequest, StopRule,
+    EngineOptions, Event, FinishReason, Generation, Handle, Keep, Request, SamplingRequest, StopRule,
 };
 use mainstay_models::Model;
 use mainstay_models::template::Conversation;
@@ -56,8 +56,7 @@ fn engine(model: &Model) -> Handle {
     };
     let backend = CpuBackend::new(CpuOptions { threads: None, isa: None }).expect("this processor");
     let executor = backend.load(&model.graph, &model.weights, &limits).expect("the built-in model loads");
-    Handle::start(executor, EngineOptions { limits, waiting: 1024, vocab: model.graph.vocab })
-        .expect("a thread")
+    Handle::start(executor, EngineOptions::new(limits, 1024, model.graph.vocab)).expect("a thread")
 }
 
 /// Sends a conversation; the answer follows by [`answer`].
@@ -73,6 +72,8 @@ fn ask(model: &Model, handle: &Handle, messages: &[Value]) -> Generation {
         stop: StopRule { max_tokens: ANSWER_TOKENS_MAX, tokens: model.generation.eos.clone(), min_tokens: 0 },
         logprobs: None,
         prompt_logprobs: None,
+        drawn: Vec::new(),
+        keep: Keep::default(),
     };
     handle.submit(request).expect("room for all probes")
 }

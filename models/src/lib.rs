@@ -11,5 +11,5 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use error::LoadError;
-pub use model::{Generation, Model};
+pub use model::{Generation, Hashes, Model};
 pub use weights::Weights;

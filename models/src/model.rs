@@ -44,6 +44,35 @@ pub struct Model {
     pub template: Option<ChatTemplate>,
     /// Its defaults.
     pub generation: Generation,
+    /// What its small files say, as hashes.
+    pub hashes: Hashes,
+}
+
+/// Hashes (BLAKE3) of what makes a model besides its weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hashes {
+    /// The graph that the configuration makes, whole: what no op sees does not count.
+    pub config: [u8; 32],
+    /// tokenizer.json.
+    pub tokenizer: [u8; 32],
+    /// The chat templates and the configuration of the tokenizer, which names the tokens in them.
+    pub template: [u8; 32],
+}
+
+impl Hashes {
+    fn of(files: &Files, graph: &Graph) -> Self {
+        let mut template = blake3::Hasher::new();
+        for file in [&files.tokenizer_config, &files.template, &files.tool_template] {
+            let bytes = file.as_deref().unwrap_or_default();
+            template.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        }
+        Self {
+            // Numbers are shown with all their digits, so that graphs of equal text are equal.
+            config: *blake3::hash(format!("{graph:?}").as_bytes()).as_bytes(),
+            tokenizer: *blake3::hash(&files.tokenizer).as_bytes(),
+            template: *template.finalize().as_bytes(),
+        }
+    }
 }
 
 impl Model {
@@ -100,7 +129,8 @@ impl Model {
         let tokens = files.tokenizer_config()?;
         let generation = generation(&files, &config, &tokens, &tokenizer, vocab)?;
         let template = ChatTemplate::find(files.sources(&tokens)?)?;
-        Ok(Self { name, graph, weights, tokenizer, template, generation })
+        let hashes = Hashes::of(&files, &graph);
+        Ok(Self { name, graph, weights, tokenizer, template, generation, hashes })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The bytes of a checkpoint: mapped safetensors files and a table of names, every entry verified at opening.
 
 mod header;
+mod root;
 mod shards;
 
 use std::borrow::Cow;
@@ -10,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use crate::LoadError;
 use crate::file;
+
+pub use root::RootCheck;
 
 /// Element type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -183,6 +186,11 @@ impl Weights {
         let path = self.files[self.tensors[name].file].path.clone();
         let (expected, found) = (shape.to_vec(), tensor.shape.to_vec());
         Err(LoadError::Shape { path, name: name.to_owned(), expected, found })
+    }
+
+    /// The file or directory that was opened.
+    pub fn origin(&self) -> &Path {
+        &self.origin
     }
 
     /// All names, sorted.

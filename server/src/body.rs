@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Request, header};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
+use tokio::sync::mpsc::Sender;
 
 use crate::error::ApiError;
 use crate::openai::fields::found;
@@ -43,21 +44,13 @@ pub(crate) async fn object(
 }
 
 async fn bytes(request: Request<Body>, limits: BodyLimits) -> Result<Vec<u8>, ApiError> {
+    refuse_announced(&request, limits)?;
     let announced = content_length(request.headers());
-    if announced.is_some_and(|len| len > limits.bytes) && request.headers().contains_key(header::EXPECT) {
-        // The client asks before it sends.
-        return Err(ApiError::too_large(limits.bytes));
-    }
     let mut body = request.into_body();
     let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(limits.bytes));
     let mut total = 0;
     loop {
-        let frame =
-            tokio::time::timeout(limits.pause, body.frame()).await.map_err(|_| ApiError::slow_body())?;
-        let Some(frame) = frame else { break };
-        let frame =
-            frame.map_err(|error| ApiError::bad_request(format!("the body could not be read: {error}")))?;
-        let Ok(data) = frame.into_data() else { continue };
+        let Some(data) = next(&mut body, limits.pause).await? else { break };
         total += data.len();
         if total <= limits.bytes {
             bytes.extend_from_slice(&data);
@@ -68,6 +61,65 @@ async fn bytes(request: Request<Body>, limits: BodyLimits) -> Result<Vec<u8>, Ap
         }
     }
     if total > limits.bytes { Err(ApiError::too_large(limits.bytes)) } else { Ok(bytes) }
+}
+
+/// Hands a body over as it arrives, piece by piece, then an empty piece. Where nobody takes it any longer, the rest
+/// is discarded.
+pub(crate) async fn pieces(
+    request: Request<Body>,
+    limits: BodyLimits,
+    to: Sender<Bytes>,
+) -> Result<(), ApiError> {
+    refuse_announced(&request, limits)?;
+    let (mut body, mut to) = (request.into_body(), Some(to));
+    let (mut total, mut discarded) = (0, 0);
+    while let Some(data) = next(&mut body, limits.pause).await? {
+        let len = data.len();
+        total += len;
+        let is_taken = match &to {
+            Some(_) if len == 0 => true,
+            Some(to) if total <= limits.bytes => to.send(data).await.is_ok(),
+            _ => false,
+        };
+        if !is_taken {
+            to = None;
+            discarded += len;
+        }
+        if discarded > DISCARDED_BYTES_MAX {
+            break;
+        }
+    }
+    if total > limits.bytes {
+        return Err(ApiError::too_large(limits.bytes));
+    }
+    if let Some(to) = to {
+        // Whoever took enough need not hear of the end.
+        let _ = to.send(Bytes::new()).await;
+    }
+    Ok(())
+}
+
+/// The next piece of a body, `None` at its end.
+async fn next(body: &mut Body, pause: Duration) -> Result<Option<Bytes>, ApiError> {
+    loop {
+        let frame = tokio::time::timeout(pause, body.frame()).await.map_err(|_| ApiError::slow_body())?;
+        let Some(frame) = frame else { return Ok(None) };
+        let frame =
+            frame.map_err(|error| ApiError::bad_request(format!("the body could not be read: {error}")))?;
+        if let Ok(data) = frame.into_data() {
+            return Ok(Some(data));
+        }
+    }
+}
+
+/// Refuses a body that is too large before it is sent, where the client asks for that.
+fn refuse_announced(request: &Request<Body>, limits: BodyLimits) -> Result<(), ApiError> {
+    let announced = content_length(request.headers());
+    let asks = request.headers().contains_key(header::EXPECT);
+    match announced {
+        Some(len) if len > limits.bytes && asks => Err(ApiError::too_large(limits.bytes)),
+        _ => Ok(()),
+    }
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {

@@ -45,7 +45,7 @@ pub(crate) struct ChoiceText {
     /// Characters detokenized, given out or held back, after those of an echoed prompt.
     offset: usize,
     last_token_at: Option<Instant>,
-    ended: bool,
+    ending: Option<Ending>,
 }
 
 impl ChoiceText {
@@ -56,12 +56,21 @@ impl ChoiceText {
             generated: 0,
             offset: 0,
             last_token_at: None,
-            ended: false,
+            ending: None,
         }
     }
 
     pub(crate) fn ended(&self) -> bool {
-        self.ended
+        self.ending.is_some()
+    }
+
+    pub(crate) fn ending(&self) -> Option<&Ending> {
+        self.ending.as_ref()
+    }
+
+    /// Tokens so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.generated
     }
 
     pub(crate) fn offset(&self) -> usize {
@@ -107,7 +116,7 @@ impl ChoiceText {
                 FinishReason::Stop(_) | FinishReason::Stopped => Ending::EndOfText,
             });
         }
-        self.ended = true;
+        self.ending.clone_from(&grown.ending);
         grown
     }
 
@@ -119,12 +128,12 @@ impl ChoiceText {
         match self.stops.push(piece) {
             StopOutcome::Text(text) => Grown { text, ending: None },
             StopOutcome::Stopped { mut text, stop } => {
-                self.ended = true;
                 let stop = self.stops.get(stop).to_owned();
                 if options.show_stop == ShowStop::Yes {
                     text += &stop;
                 }
-                Grown { text, ending: Some(Ending::String(stop)) }
+                self.ending = Some(Ending::String(stop));
+                Grown { text, ending: self.ending.clone() }
             }
         }
     }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use mainstay_engine::RequestError;
+use mainstay_engine::store::StoreError;
 use serde_json::{Value, json};
 
 /// A refused or failed request.
@@ -33,6 +34,11 @@ impl ApiError {
     fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
+    }
+
+    /// The same error, about this field if it is about a field that it does not name.
+    pub(crate) fn about(self, param: &'static str) -> Self {
+        if self.status == StatusCode::BAD_REQUEST && self.param.is_none() { self.param(param) } else { self }
     }
 
     fn retry_after(mut self, seconds: u64) -> Self {
@@ -78,6 +84,58 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, format!("the model `{id}` does not exist"))
             .param("model")
             .code("model_not_found")
+    }
+
+    /// 404: there is no such session, or it is another tenant's.
+    pub(crate) fn no_session() -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "there is no such session")
+            .param("session_id")
+            .code("session_not_found")
+    }
+
+    /// 404: this server has no store.
+    pub(crate) fn no_sessions() -> Self {
+        let message = "this server keeps no sessions: it has no data directory";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("sessions_disabled")
+    }
+
+    /// 404: this server has no object store.
+    pub(crate) fn no_tier() -> Self {
+        let message =
+            "this server has no object store to move sessions through (start it with --object-store)";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("object_store_disabled")
+    }
+
+    /// 409: the session is not in the state that was expected.
+    pub(crate) fn conflict(message: impl Into<String>, code: &'static str) -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, message).code(code)
+    }
+
+    /// 409: a turn of the session is running.
+    pub(crate) fn session_busy() -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID, "a turn of this session is running; wait for its end")
+            .code("session_busy")
+    }
+
+    /// 409: the model is not the one that began the answer.
+    pub(crate) fn model_changed(part: &str) -> Self {
+        let message = format!(
+            "the answer in flight was begun by another model: its {part} has changed, so it cannot go on as it was; send \
+             the turn again"
+        );
+        Self::new(StatusCode::CONFLICT, INVALID, message).code("model_changed")
+    }
+
+    /// 404: the session has nothing to read.
+    pub(crate) fn no_turns() -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, "the session has no turns, and no answer is in flight")
+            .code("no_turns")
+    }
+
+    /// An answer that others read along with has stopped; it can go on.
+    pub(crate) fn interrupted() -> Self {
+        let message = "the answer was interrupted; read its stream again to go on with it";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, message).code("answer_interrupted").retry_after(1)
     }
 
     /// 405.
@@ -141,6 +199,27 @@ impl From<RequestError> for ApiError {
             }
             RequestError::Device(_) => Self::internal(message),
             RequestError::Shutdown => Self::unavailable(message, "shutting_down"),
+        }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let message = error.to_string();
+        let refused = |status, code| Self::new(status, INVALID, message.clone()).code(code);
+        match error {
+            StoreError::NotFound => Self::no_session(),
+            StoreError::Conflict { .. } => refused(StatusCode::CONFLICT, "turn_conflict"),
+            StoreError::NameTaken(_) => refused(StatusCode::CONFLICT, "name_taken").param("name"),
+            StoreError::Quota { .. } => refused(StatusCode::FORBIDDEN, "quota_exceeded"),
+            StoreError::Range { .. } | StoreError::TooLong { .. } => Self::bad_request(message),
+            StoreError::Bundle(_) => refused(StatusCode::BAD_REQUEST, "invalid_bundle"),
+            StoreError::Newer { .. } => refused(StatusCode::BAD_REQUEST, "newer_format"),
+            StoreError::Journal(_) | StoreError::Pages(_) => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, SERVER, message).code("not_durable")
+            }
+            StoreError::Fenced { .. } => Self::unavailable(message, "fenced"),
+            _ => Self::internal(message),
         }
     }
 }

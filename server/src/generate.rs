@@ -4,63 +4,24 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::Arc;
-use std::task::Poll;
-use std::time::Duration;
+use std::task::{Context, Poll};
 
-use mainstay_engine::{Event, FinishReason, Generation, Request, RequestError, Score, StopRule};
+use mainstay_engine::store::Durability;
+use mainstay_engine::{Event, FinishReason, Generation, RequestError, Score};
+use serde_json::Value;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::Instant;
 
 use crate::choice::{ChoiceText, Ending};
-use crate::detokenize::{Decoder, Detokenizer};
+use crate::detokenize::Detokenizer;
 use crate::error::ApiError;
+use crate::job::{Continuation, Echo, Job};
+use crate::kv::{self, Reused};
 use crate::metrics::Outcome;
-use crate::openai::options::GenerationOptions;
 use crate::openai::usage::Usage;
 use crate::prompt::Prompt;
-use crate::registry::Model;
-
-/// Whether the prompt is part of the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Echo {
-    No,
-    /// Its text, and its log-probabilities if log-probabilities are wanted at all.
-    Prompt,
-}
-
-/// Whether the answer is a text of its own or goes on where the prompt ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Continuation {
-    OwnText,
-    OfPrompt,
-}
-
-/// How long a request may take.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct TimeLimits {
-    pub(crate) arrived: Instant,
-    /// From arrival to the last token.
-    pub(crate) request: Option<Duration>,
-    /// From arrival to the first step.
-    pub(crate) queue: Option<Duration>,
-}
-
-/// A request ready for the engine. Choice `i` belongs to prompt `i / options.choices`.
-pub(crate) struct Job {
-    pub(crate) model: Arc<Model>,
-    pub(crate) tenant: Arc<str>,
-    pub(crate) prompts: Vec<Prompt>,
-    /// As the client asked.
-    pub(crate) max_tokens: Option<usize>,
-    /// Where it did not ask; without it, the rest of the context.
-    pub(crate) max_tokens_default: Option<usize>,
-    pub(crate) options: GenerationOptions,
-    /// Alternatives to report beside each token's log-probability.
-    pub(crate) logprobs: Option<usize>,
-    pub(crate) echo: Echo,
-    pub(crate) continuation: Continuation,
-    pub(crate) time: TimeLimits,
-}
+use crate::sessions::live::Heard;
+use crate::sessions::turn::{Answered, Turn};
 
 /// Where a token of an answer comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,10 +44,10 @@ pub(crate) struct TokenOut {
 /// What happened to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Update {
-    /// A choice's text grew, or its list of tokens did.
-    Delta { choice: usize, text: String, tokens: Vec<TokenOut> },
-    /// A choice ended.
-    End { choice: usize, ending: Ending },
+    /// A choice's text grew, or its list of tokens did, with the `drawn`th token.
+    Delta { choice: usize, text: String, tokens: Vec<TokenOut>, drawn: usize },
+    /// A choice ended; `text` was held back until now.
+    End { choice: usize, text: String, ending: Ending, drawn: usize },
 }
 
 /// A whole choice.
@@ -97,9 +58,36 @@ pub(crate) struct Choice {
     pub(crate) ending: Ending,
 }
 
-/// One prompt under way. Dropping the generation cancels it and frees its pages.
+/// What an answer ends with, beside its choices.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Closing {
+    pub(crate) kv: Value,
+    /// The object `session`, of a turn.
+    pub(crate) session: Option<Value>,
+    pub(crate) usage: Usage,
+}
+
+impl Closing {
+    /// Writes it into the answer, or into the event that ends it.
+    pub(crate) fn extend(&self, answer: &mut Value) {
+        answer["kv"] = self.kv.clone();
+        if let Some(session) = &self.session {
+            answer["session"] = session.clone();
+        }
+    }
+}
+
+/// Where tokens come from.
+enum Source {
+    /// Dropping it cancels it and frees its pages.
+    Engine(Generation),
+    /// Another run of this process, whose tokens are read along.
+    Live(UnboundedReceiver<Heard>),
+}
+
+/// One prompt under way.
 struct Lane {
-    generation: Option<Generation>,
+    generation: Option<Source>,
     choices: Vec<ChoiceText>,
 }
 
@@ -111,6 +99,19 @@ pub(crate) struct Run {
     unsent: VecDeque<usize>,
     updates: VecDeque<Update>,
     usage: Usage,
+    reused: Reused,
+    /// The end of the turn that is read along, when all its text is here.
+    end: Option<UnboundedReceiver<Heard>>,
+    /// Tokens of the answer that were drawn before it was interrupted.
+    drawn: Vec<u32>,
+    /// What becomes of the answer in its session.
+    turn: Option<Turn>,
+    /// Text of the answer so far, of a turn.
+    answer: String,
+    /// How the answer closed, where that is known before.
+    closing: Option<Closing>,
+    /// Others count what they only read again.
+    is_counted: bool,
     started: bool,
     first_token: bool,
 }
@@ -121,14 +122,7 @@ impl Run {
     /// # Errors
     /// What the engine refuses, as an answer to the client. Then nothing of the job is left in the engine.
     pub(crate) fn start(job: Job) -> Result<Self, ApiError> {
-        let lanes: Vec<Lane> = job.prompts.iter().map(|prompt| Lane::new(&job, prompt)).collect();
-        let usage = Usage {
-            prompt_tokens: job.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
-            ..Usage::default()
-        };
-        let unsent = (0..lanes.len()).collect();
-        let updates = VecDeque::new();
-        let mut run = Self { job, lanes, unsent, updates, usage, started: false, first_token: false };
+        let mut run = Self::new(job);
         if run.job.echo == Echo::Prompt && run.job.logprobs.is_none() {
             for prompt in 0..run.lanes.len() {
                 run.echo(prompt, Vec::new());
@@ -138,8 +132,110 @@ impl Run {
         Ok(run)
     }
 
+    /// Begins a turn of a session, or goes on with one after the tokens that were drawn of it. Where these end the
+    /// answer, nothing is submitted.
+    ///
+    /// # Errors
+    /// As [`Run::start`].
+    pub(crate) fn of_turn(job: Job, turn: Turn, drawn: Vec<u32>) -> Result<Self, ApiError> {
+        let mut run = Self::new(job);
+        run.turn = Some(turn);
+        run.read_again(&drawn);
+        let options = &run.job.options;
+        let is_stop = |token: &u32| options.stop_tokens.contains(token) && drawn.len() > options.min_tokens;
+        let full = run.job.prompts[0].tokens.len() + drawn.len() >= run.job.model.served.context;
+        if let Some(token) = drawn.last().copied().filter(is_stop) {
+            run.finished(0, 0, FinishReason::Stop(token));
+        } else if !drawn.is_empty() && (drawn.len() >= run.job.most_tokens(0) || full) {
+            run.finished(0, 0, FinishReason::Length);
+        }
+        run.drawn = drawn;
+        if run.lanes[0].choices[0].ended() {
+            run.unsent.clear();
+        }
+        run.submit()?;
+        Ok(run)
+    }
+
+    /// Reads along with a turn that runs.
+    pub(crate) fn follow(job: Job, heard: UnboundedReceiver<Heard>) -> Self {
+        let mut run = Self::new(job);
+        run.unsent.clear();
+        run.is_counted = false;
+        run.lanes[0].generation = Some(Source::Live(heard));
+        run
+    }
+
+    /// Reads the tokens of a turn that has ended.
+    pub(crate) fn of_past(job: Job, drawn: &[u32], closing: Closing) -> Self {
+        let mut run = Self::new(job);
+        run.unsent.clear();
+        run.is_counted = false;
+        run.read_again(drawn);
+        let is_stop = |token: &u32| run.job.options.stop_tokens.contains(token);
+        let last = drawn.last().copied().filter(is_stop);
+        run.finished(0, 0, last.map_or(FinishReason::Length, FinishReason::Stop));
+        run.usage = closing.usage;
+        run.closing = Some(closing);
+        run
+    }
+
+    fn new(job: Job) -> Self {
+        let lanes: Vec<Lane> = job.prompts.iter().map(|prompt| Lane::new(&job, prompt)).collect();
+        let usage = Usage {
+            prompt_tokens: job.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
+            ..Usage::default()
+        };
+        let unsent = (0..lanes.len()).collect();
+        let updates = VecDeque::new();
+        Self {
+            job,
+            lanes,
+            unsent,
+            updates,
+            usage,
+            reused: Reused::default(),
+            end: None,
+            drawn: Vec::new(),
+            turn: None,
+            answer: String::new(),
+            closing: None,
+            is_counted: true,
+            started: false,
+            first_token: false,
+        }
+    }
+
+    /// Takes tokens that were drawn before.
+    fn read_again(&mut self, drawn: &[u32]) {
+        for token in drawn {
+            self.token(0, 0, *token, None);
+        }
+    }
+
+    /// Writes down in the session that an answer has begun, so that it can go on if it is interrupted.
+    ///
+    /// # Errors
+    /// What the store refuses.
+    pub(crate) async fn begin_answer(&mut self) -> Result<(), ApiError> {
+        match &mut self.turn {
+            Some(turn) => turn.begin_answer(&self.job).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether it is a turn of a session.
+    pub(crate) fn is_turn(&self) -> bool {
+        self.turn.is_some()
+    }
+
     pub(crate) fn job(&self) -> &Job {
         &self.job
+    }
+
+    /// Choices of all prompts.
+    pub(crate) fn choice_count(&self) -> usize {
+        self.job.prompts.len() * self.job.options.choices as usize
     }
 
     pub(crate) fn usage(&self) -> Usage {
@@ -165,6 +261,9 @@ impl Run {
             let handled = handled.and_then(|(lane, event)| self.handle(lane, event));
             if let Err(error) = handled {
                 self.abort();
+                if let Some(turn) = self.turn.take() {
+                    turn.failed(&error);
+                }
                 return Some(Err(error));
             }
         }
@@ -175,25 +274,51 @@ impl Run {
     /// # Errors
     /// As [`Run::next`].
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
-        let mut choices = vec![Choice::default(); self.job.prompts.len() * self.job.options.choices as usize];
+        let mut choices = vec![Choice::default(); self.choice_count()];
         while let Some(update) = self.next().await {
             match update? {
-                Update::Delta { choice, text, tokens } => {
+                Update::Delta { choice, text, tokens, .. } => {
                     choices[choice].text.push_str(&text);
                     choices[choice].tokens.extend(tokens);
                 }
-                Update::End { choice, ending } => choices[choice].ending = ending,
+                Update::End { choice, text, ending, .. } => {
+                    choices[choice].text.push_str(&text);
+                    choices[choice].ending = ending;
+                }
             }
         }
         Ok(choices)
     }
 
+    /// Ends the answer: waits for what its last event tells. Call it once, after the last choice has ended.
+    pub(crate) async fn close(&mut self) -> Result<Closing, ApiError> {
+        if let Some(heard) = self.end.take() {
+            let closing = closing_of(heard).await?;
+            self.usage = closing.usage;
+            return Ok(closing);
+        }
+        if let Some(closing) = self.closing.take() {
+            return Ok(closing);
+        }
+        if let Some(turn) = self.turn.take() {
+            let text = std::mem::take(&mut self.answer);
+            let ending = self.lanes[0].choices[0].ending().cloned().unwrap_or_default();
+            let answered = Answered { text, ending, usage: self.usage, reused: self.reused.clone() };
+            return turn.commit(&self.job, answered).await;
+        }
+        kv::settle(&self.job.model, &self.job.keep).await;
+        let is_kept = kv::are_pages_kept(&self.job.model, &self.job.keep);
+        let durability = if is_kept { Durability::Async } else { Durability::Ephemeral };
+        Ok(Closing { kv: self.reused.to_json(durability), session: None, usage: self.usage })
+    }
+
     /// Hands prompts to the engine. When its queue is full of this very job, the rest waits here.
     fn submit(&mut self) -> Result<(), ApiError> {
         while let Some(&prompt) = self.unsent.front() {
-            let request = self.job.request(prompt);
+            let mut request = self.job.request(prompt);
+            request.drawn.clone_from(&self.drawn);
             match self.job.model.served.engine.submit(request) {
-                Ok(generation) => self.lanes[prompt].generation = Some(generation),
+                Ok(generation) => self.lanes[prompt].generation = Some(Source::Engine(generation)),
                 Err(RequestError::Busy { .. }) if self.lanes.iter().any(|lane| lane.generation.is_some()) => {
                     break;
                 }
@@ -204,11 +329,11 @@ impl Run {
         Ok(())
     }
 
-    async fn event(&mut self) -> (usize, Option<Event>) {
+    async fn event(&mut self) -> (usize, Option<Heard>) {
         poll_fn(|context| {
             for (at, lane) in self.lanes.iter_mut().enumerate() {
                 if let Some(generation) = &mut lane.generation
-                    && let Poll::Ready(event) = generation.events.poll_recv(context)
+                    && let Poll::Ready(event) = generation.poll(context)
                 {
                     return Poll::Ready((at, event));
                 }
@@ -230,15 +355,26 @@ impl Run {
         [request, queue].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
-    fn handle(&mut self, at: usize, event: Option<Event>) -> Result<(), ApiError> {
+    fn handle(&mut self, at: usize, heard: Option<Heard>) -> Result<(), ApiError> {
+        let event = match heard {
+            Some(Heard::Event(event)) => Some(event),
+            Some(Heard::Closed(end)) => return end.map(|_| ()),
+            None => None,
+        };
         match event {
-            Some(Event::Started { cached_tokens }) => {
+            Some(Event::Started { kv }) => {
                 self.started = true;
-                self.usage.cached_tokens += cached_tokens;
+                self.reused.add(&kv);
+                self.usage.cached_tokens = self.reused.cached_tokens.min(self.usage.prompt_tokens);
             }
             Some(Event::Prompt(scores)) => self.echo_scores(at, scores),
-            Some(Event::Token { choice, token, score }) => self.token(at, choice as usize, token, score),
-            Some(Event::Finished { choice, reason }) => self.finished(at, choice as usize, reason),
+            Some(Event::Token { choice, token, score }) => self.drew(at, choice as usize, token, score),
+            Some(Event::Finished { choice, reason }) => {
+                if let Some(turn) = &self.turn {
+                    turn.finished(reason);
+                }
+                self.finished(at, choice as usize, reason);
+            }
             Some(Event::Failed(error)) => return Err(error.into()),
             None => {
                 self.lanes[at].generation = None;
@@ -248,39 +384,60 @@ impl Run {
             }
         }
         if self.lanes[at].generation.is_some() && self.lanes[at].choices.iter().all(ChoiceText::ended) {
-            self.lanes[at].generation = None;
+            // Dropped, it is cancelled: it may not have heard of the stop string yet.
+            if let Some(Source::Live(heard)) = self.lanes[at].generation.take() {
+                self.end = Some(heard);
+            }
         }
         if self.lanes[at].generation.is_none() { self.submit() } else { Ok(()) }
     }
 
-    fn token(&mut self, at: usize, choice: usize, id: u32, score: Option<Score>) {
-        let metrics = &self.job.model.metrics;
-        if !std::mem::replace(&mut self.first_token, true) {
-            metrics.first_token.observe(self.job.time.arrived.elapsed());
-        }
-        let lane = &mut self.lanes[at];
-        let state = &mut lane.choices[choice];
+    /// Takes a token that is new.
+    fn drew(&mut self, at: usize, choice: usize, id: u32, score: Option<Score>) {
+        let state = &mut self.lanes[at].choices[choice];
         if state.ended() {
             // Drawn before the engine heard of the stop string.
             return;
         }
-        if let Some(interval) = state.interval() {
-            metrics.between_tokens.observe(interval);
+        if self.is_counted {
+            let metrics = &self.job.model.metrics;
+            if !std::mem::replace(&mut self.first_token, true) {
+                metrics.first_token.observe(self.job.time.arrived.elapsed());
+            }
+            if let Some(interval) = state.interval() {
+                metrics.between_tokens.observe(interval);
+            }
+        }
+        if let Some(turn) = &mut self.turn {
+            turn.drew(id, score.as_ref());
+        }
+        self.token(at, choice, id, score);
+    }
+
+    fn token(&mut self, at: usize, choice: usize, id: u32, score: Option<Score>) {
+        let lane = &mut self.lanes[at];
+        let state = &mut lane.choices[choice];
+        if state.ended() {
+            return;
         }
         self.usage.completion_tokens += 1;
         let offset = state.offset();
         let grown = state.push(self.job.decoder(), &self.job.options, id);
+        let drawn = state.generated();
+        if self.turn.is_some() {
+            self.answer.push_str(&grown.text);
+        }
         let token = TokenOut { id, origin: Origin::Generated, score, offset };
         let tokens = if self.job.reports_tokens() { vec![token] } else { Vec::new() };
         let choice_index = self.job.choice_index(at, choice);
         if !grown.text.is_empty() || !tokens.is_empty() {
-            self.updates.push_back(Update::Delta { choice: choice_index, text: grown.text, tokens });
+            self.updates.push_back(Update::Delta { choice: choice_index, text: grown.text, tokens, drawn });
         }
         if let Some(ending) = grown.ending {
-            if let Some(generation) = &lane.generation {
+            if let Some(Source::Engine(generation)) = &lane.generation {
                 self.job.model.served.engine.stop(generation.id, choice as u32);
             }
-            self.end(choice_index, ending);
+            self.end((choice_index, drawn), String::new(), ending);
         }
     }
 
@@ -290,16 +447,18 @@ impl Run {
             return;
         }
         let grown = state.finish(self.job.decoder(), &self.job.options, reason);
-        let choice = self.job.choice_index(at, choice);
-        if !grown.text.is_empty() {
-            self.updates.push_back(Update::Delta { choice, text: grown.text, tokens: Vec::new() });
+        let place = (self.job.choice_index(at, choice), state.generated());
+        if self.turn.is_some() {
+            self.answer.push_str(&grown.text);
         }
-        self.end(choice, grown.ending.expect("a finished choice has an ending"));
+        self.end(place, grown.text, grown.ending.expect("a finished choice has an ending"));
     }
 
-    fn end(&mut self, choice: usize, ending: Ending) {
-        self.job.model.metrics.finished(ending.outcome());
-        self.updates.push_back(Update::End { choice, ending });
+    fn end(&mut self, (choice, drawn): (usize, usize), text: String, ending: Ending) {
+        if self.is_counted {
+            self.job.model.metrics.finished(ending.outcome());
+        }
+        self.updates.push_back(Update::End { choice, text, ending, drawn });
     }
 
     /// Echoes a prompt with its log-probabilities; `scores` are those of all its tokens but the first.
@@ -326,7 +485,8 @@ impl Run {
         for choice in 0..self.job.options.choices as usize {
             self.lanes[at].choices[choice].skip(offset);
             let choice = self.job.choice_index(at, choice);
-            self.updates.push_back(Update::Delta { choice, text: text.clone(), tokens: tokens.clone() });
+            let (text, tokens) = (text.clone(), tokens.clone());
+            self.updates.push_back(Update::Delta { choice, text, tokens, drawn: 0 });
         }
     }
 
@@ -335,9 +495,31 @@ impl Run {
         self.unsent.clear();
         for lane in self.lanes.iter_mut().filter(|lane| lane.generation.is_some()) {
             lane.generation = None;
-            for _ in lane.choices.iter().filter(|choice| !choice.ended()) {
+            let open = lane.choices.iter().filter(|choice| self.is_counted && !choice.ended());
+            for _ in open {
                 self.job.model.metrics.finished(Outcome::Abort);
             }
+        }
+    }
+}
+
+/// The end of a turn that runs elsewhere.
+async fn closing_of(mut heard: UnboundedReceiver<Heard>) -> Result<Closing, ApiError> {
+    while let Some(heard) = heard.recv().await {
+        if let Heard::Closed(end) = heard {
+            return *end;
+        }
+    }
+    Err(ApiError::interrupted())
+}
+
+impl Source {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Heard>> {
+        match self {
+            Self::Engine(generation) => {
+                generation.events.poll_recv(context).map(|event| event.map(Heard::Event))
+            }
+            Self::Live(heard) => heard.poll_recv(context),
         }
     }
 }
@@ -356,41 +538,5 @@ impl Lane {
         };
         let choice = ChoiceText::new(text, job.options.stop_strings.clone());
         Self { generation: None, choices: vec![choice; job.options.choices as usize] }
-    }
-}
-
-impl Job {
-    fn decoder(&self) -> Decoder<'_> {
-        self.model.decoder(self.options.show_special)
-    }
-
-    /// Whether the answer names its tokens, beside the text.
-    fn reports_tokens(&self) -> bool {
-        self.logprobs.is_some() || self.options.return_token_ids
-    }
-
-    fn choice_index(&self, prompt: usize, choice: usize) -> usize {
-        prompt * self.options.choices as usize + choice
-    }
-
-    fn request(&self, prompt: usize) -> Request {
-        let prompt = self.prompts[prompt].tokens.clone();
-        let room = self.model.served.context.saturating_sub(prompt.len());
-        let max_tokens = self.max_tokens.unwrap_or(self.max_tokens_default.unwrap_or(room).min(room));
-        // Without tokens to generate, the engine is only asked for the prompt's scores.
-        let wants_scores = self.echo == Echo::Prompt && (self.logprobs.is_some() || max_tokens == 0);
-        Request {
-            tenant: self.tenant.clone(),
-            prompt,
-            choices: self.options.choices,
-            sampling: self.options.sampling.clone(),
-            stop: StopRule {
-                max_tokens,
-                tokens: self.options.stop_tokens.clone(),
-                min_tokens: self.options.min_tokens.min(max_tokens),
-            },
-            logprobs: self.logprobs,
-            prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
-        }
     }
 }

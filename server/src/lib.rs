@@ -2,7 +2,8 @@
 //!
 //! The way of a request: `routes/chat.rs` reads the body (`openai/chat.rs`), renders and tokenizes it (`prompt.rs`),
 //! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text (`choice.rs`:
-//! `detokenize.rs`, `stop.rs`). `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
+//! `detokenize.rs`, `stop.rs`). A turn of a session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's
+//! tokens stands for the conversation (`history.rs`), `turn.rs` writes the answer to it. `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
 
 mod auth;
 mod body;
@@ -10,6 +11,8 @@ mod choice;
 mod detokenize;
 mod error;
 mod generate;
+mod job;
+mod kv;
 mod metrics;
 mod openai;
 mod prompt;
@@ -18,6 +21,7 @@ mod registry;
 mod reply;
 mod routes;
 mod serve;
+mod sessions;
 mod shutdown;
 mod sse;
 mod stop;

@@ -62,6 +62,7 @@ pub(crate) struct ModelMetrics {
     pub(crate) first_token: Histogram,
     pub(crate) between_tokens: Histogram,
     outcomes: [AtomicU64; Outcome::ALL.len()],
+    late_pages: AtomicU64,
 }
 
 impl Default for ModelMetrics {
@@ -70,6 +71,7 @@ impl Default for ModelMetrics {
             first_token: Histogram::new(&FIRST_TOKEN_S),
             between_tokens: Histogram::new(&BETWEEN_TOKENS_S),
             outcomes: Default::default(),
+            late_pages: AtomicU64::new(0),
         }
     }
 }
@@ -77,6 +79,15 @@ impl Default for ModelMetrics {
 impl ModelMetrics {
     pub(crate) fn finished(&self, outcome: Outcome) {
         self.outcomes[outcome as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An answer did not wait any longer for its pages to be with the system.
+    pub(crate) fn page_late(&self) {
+        self.late_pages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn late_pages(&self) -> u64 {
+        self.late_pages.load(Ordering::Relaxed)
     }
 
     pub(crate) fn outcome(&self, outcome: Outcome) -> u64 {

@@ -25,6 +25,11 @@ pub(crate) struct Prompt {
 }
 
 impl Prompt {
+    /// Tokens that were checked when they came in.
+    pub(crate) fn of(tokens: Vec<u32>) -> Self {
+        Self { tokens, text: None }
+    }
+
     /// Its text, for the echo.
     pub(crate) fn text(&self, decoder: Decoder<'_>) -> String {
         match &self.text {
@@ -53,7 +58,7 @@ pub(crate) enum Ending {
 /// A conversation to be rendered.
 #[derive(Clone, Debug)]
 pub(crate) struct ChatInput {
-    messages: Vec<Value>,
+    pub(crate) messages: Vec<Value>,
     kwargs: Option<Map<String, Value>>,
     pub(crate) ending: Ending,
     special: AddSpecial,
@@ -87,7 +92,22 @@ impl ChatInput {
         })
     }
 
-    fn render(&self, model: &Model) -> Result<String, ApiError> {
+    /// Another conversation, to be rendered in the same way.
+    pub(crate) fn with(&self, messages: Vec<Value>, ending: Ending) -> Self {
+        Self { messages, kwargs: self.kwargs.clone(), ending, special: self.special }
+    }
+
+    pub(crate) fn with_special(self, special: AddSpecial) -> Self {
+        Self { special, ..self }
+    }
+
+    /// The tokens of rendered text.
+    pub(crate) fn encode(&self, model: &Model, text: &str) -> Result<Vec<u32>, ApiError> {
+        let prompt = Prompt { tokens: encode(model, text, self.special, "messages")?, text: None };
+        Ok(checked(model, prompt, "messages")?.tokens)
+    }
+
+    pub(crate) fn render(&self, model: &Model) -> Result<String, ApiError> {
         let Some(template) = &model.served.template else {
             let message = format!(
                 "the model `{}` has no chat template, so it takes no messages; use /v1/completions",
@@ -181,7 +201,7 @@ fn encode(model: &Model, text: &str, special: AddSpecial, param: &'static str) -
     model.served.tokenizer.encode(text, special).map_err(|error| ApiError::field(param, error.to_string()))
 }
 
-async fn off_thread<T: Send + 'static>(
+pub(crate) async fn off_thread<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {

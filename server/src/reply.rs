@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 
 use crate::choice::Ending;
 use crate::error::ApiError;
-use crate::generate::{Choice, Job, Origin, Run, TokenOut};
+use crate::generate::{Choice, Origin, Run, TokenOut};
+use crate::job::Job;
 use crate::openai::options::Delivery;
 use crate::registry::Model;
-use crate::sse;
+use crate::sse::{self, StreamOptions};
 
 /// How an endpoint writes an answer down; chat and completions differ in nothing else.
 pub(crate) trait Shape: Send + 'static {
@@ -46,13 +47,26 @@ pub(crate) struct Envelope {
 }
 
 impl Envelope {
-    fn new<S: Shape>(model: &Model) -> Self {
+    pub(crate) fn new<S: Shape>(model: &Model) -> Self {
         Self {
             id: crate::random::id(S::ID_PREFIX),
             created: std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
             model: model.served.id.clone(),
             fingerprint: model.fingerprint.clone(),
         }
+    }
+
+    /// Of an answer that was begun before.
+    pub(crate) fn of(id: String, created: u64, model: &Model) -> Self {
+        Self { id, created, model: model.served.id.clone(), fingerprint: model.fingerprint.clone() }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn created(&self) -> u64 {
+        self.created
     }
 
     /// An answer's JSON around its choices.
@@ -74,12 +88,30 @@ impl Envelope {
 /// Whatever goes wrong before the first byte of the answer is sent.
 pub(crate) async fn send<S: Shape>(job: Job, shape: S, delivery: Delivery) -> Result<Response, ApiError> {
     let envelope = Envelope::new::<S>(&job.model);
-    let mut run = Run::start(job)?;
+    deliver(Run::start(job)?, shape, envelope, delivery).await
+}
+
+/// Answers with a run.
+///
+/// # Errors
+/// Whatever goes wrong before the first byte of the answer is sent.
+pub(crate) async fn deliver<S: Shape>(
+    mut run: Run,
+    shape: S,
+    envelope: Envelope,
+    delivery: Delivery,
+) -> Result<Response, ApiError> {
     match delivery {
-        Delivery::Stream { include_usage } => sse::stream(run, shape, envelope, include_usage).await,
+        Delivery::Stream { include_usage } => {
+            let numbers = run.is_turn().then_some(0);
+            sse::stream(run, shape, envelope, StreamOptions { include_usage, numbers }).await
+        }
         Delivery::Whole => {
             let choices = run.collect().await?;
-            Ok(Json(whole(&run, &shape, &envelope, &choices)).into_response())
+            let closing = run.close().await?;
+            let mut answer = whole(&run, &shape, &envelope, &choices);
+            closing.extend(&mut answer);
+            Ok(Json(answer).into_response())
         }
     }
 }

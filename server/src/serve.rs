@@ -1,5 +1,6 @@
 //! Connections: accepting, header timeouts, draining.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -7,6 +8,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use mainstay_engine::store::object::ObjectTier;
+use mainstay_engine::store::{Durability, Store};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -16,7 +19,7 @@ use crate::routes;
 use crate::shutdown::{ShutdownSignal, ShutdownStage};
 
 /// What the operator decided.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ServerOptions {
     /// Keys that open the API; none leaves it open to everyone who can connect.
     pub api_keys: Vec<ApiKey>,
@@ -36,6 +39,19 @@ pub struct ServerOptions {
     pub public_metrics: bool,
     /// Whether only this machine can connect; `/metrics` needs no key then.
     pub loopback: bool,
+    /// Where sessions are; the store that the engines were started with. Without one there are none.
+    pub store: Option<Arc<Store>>,
+    /// How long opening the store took, for `/metrics`.
+    pub recovery: Option<Duration>,
+    /// The object store that sessions move through; without it they do not.
+    pub tier: Option<Arc<ObjectTier>>,
+    /// Largest session bundle that is taken in.
+    pub import_limit_bytes: usize,
+    /// When a turn is acknowledged, where neither its session nor its request says.
+    pub durability: Durability,
+    /// How often tokens of an answer under way are written to the journal, so that it can go on after a crash;
+    /// without it only whole turns are.
+    pub journal_interval: Option<Duration>,
 }
 
 impl Default for ServerOptions {
@@ -50,6 +66,12 @@ impl Default for ServerOptions {
             drain: Duration::from_secs(30),
             public_metrics: false,
             loopback: true,
+            store: None,
+            recovery: None,
+            tier: None,
+            import_limit_bytes: 8 << 30,
+            durability: Durability::default(),
+            journal_interval: Some(Duration::from_millis(100)),
         }
     }
 }

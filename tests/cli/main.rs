@@ -5,4 +5,5 @@ mod hub;
 mod hub_server;
 mod program;
 mod serving;
+mod sessions;
 mod talking;

@@ -20,8 +20,18 @@ pub(crate) fn mainstay(words: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
-    command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A home of its own: nobody's sessions are touched, and servers of tests do not share any.
+    command.env("XDG_DATA_HOME", home()).args(words);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
+}
+
+/// A directory that no other command of this run has.
+fn home() -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let process = std::process::id();
+    let name = format!("home-{process}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
 /// What a command said and how it ended.
@@ -81,14 +91,23 @@ impl Server {
         Self::spawn(command)
     }
 
-    pub(crate) fn spawn(mut command: Command) -> Self {
+    pub(crate) fn spawn(command: Command) -> Self {
+        Self::try_spawn(command).expect("the server becomes ready")
+    }
+
+    /// `None` where it ended before it was ready.
+    pub(crate) fn try_spawn(mut command: Command) -> Option<Self> {
         let mut child = command.spawn().expect("the command starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let mut ready_line = String::new();
         stdout.read_line(&mut ready_line).expect("stdout can be read");
+        if ready_line.is_empty() {
+            let _ = child.wait();
+            return None;
+        }
         let address = ready_line.split("http://").nth(1).and_then(|rest| rest.split_whitespace().next());
         let address = address.unwrap_or_else(|| panic!("no address in `{ready_line}`")).to_owned();
-        Self { child, stdout, ready_line, address }
+        Some(Self { child, stdout, ready_line, address })
     }
 
     /// Sends a signal by number.

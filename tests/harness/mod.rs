@@ -2,7 +2,7 @@
 
 use mainstay_backend_api::{
     Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow, PAGE_TOKENS,
-    PageBytes, PageId, PageRef, Sampling, Step, StepOutput, Ticket, Want,
+    PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, Ticket, Want,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
@@ -211,7 +211,9 @@ impl Rig {
 
     /// The bytes of a sequence's pages, group by group.
     pub(crate) fn read(&mut self, sequence: &Sequence) -> Vec<PageBytes> {
-        self.executor.start_read(&self.pages_of(sequence), Ticket(1));
+        let read = |page| PageRead { page, tokens: PAGE_TOKENS };
+        let pages: Vec<PageRead> = self.pages_of(sequence).into_iter().map(read).collect();
+        self.executor.start_read(&pages, Ticket(1));
         let bytes = self.wait(Ticket(1)).bytes;
         let layout = self.executor.kv_layout();
         let sizes = self.pages_of(sequence).into_iter().map(|p| layout.groups[p.group as usize].page_bytes());

@@ -8,7 +8,9 @@ use std::sync::mpsc::Receiver;
 
 use mainstay_models::{LoadError, Weights, graph::Graph};
 
-use crate::kv::{CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRef, Part, Ticket};
+use crate::kv::{
+    CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, Ticket,
+};
 use crate::sample::{SampleScratch, sample_rows};
 use crate::step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 use crate::{Backend, DeviceInfo, Executor, Invariance, Limits, NumericClass, StepError};
@@ -155,7 +157,7 @@ impl Executor for EchoExecutor {
     }
 
     fn numeric_class(&self) -> NumericClass {
-        NumericClass { path: "echo".to_owned(), invariance: Invariance::Full }
+        NumericClass { path: "echo".to_owned(), sources: "", invariance: Invariance::Full }
     }
 
     fn submit(&mut self, step: &Step) -> Result<(), StepError> {
@@ -175,14 +177,14 @@ impl Executor for EchoExecutor {
         Ok(())
     }
 
-    fn start_read(&mut self, pages: &[PageRef], ticket: Ticket) {
-        let read = |&page: &PageRef| {
+    fn start_read(&mut self, pages: &[PageRead], ticket: Ticket) {
+        let read = |&PageRead { page, .. }: &PageRead| {
             let tokens = (0..PAGE_TOKENS).map(|i| *self.slot(page, i)).collect::<Vec<Slot>>();
             let (k, v) = (tokens.iter().map(|s| s.0), tokens.iter().map(|s| s.1));
             k.chain(v).flat_map(u32::to_le_bytes).collect::<PageBytes>()
         };
         let bytes = pages.iter().map(read).collect();
-        self.copied.push(CopyDone { ticket, bytes, result: Ok(()) });
+        self.copied.push(CopyDone::read(&self.layout, pages, bytes, ticket));
     }
 
     fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
@@ -195,7 +197,7 @@ impl Executor for EchoExecutor {
                 *self.slot(page, i) = (u32::from_le_bytes(token), u32::from_le_bytes(position));
             }
         }
-        self.copied.push(CopyDone { ticket, bytes: Vec::new(), result: Ok(()) });
+        self.copied.push(CopyDone::written(ticket, Ok(())));
     }
 
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
@@ -379,12 +381,34 @@ mod tests {
 
         let mut other = EchoExecutor::new(VOCAB, limits());
         let from = [page(0, 1), page(1, 1), page(0, 2), page(1, 2)];
-        echo.start_read(&from, Ticket(7));
+        let read = from.map(|page| PageRead { page, tokens: PAGE_TOKENS });
+        echo.start_read(&read, Ticket(7));
         let mut done = Vec::new();
         echo.poll(&mut done);
         assert_eq!((done.len(), done[0].ticket, done[0].bytes.len()), (1, Ticket(7), 4));
         other.start_write(from.into_iter().zip(done.remove(0).bytes).collect(), Ticket(8));
         assert_eq!(run(&mut other, &one_chunk(&tokens, 39, &[1, 2])).unwrap(), want);
+    }
+
+    #[test]
+    fn slots_that_do_not_count_are_zeros_under_the_digest() {
+        let mut echo = EchoExecutor::new(VOCAB, limits());
+        run(&mut echo, &one_chunk(&[7; 20], 0, &[1])).unwrap();
+        let page = PageRef { group: 0, page: PageId(1) };
+        let reads = [20, 12].map(|tokens| PageRead { page, tokens });
+        echo.start_read(&reads, Ticket(1));
+        let mut done = Vec::new();
+        echo.poll(&mut done);
+        let [all, some] = [0, 1].map(|i| (done[0].bytes[i].clone(), done[0].digests[i]));
+        // K, then V, of 32 tokens with 4 bytes each.
+        assert!(
+            all.0[4 * 12..4 * 20].iter().any(|&b| b != 0) && all.0[4 * 20..4 * 32].iter().all(|&b| b == 0)
+        );
+        assert_eq!(some.0[..4 * 12], all.0[..4 * 12]);
+        assert!(some.0[4 * 12..4 * 32].iter().all(|&b| b == 0));
+        for (bytes, digest) in [all, some] {
+            assert_eq!(digest, crate::kv::digest(&bytes));
+        }
     }
 
     #[test]

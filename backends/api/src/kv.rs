@@ -18,6 +18,23 @@ pub struct PageRef {
     pub page: PageId,
 }
 
+/// A page to copy out of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRead {
+    /// The page.
+    pub page: PageRef,
+    /// How many of its tokens count. Slots from there on are zeros in the copy: what lies in them may be another's.
+    pub tokens: usize,
+}
+
+/// BLAKE3 of a page's payload, made where the payload is made: a copy that went wrong on its way is known by it.
+pub type PageDigest = [u8; 32];
+
+/// The digest of a payload in this process's memory.
+pub fn digest(payload: &[u8]) -> PageDigest {
+    *blake3::hash(payload).as_bytes()
+}
+
 /// Names one batch of page copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
@@ -32,6 +49,8 @@ pub struct CopyDone {
     pub ticket: Ticket,
     /// The pages that were read, in the order asked for; empty after a write.
     pub bytes: Vec<PageBytes>,
+    /// Their digests.
+    pub digests: Vec<PageDigest>,
     /// Whether the device did it.
     pub result: Result<(), crate::StepError>,
 }
@@ -88,6 +107,21 @@ impl Group {
     pub fn page_bytes(&self) -> usize {
         self.layer_bytes() * self.layers.len()
     }
+
+    /// Puts zeros in the slots of a payload from `tokens` on.
+    pub fn clear_from(&self, tokens: usize, payload: &mut [u8]) {
+        let mut rest = payload;
+        for _ in &self.layers {
+            for part in &self.parts {
+                let row_bytes = part.width * part.dtype.size_bytes();
+                for _ in 0..part.rows {
+                    let (row, after) = rest.split_at_mut(row_bytes * PAGE_TOKENS);
+                    row[row_bytes * tokens.min(PAGE_TOKENS)..].fill(0);
+                    rest = after;
+                }
+            }
+        }
+    }
 }
 
 /// How a model's keys and values lie in pages.
@@ -95,6 +129,25 @@ impl Group {
 pub struct KvLayout {
     /// The groups.
     pub groups: Vec<Group>,
+}
+
+impl CopyDone {
+    /// A batch of pages that were read into this process's memory: clears the slots that do not count, and makes
+    /// the digests.
+    pub fn read(layout: &KvLayout, pages: &[PageRead], mut bytes: Vec<PageBytes>, ticket: Ticket) -> Self {
+        for (read, payload) in pages.iter().zip(&mut bytes) {
+            if read.tokens < PAGE_TOKENS {
+                layout.groups[read.page.group as usize].clear_from(read.tokens, payload);
+            }
+        }
+        let digests = bytes.iter().map(|payload| digest(payload)).collect();
+        Self { ticket, bytes, digests, result: Ok(()) }
+    }
+
+    /// A batch of pages that were written.
+    pub fn written(ticket: Ticket, result: Result<(), crate::StepError>) -> Self {
+        Self { ticket, bytes: Vec::new(), digests: Vec::new(), result }
+    }
 }
 
 impl KvLayout {

@@ -7,7 +7,9 @@ pub mod step;
 
 use mainstay_models::{LoadError, Weights, graph::Graph};
 
-pub use kv::{CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRef, Ticket};
+pub use kv::{
+    CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageDigest, PageId, PageRead, PageRef, Ticket,
+};
 pub use step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 
 /// Counts fixed at start. An executor allocates for them once and is never asked for more.
@@ -53,6 +55,8 @@ pub enum Invariance {
 pub struct NumericClass {
     /// Backend, and the kernel path actually chosen on this machine, such as `cpu/avx512`.
     pub path: String,
+    /// Stands for the code that computes: a hash over the sources of backend and kernels and the compiler's version.
+    pub sources: &'static str,
     /// What the executor promises.
     pub invariance: Invariance,
 }
@@ -106,7 +110,7 @@ pub trait Executor: Send {
     fn finish(&mut self, out: &mut StepOutput) -> Result<(), StepError>;
 
     /// Starts to copy pages out of the device, after the steps already submitted.
-    fn start_read(&mut self, pages: &[PageRef], ticket: Ticket);
+    fn start_read(&mut self, pages: &[PageRead], ticket: Ticket);
 
     /// Starts to copy pages into the device, after the steps already submitted and before later ones.
     fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket);

@@ -7,7 +7,8 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageBytes, PageRef, StepError, Ticket,
+    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageBytes, PageRead, PageRef, StepError,
+    Ticket,
 };
 use mainstay_models::graph::{Activation, Attend, Op, Rope, RopeLayout};
 
@@ -58,7 +59,7 @@ impl Executor for CandleExecutor {
 
     fn numeric_class(&self) -> NumericClass {
         let path = format!("{NAME}/{}", CandleBackend::path(&self.plan.device));
-        NumericClass { path, invariance: Invariance::None }
+        NumericClass { path, sources: env!("MAINSTAY_SOURCES"), invariance: Invariance::None }
     }
 
     fn submit(&mut self, step: &Step) -> std::result::Result<(), StepError> {
@@ -78,14 +79,14 @@ impl Executor for CandleExecutor {
         Ok(())
     }
 
-    fn start_read(&mut self, pages: &[PageRef], ticket: Ticket) {
-        let bytes = pages.iter().map(|&p| self.pages.page(p).into()).collect();
-        self.copied.push(CopyDone { ticket, bytes, result: Ok(()) });
+    fn start_read(&mut self, pages: &[PageRead], ticket: Ticket) {
+        let bytes = pages.iter().map(|read| self.pages.page(read.page).into()).collect();
+        self.copied.push(CopyDone::read(&self.plan.layout, pages, bytes, ticket));
     }
 
     fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
         pages.iter().for_each(|(page, bytes)| self.pages.write_page(*page, bytes));
-        self.copied.push(CopyDone { ticket, bytes: Vec::new(), result: Ok(()) });
+        self.copied.push(CopyDone::written(ticket, Ok(())));
     }
 
     fn poll(&mut self, done: &mut Vec<CopyDone>) {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use mainstay_backend_api::kv::{CopyDone, KvLayout, PageBytes, PageRef, Ticket};
+use mainstay_backend_api::kv::{CopyDone, KvLayout, PageBytes, PageRead, PageRef, Ticket};
 use mainstay_backend_api::sample::{Drawn, SampleScratch};
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput};
 use mainstay_kernels_cpu::attend::Attention;
@@ -144,7 +144,11 @@ impl Executor for CpuExecutor {
     }
 
     fn numeric_class(&self) -> NumericClass {
-        NumericClass { path: NUMERIC_PATH.into(), invariance: Invariance::Full }
+        NumericClass {
+            path: NUMERIC_PATH.into(),
+            sources: env!("MAINSTAY_SOURCES"),
+            invariance: Invariance::Full,
+        }
     }
 
     fn submit(&mut self, step: &Step) -> Result<(), StepError> {
@@ -168,14 +172,14 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
-    fn start_read(&mut self, pages: &[PageRef], ticket: Ticket) {
-        let bytes = pages.iter().map(|&page| self.core.pages.read(page)).collect();
-        self.copies.push(CopyDone { ticket, bytes, result: Ok(()) });
+    fn start_read(&mut self, pages: &[PageRead], ticket: Ticket) {
+        let bytes = pages.iter().map(|read| self.core.pages.read(read.page)).collect();
+        self.copies.push(CopyDone::read(&self.layout, pages, bytes, ticket));
     }
 
     fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
         let result = pages.iter().try_for_each(|(page, bytes)| self.core.pages.write(*page, bytes));
-        self.copies.push(CopyDone { ticket, bytes: Vec::new(), result });
+        self.copies.push(CopyDone::written(ticket, result));
     }
 
     fn poll(&mut self, done: &mut Vec<CopyDone>) {

@@ -77,18 +77,17 @@ impl Pages {
     /// A page's payload.
     pub(crate) fn read(&self, page: PageRef) -> PageBytes {
         let group = &self.groups[page.group as usize];
-        let mut out = Vec::with_capacity(group.page_bytes);
+        let mut out = vec![0; group.page_bytes].into_boxed_slice();
+        let mut rest = out.chunks_exact_mut(group.part_bytes());
         for layer in 0..group.layers {
             for part in [KvPart::Keys, KvPart::Values] {
-                for head in 0..group.heads {
+                for (head, rows) in (0..group.heads).zip(rest.by_ref()) {
                     let block = group.blocks.read(group.block(page.page.0 as usize, layer, head));
-                    for token in 0..PAGE_TOKENS {
-                        block.read_row(part, token, group.head_dim, &mut out);
-                    }
+                    block.read_part(part, group.head_dim, rows);
                 }
             }
         }
-        out.into_boxed_slice()
+        out
     }
 
     /// Overwrites a page by a payload.
@@ -101,16 +100,12 @@ impl Pages {
             let what = format!("expected a page of {} bytes, found {}", group.page_bytes, payload.len());
             return Err(StepError::Device { device: "cpu", what });
         }
-        let row_bytes = group.page_bytes / (group.layers * 2 * group.heads * PAGE_TOKENS).max(1);
-        let mut rows = payload.chunks_exact(row_bytes.max(1));
+        let mut rest = payload.chunks_exact(group.part_bytes());
         for layer in 0..group.layers {
             for part in [KvPart::Keys, KvPart::Values] {
-                for head in 0..group.heads {
+                for (head, rows) in (0..group.heads).zip(rest.by_ref()) {
                     let block = group.block(page.page.0 as usize, layer, head);
-                    let mut block = group.blocks.get_mut(block);
-                    for (token, row) in rows.by_ref().take(PAGE_TOKENS).enumerate() {
-                        block.write_row(part, token, group.head_dim, row);
-                    }
+                    group.blocks.get_mut(block).write_part(part, group.head_dim, rows);
                 }
             }
         }
@@ -129,6 +124,11 @@ impl GroupPages {
         let count = pages.checked_mul(layers)?.checked_mul(heads)?;
         let blocks = Blocks::new(dtype, block_len(head_dim), count)?;
         Some(Self { blocks, layers, heads, head_dim, pages, page_bytes: group.page_bytes() })
+    }
+
+    /// Bytes of a head's keys, or values, in a payload.
+    fn part_bytes(&self) -> usize {
+        (self.page_bytes / (self.layers * 2 * self.heads).max(1)).max(1)
     }
 
     fn block(&self, page: usize, layer: usize, head: usize) -> usize {

@@ -1,8 +1,10 @@
-//! Measurements of a backend through its executor, with the share of the machine's limits that was reached.
+//! Measurements of a backend through its executor, and of sessions through the engine and its store, with the share of
+//! the machine's limits that was reached.
 
 mod latency;
 mod noise;
 mod report;
+pub mod sessions;
 mod shape;
 
 pub use latency::{Case, LatencyError, Measurement, Peaks, Phase, Plan, latency};

@@ -93,7 +93,7 @@ impl FromStr for Shape {
 }
 
 /// A safetensors file in memory with every tensor that the graph names: random matrices, vectors of ones.
-fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
+pub(crate) fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
     let tensors = tensors(graph);
     let mut header = Map::new();
     let mut end = 0;

@@ -2,22 +2,31 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use mainstay_backend_api::{Executor, Limits, NumericClass, PAGE_TOKENS};
+use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS};
+use mainstay_store::{
+    BundlePages, Durability, ExportPages, KeyChain, PageKey, Root, Store, StoreError, Tenant, TenantId,
+    TenantSecret,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Semaphore, TryAcquireError};
+use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
-use crate::key::{Identity, KeyChain};
+use crate::chain::Chain;
+use crate::copies::Copies;
+use crate::identity::{Identity, ModelIdentity};
+use crate::planner::{Planner, RestorePolicy};
 use crate::pool::KvPool;
 use crate::request::Bounds;
 use crate::run::{Engine, Message};
-use crate::scheduler::{Scheduler, slots_max};
+use crate::scheduler::{Scheduler, TierUse, slots_max};
 use crate::sequence::{Sequence, SequenceId, Submission};
 use crate::stats::Counters;
-use crate::{Event, Request, RequestError, Stats};
+use crate::tier::Tier;
+use crate::{Event, Keep, Request, RequestError, Stats};
 
 /// What the operator decided.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EngineOptions {
     /// The limits that the executor was loaded with.
     pub limits: Limits,
@@ -25,6 +34,26 @@ pub struct EngineOptions {
     pub waiting: usize,
     /// Token ids of the model lie below this.
     pub vocab: usize,
+    /// What of the model decides the bytes of its pages.
+    pub model: ModelIdentity,
+    /// Where pages and sessions outlive the process.
+    pub store: Option<Arc<Store>>,
+    /// Whether stored pages are read back.
+    pub restore: RestorePolicy,
+}
+
+impl EngineOptions {
+    /// An engine without a store.
+    pub fn new(limits: Limits, waiting: usize, vocab: usize) -> Self {
+        Self {
+            limits,
+            waiting,
+            vocab,
+            model: ModelIdentity::default(),
+            store: None,
+            restore: RestorePolicy::default(),
+        }
+    }
 }
 
 /// Names a request inside its engine.
@@ -49,6 +78,8 @@ struct Shared {
     bounds: Bounds,
     class: NumericClass,
     identity: Identity,
+    groups: usize,
+    store: Option<Arc<Store>>,
 }
 
 /// A request under way. Dropping it cancels the request and frees its pages.
@@ -69,7 +100,11 @@ impl Handle {
         let (sender, inbox) = unbounded_channel();
         let seat_count = options.waiting.min(Semaphore::MAX_PERMITS).min(u32::MAX as usize);
         let counters = Arc::new(Counters::default());
-        let class = executor.numeric_class();
+        let (class, layout) = (executor.numeric_class(), executor.kv_layout());
+        let page_bytes = layout.groups.iter().map(|group| group.page_bytes()).sum();
+        let planner = Planner::new(options.restore, page_bytes);
+        let tier = options.store.clone().map(|store| Tier::start(store, sender.downgrade())).transpose()?;
+        let uses = TierUse { spills: tier.is_some(), is_invariant: class.invariance == Invariance::Full };
         let shared = Arc::new(Shared {
             seats: Arc::new(Semaphore::new(seat_count)),
             seat_count,
@@ -80,12 +115,15 @@ impl Handle {
                 vocab: options.vocab,
                 choices: slots_max(&limits).min(seat_count),
             },
-            identity: Identity::of(executor.kv_layout(), &class),
+            identity: Identity::of(&options.model, layout, &class),
+            groups: layout.groups.len(),
+            store: options.store,
             limits: Arc::new(limits.clone()),
             class,
         });
         let pool = KvPool::new(&limits.pages);
-        let engine = Engine { executor, scheduler: Scheduler::new(limits), pool, inbox, counters };
+        let (scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
+        let engine = Engine { executor, scheduler, pool, inbox, counters, planner, copies, tier };
         std::thread::Builder::new().name("engine".to_owned()).spawn(|| engine.run())?;
         Ok(Self { inbox: sender, shared })
     }
@@ -105,18 +143,101 @@ impl Handle {
         // Such tokens cannot be drawn; without them, the executor need not look out for them.
         request.stop.tokens.retain(|&token| (token as usize) < shared.bounds.vocab);
         let id = RequestId(shared.next_id.fetch_add(1, Ordering::Relaxed));
-        let prompt = std::mem::take(&mut request.prompt);
-        let (sender, events) = unbounded_channel();
-        let submission = Submission {
-            prompt_len: prompt.len(),
-            chain: KeyChain::new(&request.tenant, &shared.identity),
-            request,
-            events: sender,
+        let mut tokens = std::mem::take(&mut request.prompt);
+        let prompt_len = tokens.len();
+        tokens.append(&mut request.drawn);
+        let (tenant, store) = self.tenant(&request.tenant);
+        let keep = &request.keep;
+        let chain = Chain::new(tenant, &shared.identity, &keep.salt);
+        let stored = match store {
+            Some(store) => chain.look_up(store, shared.groups, &tokens, keep.reuse),
+            None => (chain.nothing(), Vec::new()),
         };
-        let sequence = Sequence::new(id, Arc::new(submission), prompt, seat);
+        if store.is_none() {
+            // Its pages have names that only this process knows.
+            request.keep.durability = Durability::Ephemeral;
+        }
+        let (sender, events) = unbounded_channel();
+        let submission = Submission { prompt_len, chain, request, events: sender };
+        let sequence = Sequence::new(id, Arc::new(submission), tokens, seat, stored);
         let sent = self.inbox.send(Message::Submit(Box::new(sequence)));
         sent.map_err(|_| RequestError::Shutdown)?;
         Ok(Generation { id, events })
+    }
+
+    /// Whose keys name the pages of a request, and the store if it knows them.
+    fn tenant(&self, name: &str) -> (Tenant, Option<&Store>) {
+        let store = self.shared.store.as_deref();
+        match store.map(|store| store.tenant(name)) {
+            Some(Ok(tenant)) => (tenant, store),
+            // A store that fails makes pages cold and is no reason to fail.
+            Some(Err(_)) | None => {
+                let secret = TenantSecret(blake3::derive_key("mainstay tenant 1", name.as_bytes()));
+                (Tenant { id: TenantId::of(name), chain: KeyChain::new(secret) }, None)
+            }
+        }
+    }
+
+    /// The store that it was started with.
+    pub fn store(&self) -> Option<&Arc<Store>> {
+        self.shared.store.as_ref()
+    }
+
+    /// What decides the bytes of its pages.
+    pub fn identity(&self) -> &Identity {
+        &self.shared.identity
+    }
+
+    /// Where the chain of page keys of a tenant's session begins.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the tenant is not to be had.
+    pub fn root(&self, tenant: &str, salt: &[u8]) -> Result<Option<PageKey>, StoreError> {
+        let Some(store) = &self.shared.store else { return Ok(None) };
+        let root = Root { content: self.shared.identity.content, adapter: None, rope_table: 0, salt };
+        Ok(Some(store.tenant(tenant)?.chain.root(&root)))
+    }
+
+    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use; where
+    /// there are none, why, if that is known.
+    pub fn stored_len(&self, tenant: &str, keep: &Keep, tokens: &[u32]) -> (usize, Option<&'static str>) {
+        let (tenant, Some(store)) = self.tenant(tenant) else { return (0, None) };
+        let chain = Chain::new(tenant, &self.shared.identity, &keep.salt);
+        let (stored, _) = chain.look_up(store, self.shared.groups, tokens, keep.reuse);
+        (stored.tokens(), stored.lack)
+    }
+
+    /// Which pages an export of a session of this model takes along.
+    pub fn export_pages(&self) -> ExportPages {
+        let identity = &self.shared.identity;
+        ExportPages {
+            content: identity.content,
+            class: identity.class,
+            groups: u16::try_from(self.shared.groups).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// How an import for this model takes pages.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the tenant is not to be had.
+    pub fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
+        let content = self.shared.identity.content;
+        let root = self.root(tenant, b"")?;
+        Ok(root.map_or(BundlePages::Refuse, |root| BundlePages::Accept { content, root }))
+    }
+
+    /// Waits until the pages of all requests that have finished are with the system, where a killed process leaves
+    /// them; `false` after `patience`.
+    pub async fn settle(&self, patience: Duration) -> bool {
+        if self.shared.store.is_none() {
+            return true;
+        }
+        let (reply, settled) = oneshot::channel();
+        if self.inbox.send(Message::Flush(patience, reply)).is_err() {
+            return false;
+        }
+        settled.await.unwrap_or(false)
     }
 
     /// Ends one choice of a request, as if it had met its stop rule (a stop string was found in its text). Tokens

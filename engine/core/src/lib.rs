@@ -3,14 +3,26 @@
 
 #![warn(missing_docs)]
 
+mod chain;
+mod copies;
 pub mod handle;
-mod key;
+pub mod identity;
+mod planner;
 mod pool;
 pub mod request;
 mod run;
 mod scheduler;
 mod sequence;
 mod stats;
+mod tier;
 
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
-pub use request::{Event, FinishReason, Request, RequestError, SamplingRequest, Score, Stats, StopRule};
+pub use identity::{Identity, ModelIdentity, probe};
+/// Sessions and their pages on disk, for those above the engine.
+pub use mainstay_store as store;
+pub use planner::RestorePolicy;
+pub use request::{
+    Event, FinishReason, Keep, KvReport, KvState, Request, RequestError, Reuse, SamplingRequest, Score,
+    StopRule,
+};
+pub use stats::Stats;

@@ -8,7 +8,9 @@ use std::collections::hash_map::Entry;
 
 use mainstay_backend_api::PageId;
 
-use crate::key::{Header, PageKey};
+use mainstay_store::PageKey;
+
+use crate::chain::Header;
 
 /// The pages of all groups.
 #[derive(Debug)]
@@ -207,13 +209,9 @@ impl KvPool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::{Identity, KeyChain};
-    use mainstay_backend_api::{Invariance, KvLayout, NumericClass};
 
     fn header(first: u32) -> Header {
-        let class = NumericClass { path: "test".to_owned(), invariance: Invariance::Full };
-        let chain = KeyChain::new("t", &Identity::of(&KvLayout { groups: Vec::new() }, &class));
-        chain.next(chain.root(), &[first; 32])
+        Header { key: PageKey([first as u8; 32]), parent: PageKey([255; 32]), tokens: [first; 32] }
     }
 
     #[test]

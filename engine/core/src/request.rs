@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use mainstay_store::Durability;
+
 /// One generation request, already tokens.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -10,6 +12,9 @@ pub struct Request {
     pub tenant: Arc<str>,
     /// The prompt, at least one token.
     pub prompt: Vec<u32>,
+    /// Tokens of the answer that were drawn before it was interrupted: it goes on after them as if it never had
+    /// been. Only for a request with one choice.
+    pub drawn: Vec<u32>,
     /// How many independent continuations to draw; they share the prompt's pages. Each is what a lone request with
     /// that choice's index in its draws would give.
     pub choices: u32,
@@ -21,6 +26,71 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// Report the log-probability of prompt tokens and this many alternatives; such a request takes no prefix hit.
     pub prompt_logprobs: Option<usize>,
+    /// What becomes of its keys and values.
+    pub keep: Keep,
+}
+
+/// What becomes of a request's keys and values.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Keep {
+    /// The client's own partition of its tenant's pages.
+    pub salt: Vec<u8>,
+    /// Whether pages go to the store, if the engine has one: never at `Ephemeral`; at `Full` none is left out for
+    /// lack of room in the queue.
+    pub durability: Durability,
+    /// Which stored pages may be used.
+    pub reuse: Reuse,
+}
+
+/// Which stored pages a request may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reuse {
+    /// Those that the same numeric class computed: the continuation has the same bits.
+    #[default]
+    Exact,
+    /// Also another class's, of the same weights: the continuation is equal within tolerance.
+    Equivalent,
+}
+
+/// What was reused of a request's keys and values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvReport {
+    /// How the request began.
+    pub state: KvState,
+    /// Why nothing, or not all, was reused, where that is known: `numeric_class`, `planner`, `damaged`, `late`,
+    /// `absent`.
+    pub reason: Option<&'static str>,
+    /// Prompt tokens whose keys and values were found, and are not computed again.
+    pub cached_tokens: usize,
+    /// Of these, such that were read from the store.
+    pub restored_tokens: usize,
+    /// From the first read until the pages were on the device, milliseconds.
+    pub restore_ms: f64,
+}
+
+/// How a request began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvState {
+    /// With keys and values that have the bits it would have computed itself.
+    Exact,
+    /// With keys and values of another numeric class, or on a backend whose results are not invariant.
+    Equivalent,
+    /// Stored keys and values were known, and computed again.
+    Recomputed,
+    /// With nothing.
+    Cold,
+}
+
+impl KvState {
+    /// As it stands in answers.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Equivalent => "equivalent",
+            Self::Recomputed => "recomputed",
+            Self::Cold => "cold",
+        }
+    }
 }
 
 /// How to draw, as the client asked; see [`mainstay_backend_api::Sampling`] for the meaning of each number.
@@ -106,8 +176,8 @@ pub struct Score {
 pub enum Event {
     /// The first step with this request's tokens is about to run.
     Started {
-        /// Prompt tokens whose keys and values were found, and are not computed again.
-        cached_tokens: usize,
+        /// What was reused.
+        kv: KvReport,
     },
     /// Log-probabilities of all prompt tokens but the first, once, before any token.
     Prompt(Vec<Score>),
@@ -186,6 +256,7 @@ impl Request {
             return Err(RequestError::ContextLength { prompt, context: bounds.context });
         }
         check_ids("prompt", self.prompt.iter(), bounds.vocab)?;
+        self.check_drawn(bounds)?;
         let choices = self.choices as usize;
         require("choices", (1..=bounds.choices).contains(&choices), || {
             format!("expected 1 to {}, found {choices}", bounds.choices)
@@ -194,6 +265,23 @@ impl Request {
         let banned: HashSet<u32> = self.stop.tokens.iter().copied().collect();
         require("min_tokens", self.stop.min_tokens == 0 || banned.len() < bounds.vocab, || {
             "every token is a stop token, so none could be drawn before".to_owned()
+        })
+    }
+
+    fn check_drawn(&self, bounds: &Bounds) -> Result<(), RequestError> {
+        let (drawn, all) = (self.drawn.len(), self.prompt.len() + self.drawn.len());
+        if drawn == 0 {
+            return Ok(());
+        }
+        check_ids("drawn", self.drawn.iter(), bounds.vocab)?;
+        if all >= bounds.context {
+            return Err(RequestError::ContextLength { prompt: all, context: bounds.context });
+        }
+        require("drawn", self.choices == 1 && self.prompt_logprobs.is_none(), || {
+            "expected one choice and no prompt log-probabilities beside tokens already drawn".to_owned()
+        })?;
+        require("drawn", drawn < self.stop.max_tokens, || {
+            format!("expected fewer than max_tokens {}, found {drawn}", self.stop.max_tokens)
         })
     }
 }
@@ -231,29 +319,4 @@ fn check_ids<'a>(
     let wrong = ids.find(|&&id| id as usize >= vocab);
     let what = |id| format!("expected token ids below {vocab}, found {id}");
     wrong.map_or(Ok(()), |id| Err(RequestError::Invalid { field, what: what(id) }))
-}
-
-/// Counters for metrics, read at any time.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Stats {
-    /// Sequences that have pages.
-    pub running: usize,
-    /// Sequences not yet started.
-    pub waiting: usize,
-    /// Pages referenced by a sequence.
-    pub pages_used: usize,
-    /// Pages not referenced that still hold a known prefix.
-    pub pages_cached: usize,
-    /// All pages that can be given out.
-    pub pages_total: usize,
-    /// Prompt tokens computed or found since start.
-    pub prompt_tokens: u64,
-    /// Of these, found.
-    pub cached_tokens: u64,
-    /// Tokens generated since start.
-    pub generated_tokens: u64,
-    /// Sequences preempted since start.
-    pub preemptions: u64,
-    /// Steps since start.
-    pub steps: u64,
 }

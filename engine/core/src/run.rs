@@ -2,24 +2,32 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mainstay_backend_api::{Executor, Step, StepOutput};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::mpsc::error::TryRecvError;
+use tokio::sync::oneshot;
 
+use crate::copies::Copies;
+use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::scheduler::Scheduler;
 use crate::sequence::{Sequence, SequenceId};
 use crate::stats::Counters;
+use crate::tier::{Loaded, Tier};
 use crate::{Event, RequestError};
 
 /// What the engine is told.
-#[derive(Debug)]
 pub(crate) enum Message {
     /// Queue this.
     Submit(Box<Sequence>),
     /// End this choice.
     Stop(SequenceId),
+    /// Pages came from the store.
+    Loaded(Loaded),
+    /// Tell when the pages of what has finished are with the system; `false` if that takes longer.
+    Flush(Duration, oneshot::Sender<bool>),
     /// Finish what was accepted, then end.
     Shutdown,
 }
@@ -31,7 +39,14 @@ pub(crate) struct Engine {
     pub(crate) pool: KvPool,
     pub(crate) inbox: UnboundedReceiver<Message>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) planner: Planner,
+    pub(crate) copies: Copies,
+    /// The store, if there is one.
+    pub(crate) tier: Option<Tier>,
 }
+
+/// How often an asynchronous device is asked for its copies while there is nothing to compute.
+const POLL_PAUSE: Duration = Duration::from_micros(100);
 
 /// Ends the process if the engine panics: its books can no longer be trusted, and whoever waits for an event would
 /// wait forever.
@@ -53,15 +68,22 @@ impl Engine {
         let (mut step, mut out) = (Step::default(), StepOutput::default());
         let mut open = true;
         self.report();
-        while self.receive(&mut open) {
-            self.scheduler.plan(&mut self.pool, &mut step);
+        // Nothing can be computed before something arrives.
+        let mut stalled = true;
+        while self.receive(&mut open, stalled) {
+            self.take_copies();
+            self.scheduler.plan(&mut self.pool, &mut step, &mut self.planner);
+            self.begin_copies();
             self.report();
-            if !step.chunks.is_empty() {
+            stalled = step.chunks.is_empty();
+            if !stalled {
                 self.compute(&step, &mut out);
                 self.report();
+                self.begin_copies();
             }
         }
-        drop(self.executor);
+        self.end_copies();
+        drop((self.tier, self.executor));
         // Requests that were on their way when the end was decided; later ones find the inbox closed.
         self.inbox.close();
         while let Some(message) = self.inbox.blocking_recv() {
@@ -72,10 +94,12 @@ impl Engine {
     }
 
     fn compute(&mut self, step: &Step, out: &mut StepOutput) {
+        let begun = Instant::now();
         match self.executor.submit(step).and_then(|()| self.executor.finish(out)) {
             Ok(()) => {
                 let rows = (out.tokens.len(), step.outputs.len());
                 assert!(rows.0 == rows.1, "the executor returned {} output rows of {}", rows.0, rows.1);
+                self.planner.has_computed(step.tokens.len(), begun.elapsed());
                 self.scheduler.commit(&mut self.pool, out);
             }
             Err(error) => self.scheduler.fail(&mut self.pool, &error),
@@ -83,23 +107,33 @@ impl Engine {
     }
 
     /// Takes all messages in, and waits for one if there is nothing else to do. `false` at the end.
-    fn receive(&mut self, open: &mut bool) -> bool {
+    fn receive(&mut self, open: &mut bool, mut stalled: bool) -> bool {
         loop {
             let message = match self.inbox.try_recv() {
                 Ok(message) => message,
-                Err(TryRecvError::Empty) if !self.scheduler.is_idle() => return true,
-                Err(TryRecvError::Empty) if *open => match self.inbox.blocking_recv() {
-                    Some(message) => message,
-                    None => return false,
-                },
+                Err(TryRecvError::Empty) if !self.scheduler.is_idle() && !stalled => return true,
+                Err(TryRecvError::Empty) if self.copies.is_busy() => {
+                    std::thread::sleep(POLL_PAUSE);
+                    return true;
+                }
+                Err(TryRecvError::Empty) if *open || self.scheduler.is_loading() => {
+                    match self.inbox.blocking_recv() {
+                        Some(message) => message,
+                        None => return false,
+                    }
+                }
                 Err(_) => return !self.scheduler.is_idle(),
             };
+            stalled = false;
             match message {
                 Message::Submit(sequence) => self.scheduler.submit(*sequence),
                 Message::Stop(id) => {
                     self.scheduler.stop(id, &mut self.pool);
+                    self.begin_copies();
                     self.report();
                 }
+                Message::Loaded(loaded) => self.loaded(loaded),
+                Message::Flush(patience, reply) => self.flush(patience, reply),
                 Message::Shutdown => *open = false,
             }
         }

@@ -4,10 +4,14 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use mainstay_backend_api::{Chunk, Limits, OutputRow, PageRef, Sampling, Step, StepError, StepOutput, Want};
+use mainstay_backend_api::{
+    Chunk, Limits, OutputRow, PAGE_TOKENS, PageRead, PageRef, Sampling, Step, StepError, StepOutput, Want,
+};
+use mainstay_store::{Durability, PageHeader};
 
+use crate::planner::Planner;
 use crate::pool::KvPool;
-use crate::sequence::{Sequence, SequenceId, Submission};
+use crate::sequence::{LoadId, Sequence, SequenceId, Submission};
 use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
 
 /// Turns sequences into steps and the results of steps into events. The order of arrival decides everything.
@@ -22,7 +26,39 @@ pub(crate) struct Scheduler {
     planned: Vec<Planned>,
     /// What happened since [`Scheduler::send_events`].
     events: Vec<(Arc<Submission>, Event)>,
-    totals: Stats,
+    pub(crate) totals: Stats,
+    tier: TierUse,
+    next_load: u64,
+    /// Page copies to begin, taken by the loop.
+    pub(crate) loads: Vec<Load>,
+    pub(crate) spills: Vec<Spill>,
+}
+
+/// What the scheduler knows of the tier below the pool.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TierUse {
+    /// There is a store to hand pages to.
+    pub(crate) spills: bool,
+    /// This backend gives equal bits however a prompt is cut.
+    pub(crate) is_invariant: bool,
+}
+
+/// Pages that a sequence waits for.
+#[derive(Debug)]
+pub(crate) struct Load {
+    pub(crate) id: LoadId,
+    /// Page by page, all groups of a page together.
+    pub(crate) headers: Vec<PageHeader>,
+}
+
+/// A page to hand to the store. It holds a reference of each page until they are read.
+#[derive(Debug)]
+pub(crate) struct Spill {
+    /// One page of each group.
+    pub(crate) reads: Vec<PageRead>,
+    pub(crate) headers: Vec<PageHeader>,
+    /// It may not be left out for lack of room.
+    pub(crate) must: bool,
 }
 
 /// A sequence's part of the step in flight.
@@ -47,7 +83,7 @@ pub(crate) fn slots_max(limits: &Limits) -> usize {
 }
 
 impl Scheduler {
-    pub(crate) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits, tier: TierUse) -> Self {
         Self {
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -55,6 +91,10 @@ impl Scheduler {
             planned: Vec::new(),
             events: Vec::new(),
             totals: Stats::default(),
+            tier,
+            next_load: 0,
+            loads: Vec::new(),
+            spills: Vec::new(),
         }
     }
 
@@ -83,28 +123,34 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Fills the next step; it is empty only if there is nothing to do. [`Scheduler::commit`] or
-    /// [`Scheduler::fail`] follows.
-    pub(crate) fn plan(&mut self, pool: &mut KvPool, step: &mut Step) {
+    /// Fills the next step; it is empty only if there is nothing to do, or nothing before pages arrive.
+    /// [`Scheduler::commit`] or [`Scheduler::fail`] follows.
+    pub(crate) fn plan(&mut self, pool: &mut KvPool, step: &mut Step, planner: &mut Planner) {
         assert!(self.planned.is_empty(), "{} chunks are in flight", self.planned.len());
         step.clear();
         self.remove(pool, |s| s.submission.events.is_closed());
         self.grow(pool, &mut step.copies);
         let mut room = Room { tokens: self.limits.tokens_per_step, rows: self.limits.output_rows };
         // Whoever is about to draw goes first, so that a long prompt holds nobody up.
-        for sequence in self.running.iter().filter(|s| s.remaining() == 1) {
+        let ready = |s: &&Sequence| s.loading.is_none();
+        for sequence in self.running.iter().filter(ready).filter(|s| s.remaining() == 1) {
             let planned = plan_chunk(sequence, step, &mut room);
             self.planned.push(planned.expect("a slot was kept for every running sequence"));
         }
-        for sequence in self.running.iter().filter(|s| s.remaining() > 1) {
+        for sequence in self.running.iter().filter(ready).filter(|s| s.remaining() > 1) {
             self.planned.extend(plan_chunk(sequence, step, &mut room));
         }
-        self.admit(pool, step, &mut room);
+        self.admit(pool, step, (&mut room, planner));
         let (running, waiting) = (self.running.len(), self.waiting.len());
         assert!(
-            !self.planned.is_empty() || self.is_idle(),
+            !self.planned.is_empty() || self.is_idle() || self.is_loading(),
             "{running} running and {waiting} waiting are stuck"
         );
+    }
+
+    /// Whether pages are on their way.
+    pub(crate) fn is_loading(&self) -> bool {
+        self.running.iter().any(|s| s.loading.is_some())
     }
 
     /// Finds pages for the tokens that were drawn, at the cost of the sequences that came last.
@@ -123,32 +169,110 @@ impl Scheduler {
         }
     }
 
-    /// Starts sequences in the order of arrival while there is room for their first chunk. One page is left for
-    /// each running sequence, or the newcomer would soon be preempted.
-    fn admit(&mut self, pool: &mut KvPool, step: &mut Step, room: &mut Room) {
-        while room.tokens > 0
-            && let Some(mut sequence) = self.waiting.pop_front()
-        {
-            let slots: usize = self.running.iter().map(Sequence::slots).sum();
-            if slots + sequence.slots() > slots_max(&self.limits) || !sequence.start(pool, self.running.len())
-            {
-                self.waiting.push_front(sequence);
-                break;
-            }
-            if sequence.seat.take().is_some() {
-                let cached_tokens = sequence.computed;
-                self.totals.prompt_tokens += sequence.tokens.len() as u64;
-                self.totals.cached_tokens += cached_tokens as u64;
-                self.events.push((Arc::clone(&sequence.submission), Event::Started { cached_tokens }));
-            }
-            self.planned.extend(plan_chunk(&sequence, step, room));
-            self.insert(sequence);
+    /// The sequence that waits for these pages; `None` once it is gone or waits for others.
+    pub(crate) fn loading(&mut self, id: LoadId) -> Option<&mut Sequence> {
+        self.running.iter_mut().find(|s| s.loading.is_some_and(|loading| loading.id == id))
+    }
+
+    /// All pages of a load are on the device, or no more will come, for this reason.
+    pub(crate) fn end_load(
+        &mut self,
+        id: LoadId,
+        (restored_tokens, restore_ms): (usize, f64),
+        reason: Option<&'static str>,
+        pool: &mut KvPool,
+    ) {
+        let Some(at) = self.running.iter().position(|s| s.loading.is_some_and(|l| l.id == id)) else {
+            return;
+        };
+        self.totals.restores += 1;
+        self.totals.restored_tokens += restored_tokens as u64;
+        self.totals.restore_ms += restore_ms as u64;
+        let is_invariant = self.tier.is_invariant;
+        let sequence = &mut self.running[at];
+        sequence.end_load(reason);
+        sequence.note_reuse(restored_tokens, restore_ms, is_invariant);
+        self.announce(at);
+        self.spill(at, pool);
+    }
+
+    /// Tells a sequence's owner that it begins, once.
+    fn announce(&mut self, at: usize) {
+        let sequence = &mut self.running[at];
+        let Some(kv) = sequence.report.take() else { return };
+        self.totals.prompt_tokens += sequence.tokens.len() as u64;
+        self.totals.cached_tokens += kv.cached_tokens as u64;
+        self.totals.restores_declined += u64::from(kv.reason == Some("planner"));
+        self.events.push((Arc::clone(&sequence.submission), Event::Started { kv }));
+    }
+
+    /// Hands over a running sequence's full pages that the store does not have.
+    fn spill(&mut self, at: usize, pool: &mut KvPool) {
+        if !self.tier.spills {
+            return;
+        }
+        let sequence = &mut self.running[at];
+        for page in sequence.take_unstored() {
+            let spill = spill(sequence, (page, PAGE_TOKENS), pool);
+            self.spills.push(spill);
         }
     }
 
-    fn insert(&mut self, sequence: Sequence) {
+    /// Starts sequences in the order of arrival while there is room for their first chunk. One page is left for
+    /// each running sequence, or the newcomer would soon be preempted. One whose prefix another sequence is loading
+    /// waits for that, and lets those behind it pass.
+    fn admit(&mut self, pool: &mut KvPool, step: &mut Step, (room, planner): (&mut Room, &mut Planner)) {
+        let mut passed = 0;
+        while room.tokens > 0
+            && let Some(mut sequence) = self.waiting.remove(passed)
+        {
+            let slots: usize = self.running.iter().map(Sequence::slots).sum();
+            if slots + sequence.slots() > slots_max(&self.limits) {
+                self.waiting.insert(passed, sequence);
+                break;
+            }
+            if self.is_on_its_way(&mut sequence, pool) {
+                self.waiting.insert(passed, sequence);
+                passed += 1;
+                continue;
+            }
+            if !sequence.start(pool, self.running.len()) {
+                self.waiting.insert(passed, sequence);
+                break;
+            }
+            sequence.seat = None;
+            let id = LoadId(self.next_load);
+            let load = sequence.load(id, planner);
+            if load.is_none() {
+                sequence.note_reuse(0, 0.0, self.tier.is_invariant);
+                self.planned.extend(plan_chunk(&sequence, step, room));
+            }
+            let at = self.insert(sequence);
+            if let Some(headers) = load {
+                self.next_load += 1;
+                self.loads.push(Load { id, headers });
+            } else {
+                self.announce(at);
+                self.spill(at, pool);
+            }
+        }
+    }
+
+    /// Whether the first page that a sequence would load is being loaded for another.
+    fn is_on_its_way(&mut self, sequence: &mut Sequence, pool: &KvPool) -> bool {
+        if !self.is_loading() {
+            return false;
+        }
+        let Some(missing) = sequence.first_missing(pool) else { return false };
+        let loading = self.running.iter_mut().filter(|s| s.loading.is_some());
+        loading.into_iter().any(|s| s.is_loading_full(missing))
+    }
+
+    /// Puts a sequence among the running ones; its place.
+    fn insert(&mut self, sequence: Sequence) -> usize {
         let at = self.running.partition_point(|s| s.id < sequence.id);
         self.running.insert(at, sequence);
+        at
     }
 
     /// Takes in the result of the step planned last.
@@ -161,6 +285,8 @@ impl Scheduler {
             let first = sequence.generated() == 0;
             let done = sequence.remaining() == part.tokens;
             sequence.advance(part.tokens, pool);
+            self.spill(at, pool);
+            let sequence = &mut self.running[at];
             let draws = part.outputs.start + part.scored..part.outputs.end;
             sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
             if done && first {
@@ -213,11 +339,19 @@ impl Scheduler {
         self.events.push((Arc::clone(&sequence.submission), event));
         match ends {
             Some(reason) => self.finish(sequence, reason, pool),
-            None => self.insert(sequence),
+            None => {
+                self.insert(sequence);
+            }
         }
     }
 
     fn finish(&mut self, mut sequence: Sequence, reason: FinishReason, pool: &mut KvPool) {
+        if self.tier.spills
+            && let Some(tail) = sequence.unstored_tail()
+        {
+            let spill = spill(&mut sequence, tail, pool);
+            self.spills.push(spill);
+        }
         sequence.release(pool);
         let event = Event::Finished { choice: sequence.id.choice, reason };
         self.events.push((sequence.submission, event));
@@ -268,6 +402,24 @@ impl Scheduler {
             ..self.totals.clone()
         }
     }
+}
+
+/// A page of a sequence, of which this many tokens count, to hand to the store.
+fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvPool) -> Spill {
+    let parent = sequence.parent(page);
+    let mut spill = Spill {
+        reads: Vec::with_capacity(sequence.pages.len()),
+        headers: Vec::with_capacity(sequence.pages.len()),
+        must: sequence.request().keep.durability == Durability::Full,
+    };
+    let chain = &sequence.submission.chain;
+    let own = &sequence.tokens[page * PAGE_TOKENS..][..tokens];
+    for (group, pages) in sequence.pages.iter().enumerate() {
+        pool.share(group, pages[page]);
+        spill.reads.push(PageRead { page: PageRef { group: group as u32, page: pages[page] }, tokens });
+        spill.headers.push(chain.page(chain.class(), group, parent, own));
+    }
+    spill
 }
 
 /// Adds as many of a sequence's next tokens to the step as there is room for.

@@ -6,11 +6,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mainstay_backend_api::{PAGE_TOKENS, PageId, PageRef};
+use mainstay_store::{Durability, PageHeader, PageKey};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::key::{Header, KeyChain, PageKey};
+use crate::chain::{Chain, Header, Stored};
+use crate::planner::Planner;
 use crate::pool::KvPool;
+use crate::request::{KvReport, KvState};
 use crate::{Event, Request, RequestId, Score};
 
 /// A request as all its choices see it.
@@ -19,9 +22,32 @@ pub(crate) struct Submission {
     /// What was asked; its prompt has moved into the sequence.
     pub(crate) request: Request,
     pub(crate) prompt_len: usize,
-    /// The key chains of its tenant.
-    pub(crate) chain: KeyChain,
+    /// What names its pages.
+    pub(crate) chain: Chain,
     pub(crate) events: UnboundedSender<Event>,
+}
+
+/// Pages that are on their way from the store to a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Loading {
+    /// Names this attempt.
+    pub(crate) id: LoadId,
+    /// The page that comes next.
+    pub(crate) next: usize,
+    /// One past the last full page, and the tokens of a tail page there.
+    full: usize,
+    tail: usize,
+}
+
+/// Names one attempt to read a sequence's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct LoadId(pub(crate) u64);
+
+impl Loading {
+    /// One past the last page.
+    pub(crate) fn end(&self) -> usize {
+        self.full + usize::from(self.tail > 0)
+    }
 }
 
 /// A choice of a request. Ordered by arrival.
@@ -47,6 +73,13 @@ pub(crate) struct Sequence {
     pub(crate) scores: Vec<Score>,
     /// Its share of the waiting room, until it starts for the first time.
     pub(crate) seat: Option<OwnedSemaphorePermit>,
+    /// What the store has of its tokens, or was handed.
+    pub(crate) stored: Stored,
+    pub(crate) loading: Option<Loading>,
+    /// What was reused, until its owner is told.
+    pub(crate) report: Option<KvReport>,
+    /// Another class computed some of its pages, so that what is computed after them is not this class's either.
+    is_mixed: bool,
 }
 
 impl Sequence {
@@ -54,18 +87,29 @@ impl Sequence {
     pub(crate) fn new(
         request: RequestId,
         submission: Arc<Submission>,
-        prompt: Vec<u32>,
+        tokens: Vec<u32>,
         seat: OwnedSemaphorePermit,
+        (stored, keys): (Stored, Vec<PageKey>),
     ) -> Self {
         Self {
             id: SequenceId { request, choice: 0 },
             submission,
-            tokens: prompt,
+            tokens,
             computed: 0,
             pages: Vec::new(),
-            keys: Vec::new(),
+            keys,
             scores: Vec::new(),
             seat: Some(seat),
+            report: Some(KvReport {
+                state: KvState::Cold,
+                reason: stored.lack,
+                cached_tokens: 0,
+                restored_tokens: 0,
+                restore_ms: 0.0,
+            }),
+            stored,
+            loading: None,
+            is_mixed: false,
         }
     }
 
@@ -83,6 +127,10 @@ impl Sequence {
             keys: self.keys.clone(),
             scores: Vec::new(),
             seat: None,
+            stored: self.stored.clone(),
+            loading: None,
+            report: None,
+            is_mixed: self.is_mixed,
         }
     }
 
@@ -130,7 +178,7 @@ impl Sequence {
     }
 
     /// What the full page at this index holds, or will hold.
-    fn header(&mut self, page: usize) -> Header {
+    pub(crate) fn header(&mut self, page: usize) -> Header {
         let chain = &self.submission.chain;
         let tokens = |page: usize| {
             let (pages, _) = self.tokens.as_chunks::<PAGE_TOKENS>();
@@ -165,6 +213,136 @@ impl Sequence {
         self.pages = pages;
         self.computed = found * PAGE_TOKENS;
         true
+    }
+
+    /// Decides whether to wait for stored pages behind those that were found; their headers, page by page, all groups
+    /// of a page together. The pages that they go to are taken already.
+    pub(crate) fn load(&mut self, id: LoadId, planner: &mut Planner) -> Option<Vec<PageHeader>> {
+        let found = self.computed / PAGE_TOKENS;
+        if self.request().prompt_logprobs.is_some() && self.generated() == 0 {
+            return None;
+        }
+        // A token is left to compute, since a page holds no logits.
+        let most = self.tokens.len() - 1;
+        let full = self.stored.pages.min(most / PAGE_TOKENS);
+        let fits = full == self.stored.pages && self.stored.tokens() <= most;
+        let tail = if fits { self.stored.tail } else { 0 };
+        let loading = Loading { id, next: found, full, tail };
+        let pages = loading.end().checked_sub(found).filter(|&pages| pages > 0)?;
+        if !planner.restores(pages, full * PAGE_TOKENS + tail - self.computed) {
+            self.declined("planner");
+            return None;
+        }
+        self.loading = Some(loading);
+        let (class, groups) = (self.stored.class, self.pages.len());
+        let mut headers = Vec::with_capacity(pages * groups);
+        for i in found..loading.end() {
+            let parent = self.parent(i);
+            let tokens = if i < full { PAGE_TOKENS } else { tail };
+            let tokens = &self.tokens[i * PAGE_TOKENS..][..tokens];
+            let chain = &self.submission.chain;
+            headers.extend((0..groups).map(|group| chain.page(class, group, parent, tokens)));
+        }
+        Some(headers)
+    }
+
+    /// Stored pages were known and are computed again.
+    pub(crate) fn declined(&mut self, reason: &'static str) {
+        if let Some(report) = &mut self.report {
+            report.reason = Some(reason);
+            if report.cached_tokens == 0 {
+                report.state = KvState::Recomputed;
+            }
+        }
+    }
+
+    /// Where the next `count` pages of a load belong, all groups of a page together.
+    pub(crate) fn targets(&self, count: usize) -> Vec<PageRef> {
+        let next = self.loading.map_or(0, |loading| loading.next);
+        let page = |i: usize| {
+            let groups = self.pages.iter().enumerate();
+            groups.map(move |(group, pages)| PageRef { group: group as u32, page: pages[i] })
+        };
+        (next..next + count).flat_map(page).collect()
+    }
+
+    /// The next `count` pages of a load are on the device.
+    pub(crate) fn arrived(&mut self, count: usize, pool: &mut KvPool) {
+        let Some(mut loading) = self.loading else { return };
+        self.is_mixed |= self.stored.class != self.submission.chain.class();
+        for i in loading.next..loading.next + count {
+            if i < loading.full {
+                self.computed = (i + 1) * PAGE_TOKENS;
+                self.publish(i, pool);
+            } else {
+                self.computed += loading.tail;
+            }
+        }
+        loading.next += count;
+        self.loading = Some(loading);
+    }
+
+    /// The load is over; what it brought stays.
+    pub(crate) fn end_load(&mut self, reason: Option<&'static str>) {
+        if self.loading.take().is_some()
+            && let Some(reason) = reason
+        {
+            self.declined(reason);
+            // The store has let go of what it could not prove; what is computed in its place is handed over again.
+            self.stored.pages = self.stored.pages.min(self.computed / PAGE_TOKENS);
+            self.stored.tail = 0;
+        }
+    }
+
+    /// Notes what was reused, when all of it is there. `is_invariant` tells whether this backend gives equal bits
+    /// however a prompt is cut.
+    pub(crate) fn note_reuse(&mut self, restored_tokens: usize, restore_ms: f64, is_invariant: bool) {
+        let (cached_tokens, is_mixed) = (self.computed, self.is_mixed);
+        let Some(report) = &mut self.report else { return };
+        (report.cached_tokens, report.restored_tokens, report.restore_ms) =
+            (cached_tokens, restored_tokens, restore_ms);
+        if cached_tokens > 0 {
+            report.state = if is_mixed || !is_invariant { KvState::Equivalent } else { KvState::Exact };
+        }
+    }
+
+    /// Whether its pages go to the store.
+    fn is_kept(&self) -> bool {
+        self.request().keep.durability != Durability::Ephemeral && !self.is_mixed
+    }
+
+    /// Full pages that are computed and that the store was not handed yet: it is from now on.
+    pub(crate) fn take_unstored(&mut self) -> Range<usize> {
+        let computed = self.computed / PAGE_TOKENS;
+        if !self.is_kept() || self.stored.pages >= computed {
+            return 0..0;
+        }
+        let first = std::mem::replace(&mut self.stored.pages, computed);
+        self.stored.tail = 0;
+        first..computed
+    }
+
+    /// Tokens in its last page, if they are to be stored as a tail: its index and their count.
+    pub(crate) fn unstored_tail(&self) -> Option<(usize, usize)> {
+        let (page, tokens) = (self.computed / PAGE_TOKENS, self.computed % PAGE_TOKENS);
+        let known = self.stored.tokens() == self.computed;
+        (self.is_kept() && tokens > 0 && !known).then_some((page, tokens))
+    }
+
+    /// The key before a page.
+    pub(crate) fn parent(&mut self, page: usize) -> PageKey {
+        page.checked_sub(1).map_or(self.submission.chain.root(), |before| self.header(before).key)
+    }
+
+    /// The key of the first page that it has to compute or to load.
+    pub(crate) fn first_missing(&mut self, pool: &KvPool) -> Option<PageKey> {
+        let found = self.find_computed(pool).first().map_or(0, Vec::len);
+        (found < self.stored.pages).then(|| self.header(found).key)
+    }
+
+    /// Whether this full page is one of those that it still waits for.
+    pub(crate) fn is_loading_full(&mut self, key: PageKey) -> bool {
+        self.loading.is_some_and(|loading| (loading.next..loading.full).any(|i| self.header(i).key == key))
     }
 
     /// The longest run of pages from the start that are known in every group, `[group][page]`. At least one token
@@ -217,11 +395,17 @@ impl Sequence {
         let sealed = self.computed / PAGE_TOKENS;
         self.computed += len;
         assert!(self.computed <= self.tokens.len(), "{} computed of {}", self.computed, self.tokens.len());
-        for i in sealed..self.computed / PAGE_TOKENS {
-            let header = self.header(i);
-            for (group, pages) in self.pages.iter().enumerate() {
-                pool.publish(group, pages[i], &header);
-            }
+        (sealed..self.computed / PAGE_TOKENS).for_each(|i| self.publish(i, pool));
+    }
+
+    /// Makes a sealed page findable.
+    fn publish(&mut self, page: usize, pool: &mut KvPool) {
+        if self.is_mixed {
+            return;
+        }
+        let header = self.header(page);
+        for (group, pages) in self.pages.iter().enumerate() {
+            pool.publish(group, pages[page], &header);
         }
     }
 
@@ -233,5 +417,7 @@ impl Sequence {
         }
         self.pages.clear();
         self.computed = 0;
+        self.loading = None;
+        self.is_mixed = false;
     }
 }

@@ -7,7 +7,8 @@ use std::task::Poll;
 use mainstay_backend_api::echo::{EchoExecutor, expected_run};
 use mainstay_backend_api::{KvDType, Limits, Sampling};
 use mainstay_engine::{
-    EngineOptions, Event, FinishReason, Generation, Handle, Request, RequestError, SamplingRequest, StopRule,
+    EngineOptions, Event, FinishReason, Generation, Handle, Keep, KvReport, Request, RequestError,
+    SamplingRequest, StopRule,
 };
 
 const VOCAB: usize = 100;
@@ -28,7 +29,7 @@ fn echo() -> EchoExecutor {
 }
 
 fn start(executor: EchoExecutor) -> Handle {
-    Handle::start(Box::new(executor), EngineOptions { limits: limits(), waiting: 16, vocab: VOCAB }).unwrap()
+    Handle::start(Box::new(executor), EngineOptions::new(limits(), 16, VOCAB)).unwrap()
 }
 
 /// An engine that makes a step for every message, and runs freely once the sender is dropped.
@@ -46,6 +47,8 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
         stop: StopRule { max_tokens, ..StopRule::default() },
         logprobs: None,
         prompt_logprobs: None,
+        drawn: Vec::new(),
+        keep: Keep::default(),
     }
 }
 
@@ -69,7 +72,7 @@ fn tokens(events: &[Event], of: u32) -> Vec<u32> {
 fn a_request_runs_from_start_to_finish() {
     let handle = start(echo());
     let events = all_events(handle.submit(request(&prompt(100), 20)).unwrap());
-    assert!(matches!(events[0], Event::Started { cached_tokens: 0 }));
+    assert!(matches!(events[0], Event::Started { kv: KvReport { cached_tokens: 0, .. } }));
     assert_eq!(tokens(&events, 0), expected_run(VOCAB, &prompt(100), 20, &Sampling::greedy()));
     assert!(matches!(events[21], Event::Finished { choice: 0, reason: FinishReason::Length }));
     assert_eq!(events.len(), 22);
@@ -118,8 +121,11 @@ fn a_prompt_alone_is_scored() {
     let mut wanted = request(&prompt(70), 0);
     wanted.prompt_logprobs = Some(2);
     let events = all_events(handle.submit(wanted).unwrap());
-    let [Event::Started { cached_tokens: 0 }, Event::Prompt(scores), Event::Finished { choice: 0, reason }] =
-        &events[..]
+    let [
+        Event::Started { kv: KvReport { cached_tokens: 0, .. } },
+        Event::Prompt(scores),
+        Event::Finished { choice: 0, reason },
+    ] = &events[..]
     else {
         panic!("{events:?}")
     };
@@ -168,13 +174,12 @@ fn a_prompt_must_leave_room_for_a_token() {
 #[test]
 fn pages_bound_the_context() {
     let limits = Limits { pages: vec![4], ..limits() };
-    let options = EngineOptions { limits: limits.clone(), waiting: 4, vocab: VOCAB };
+    let options = EngineOptions::new(limits.clone(), 4, VOCAB);
     let handle = Handle::start(Box::new(EchoExecutor::new(VOCAB, limits.clone())), options).unwrap();
     assert_eq!(handle.limits().context, 96);
     let refused = handle.submit(request(&prompt(96), 1)).map(|g| g.id);
     assert_eq!(refused, Err(RequestError::ContextLength { prompt: 96, context: 96 }));
-    let none =
-        EngineOptions { limits: Limits { pages: vec![1], ..limits.clone() }, waiting: 4, vocab: VOCAB };
+    let none = EngineOptions::new(Limits { pages: vec![1], ..limits.clone() }, 4, VOCAB);
     assert!(Handle::start(Box::new(EchoExecutor::new(VOCAB, limits)), none).is_err());
 }
 

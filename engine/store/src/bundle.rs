@@ -21,11 +21,11 @@ use crate::{
     wire::{Malformed, Reader, Writer},
 };
 
-const MAGIC: [u8; 8] = *b"MSTBUND\n";
-const SESSION: u8 = 1;
-const TURN: u8 = 2;
+pub(crate) const MAGIC: [u8; 8] = *b"MSTBUND\n";
+pub(crate) const SESSION: u8 = 1;
+pub(crate) const TURN: u8 = 2;
 const PAGE: u8 = 3;
-const END: u8 = 4;
+pub(crate) const END: u8 = 4;
 /// Longest part.
 const PART_BYTES_MAX: usize = PAYLOAD_BYTES_MAX + META_BYTES_MAX;
 /// Tokens and metadata of a session that is read in, bytes.
@@ -85,19 +85,32 @@ pub(crate) fn start() -> Vec<u8> {
 }
 
 /// Writes parts, each followed by the hash of all bytes so far.
-struct Out<'a> {
+pub(crate) struct Out<'a> {
     out: &'a mut dyn Write,
     hasher: blake3::Hasher,
     parts: u64,
 }
 
-impl Out<'_> {
+impl<'a> Out<'a> {
+    /// A stream that begins with the preamble of `magic`.
+    pub(crate) fn new(out: &'a mut dyn Write, magic: [u8; 8]) -> Result<Self, StoreError> {
+        let mut out = Self { out, hasher: blake3::Hasher::new(), parts: 0 };
+        out.raw(&preamble(magic))?;
+        Ok(out)
+    }
+
+    /// The last part.
+    pub(crate) fn end(mut self) -> Result<(), StoreError> {
+        let parts = self.parts;
+        self.part(END, &parts.to_le_bytes(), &[])
+    }
+
     fn raw(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         self.hasher.update(bytes);
         Ok(self.out.write_all(bytes)?)
     }
 
-    fn part(&mut self, kind: u8, head: &[u8], payload: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn part(&mut self, kind: u8, head: &[u8], payload: &[u8]) -> Result<(), StoreError> {
         self.raw(&[kind])?;
         self.raw(&((head.len() + payload.len()) as u32).to_le_bytes())?;
         self.raw(head)?;
@@ -108,13 +121,35 @@ impl Out<'_> {
     }
 }
 
-struct In<'a> {
+/// Reads parts, each compared with the hash behind it.
+pub(crate) struct In<'a> {
     input: &'a mut dyn Read,
     hasher: blake3::Hasher,
     parts: u64,
 }
 
-impl In<'_> {
+impl<'a> In<'a> {
+    /// A stream that must begin with the preamble of `magic`; `what` names it in errors.
+    pub(crate) fn new(input: &'a mut dyn Read, magic: [u8; 8], what: &str) -> Result<Self, StoreError> {
+        let mut input = Self { input, hasher: blake3::Hasher::new(), parts: 0 };
+        let first = input.hashed(PREAMBLE_BYTES)?;
+        refuse_newer(what, &first, magic)?;
+        if version_of(&first, magic).is_none() {
+            return Err(StoreError::Bundle(format!("{what} does not begin as one")));
+        }
+        Ok(input)
+    }
+
+    /// The next part that is not the last; `None` at the last, whose count must be right.
+    pub(crate) fn next(&mut self) -> Result<Option<(u8, Vec<u8>)>, StoreError> {
+        let before = self.parts;
+        match self.part()? {
+            (END, count) if count == before.to_le_bytes() => Ok(None),
+            (END, _) => Err(StoreError::Bundle(format!("it ends after {before} parts, not as it says"))),
+            part => Ok(Some(part)),
+        }
+    }
+
     /// Exactly so many bytes; memory grows with what arrives, not with what is claimed.
     fn raw(&mut self, count: usize) -> Result<Vec<u8>, StoreError> {
         let mut bytes = Vec::new();
@@ -131,7 +166,7 @@ impl In<'_> {
         Ok(bytes)
     }
 
-    fn part(&mut self) -> Result<(u8, Vec<u8>), StoreError> {
+    pub(crate) fn part(&mut self) -> Result<(u8, Vec<u8>), StoreError> {
         let head = self.hashed(5)?;
         let count = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
         if count > PART_BYTES_MAX {
@@ -161,8 +196,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let info = self.get(tenant, id)?;
         let turns = self.turns(tenant, id)?;
-        let mut out = Out { out, hasher: blake3::Hasher::new(), parts: 0 };
-        out.raw(&preamble(MAGIC))?;
+        let mut out = Out::new(out, MAGIC)?;
         let mut head = Writer::default();
         head.option(pages.map(|pages| pages.content), |out, content| {
             out.raw(&content.0);
@@ -178,8 +212,7 @@ impl Store {
             let tokens: Vec<u32> = turns.iter().flat_map(|turn| turn.tokens.iter().copied()).collect();
             self.export_pages(tenant, root, &tokens, (pages, &mut out))?;
         }
-        let parts = out.parts;
-        out.part(END, &parts.to_le_bytes(), &[])
+        out.end()
     }
 
     fn export_pages(
@@ -230,12 +263,7 @@ impl Store {
         if let Some(id) = called.id.filter(|&id| lock(&self.inner.state).table.contains(id)) {
             return Err(StoreError::IdTaken(id));
         }
-        let mut input = In { input, hasher: blake3::Hasher::new(), parts: 0 };
-        let first = input.hashed(PREAMBLE_BYTES)?;
-        refuse_newer("the bundle", &first, MAGIC)?;
-        if version_of(&first, MAGIC).is_none() {
-            return Err(StoreError::Bundle("not a session bundle".to_owned()));
-        }
+        let mut input = In::new(input, MAGIC, "the bundle")?;
         let (SESSION, head) = input.part()? else {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
@@ -248,18 +276,17 @@ impl Store {
         let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
         let (mut taken, mut refused) = (0, 0);
         loop {
-            let before = input.parts;
-            match input.part()? {
-                (TURN, part) if taken + refused == 0 => incoming.turn(&part)?,
-                (PAGE, part) => match incoming.page(&part)? {
+            match input.next()? {
+                Some((TURN, part)) if taken + refused == 0 => incoming.turn(&part)?,
+                Some((PAGE, part)) => match incoming.page(&part)? {
                     Some(page) => match self.write_patiently(page.header, page.payload, page.digest, ROOM) {
                         Handed::Dropped => refused += 1,
                         Handed::Queued | Handed::Known => taken += 1,
                     },
                     None => refused += 1,
                 },
-                (END, part) if part == before.to_le_bytes() => break,
-                (kind, _) => return Err(StoreError::Bundle(format!("part {before} has kind {kind}"))),
+                None => break,
+                Some((kind, _)) => return Err(StoreError::Bundle(format!("a part of kind {kind}"))),
             }
         }
         settings.root = match pages {
@@ -317,7 +344,7 @@ impl Store {
     }
 }
 
-fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, u64, Settings), Malformed> {
+pub(crate) fn parse_session(part: &[u8]) -> Result<(Option<ContentId>, u64, Settings), Malformed> {
     let mut r = Reader::new(part, "bundle's session");
     let content = r.option(Reader::array)?.map(ContentId);
     let created_ms = r.u64()?;

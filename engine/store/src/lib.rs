@@ -19,6 +19,7 @@ mod gc;
 mod index;
 mod journal;
 pub mod key;
+pub mod object;
 mod options;
 mod pages;
 mod reader;

@@ -176,6 +176,11 @@ impl Keys {
         Self { store, entropy, seals: master.map(|key| (key, RwLock::default())) }
     }
 
+    /// Random and of this store alone.
+    pub(crate) fn store_key(&self) -> &StoreKey {
+        &self.store
+    }
+
     /// The codec of everything that tells of a prompt.
     pub(crate) fn codec(&self) -> u8 {
         if self.seals() { CODEC_SEALED } else { CODEC_PLAIN }

@@ -91,19 +91,14 @@ impl KvBlock<'_> {
         }
     }
 
-    /// Appends a token's row of `head_dim` elements to `out`, little-endian, as stored.
+    /// Copies keys or values out: `[32][head_dim]`, little-endian, as stored.
     ///
     /// # Panics
-    /// If the block is shorter than its shape.
-    pub fn read_row(&self, part: KvPart, token: usize, head_dim: usize, out: &mut Vec<u8>) {
-        let (first, step) = places(part, token, head_dim);
+    /// If the block is shorter than its shape, or `out` has another length.
+    pub fn read_part(&self, part: KvPart, head_dim: usize, out: &mut [u8]) {
         match self {
-            KvBlock::F32(b) => {
-                b[first..].iter().step_by(step).take(head_dim).for_each(|x| out.extend(x.to_le_bytes()));
-            }
-            KvBlock::BF16(b) => {
-                b[first..].iter().step_by(step).take(head_dim).for_each(|x| out.extend(x.to_le_bytes()));
-            }
+            KvBlock::F32(b) => read_part(b, (part, head_dim), out, |x| x.to_le_bytes()),
+            KvBlock::BF16(b) => read_part(b, (part, head_dim), out, |x| x.to_le_bytes()),
         }
     }
 }
@@ -126,20 +121,75 @@ impl KvBlockMut<'_> {
         }
     }
 
-    /// Stores a token's row from what [`KvBlock::read_row`] gave.
+    /// Stores keys or values from what [`KvBlock::read_part`] gave.
     ///
     /// # Panics
-    /// If the block is shorter than its shape.
-    pub fn write_row(&mut self, part: KvPart, token: usize, head_dim: usize, row: &[u8]) {
-        let (first, step) = places(part, token, head_dim);
+    /// If the block is shorter than its shape, or `bytes` have another length.
+    pub fn write_part(&mut self, part: KvPart, head_dim: usize, bytes: &[u8]) {
         match self {
-            KvBlockMut::F32(b) => {
-                let row = row.as_chunks::<4>().0;
-                b[first..].iter_mut().step_by(step).zip(row).for_each(|(p, e)| *p = f32::from_le_bytes(*e));
+            KvBlockMut::F32(b) => write_part(b, (part, head_dim), bytes, f32::from_le_bytes),
+            KvBlockMut::BF16(b) => write_part(b, (part, head_dim), bytes, bf16::from_le_bytes),
+        }
+    }
+}
+
+/// Where a part begins, and how many elements it has in a payload and in the block.
+fn extent(part: KvPart, head_dim: usize) -> (usize, usize, usize) {
+    let payload = BLOCK_TOKENS * head_dim;
+    match part {
+        KvPart::Keys => (0, payload, payload),
+        KvPart::Values => (payload, payload, BLOCK_TOKENS * value_width(head_dim)),
+    }
+}
+
+fn read_part<E: Copy, const BYTES: usize>(
+    block: &[E],
+    (part, head_dim): (KvPart, usize),
+    out: &mut [u8],
+    bytes: impl Fn(E) -> [u8; BYTES],
+) {
+    let (first, payload, stored) = extent(part, head_dim);
+    assert_eq!(out.len(), payload * BYTES, "bytes of 32 rows of {head_dim}");
+    let block = &block[first..first + stored];
+    let rows = out.as_chunks_mut::<BYTES>().0.chunks_exact_mut(head_dim.max(1));
+    match part {
+        KvPart::Keys => {
+            let lines = block.as_chunks::<BLOCK_TOKENS>().0;
+            for (token, row) in rows.enumerate() {
+                row.iter_mut().zip(lines).for_each(|(p, line)| *p = bytes(line[token]));
             }
-            KvBlockMut::BF16(b) => {
-                let row = row.as_chunks::<2>().0;
-                b[first..].iter_mut().step_by(step).zip(row).for_each(|(p, e)| *p = bf16::from_le_bytes(*e));
+        }
+        KvPart::Values => {
+            for (row, line) in rows.zip(block.chunks_exact(value_width(head_dim).max(1))) {
+                row.iter_mut().zip(line).for_each(|(p, x)| *p = bytes(*x));
+            }
+        }
+    }
+}
+
+fn write_part<E, const BYTES: usize>(
+    block: &mut [E],
+    (part, head_dim): (KvPart, usize),
+    payload: &[u8],
+    element: impl Fn([u8; BYTES]) -> E,
+) {
+    let (first, len, stored) = extent(part, head_dim);
+    assert_eq!(payload.len(), len * BYTES, "bytes of 32 rows of {head_dim}");
+    let block = &mut block[first..first + stored];
+    let elements = payload.as_chunks::<BYTES>().0;
+    match part {
+        KvPart::Keys => {
+            // Whole lines are written, one after the other: the payload of a block fits the first cache, and a write
+            // to every line for every token would not.
+            for (dim, line) in block.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().enumerate() {
+                let column = elements[dim..].iter().step_by(head_dim);
+                line.iter_mut().zip(column).for_each(|(p, e)| *p = element(*e));
+            }
+        }
+        KvPart::Values => {
+            let lines = block.chunks_exact_mut(value_width(head_dim).max(1));
+            for (row, line) in elements.chunks_exact(head_dim.max(1)).zip(lines) {
+                row.iter().zip(line).for_each(|(e, p)| *p = element(*e));
             }
         }
     }
@@ -174,22 +224,21 @@ mod tests {
                     block.store_row(KvPart::Values, t, &row(t, 7));
                 }
             }
-            let mut copy = vec![0.0; block_len(head_dim)];
-            for t in 0..BLOCK_TOKENS {
-                for (part, n) in [(KvPart::Keys, 0), (KvPart::Values, 7)] {
-                    let mut bytes = Vec::new();
-                    KvBlock::F32(&floats).read_row(part, t, head_dim, &mut bytes);
-                    let wanted: Vec<u8> = row(t, n).iter().flat_map(|x| x.to_le_bytes()).collect();
-                    assert_eq!(bytes, wanted);
-                    KvBlockMut::F32(&mut copy).write_row(part, t, head_dim, &bytes);
-                    bytes.clear();
-                    KvBlock::BF16(&halves).read_row(part, t, head_dim, &mut bytes);
-                    let wanted: Vec<u8> =
-                        row(t, n).iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
-                    assert_eq!(bytes, wanted);
-                }
+            let mut copies = (vec![0.0; block_len(head_dim)], vec![bf16::ZERO; block_len(head_dim)]);
+            for (part, n) in [(KvPart::Keys, 0), (KvPart::Values, 7)] {
+                let rows: Vec<f32> = (0..BLOCK_TOKENS).flat_map(|t| row(t, n)).collect();
+                let mut bytes = vec![0; 4 * rows.len()];
+                KvBlock::F32(&floats).read_part(part, head_dim, &mut bytes);
+                let wanted: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
+                assert_eq!(bytes, wanted);
+                KvBlockMut::F32(&mut copies.0).write_part(part, head_dim, &bytes);
+                let mut bytes = vec![0; 2 * rows.len()];
+                KvBlock::BF16(&halves).read_part(part, head_dim, &mut bytes);
+                let wanted: Vec<u8> = rows.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+                assert_eq!(bytes, wanted);
+                KvBlockMut::BF16(&mut copies.1).write_part(part, head_dim, &bytes);
             }
-            assert_eq!(copy, floats);
+            assert_eq!(copies, (floats, halves));
         }
     }
 }

@@ -6,9 +6,11 @@ use super::fields::Fields;
 use super::logprobs;
 use super::options::{self, Delivery, GenerationOptions, TOP_LOGPROBS_MAX};
 use super::refused::refuse_in_chat;
+use super::session_fields::KeepFields;
 use crate::choice::Ending;
 use crate::error::ApiError;
-use crate::generate::{Choice, Job, TokenOut};
+use crate::generate::{Choice, TokenOut};
+use crate::job::Job;
 use crate::prompt::ChatInput;
 use crate::registry::Model;
 use crate::reply::{Shape, finish_reason, ids, stop_reason};
@@ -20,6 +22,7 @@ pub(crate) struct ChatRequest {
     pub(crate) max_tokens: Option<usize>,
     pub(crate) logprobs: Option<usize>,
     pub(crate) delivery: Delivery,
+    pub(crate) keep: KeepFields,
 }
 
 impl ChatRequest {
@@ -31,8 +34,9 @@ impl ChatRequest {
         options.check_min_tokens(max_tokens)?;
         let logprobs = read_logprobs(fields)?;
         let delivery = options::delivery(fields)?;
+        let keep = KeepFields::read(fields)?;
         refuse_in_chat(fields)?;
-        Ok(Self { input, options, max_tokens, logprobs, delivery })
+        Ok(Self { input, options, max_tokens, logprobs, delivery, keep })
     }
 }
 

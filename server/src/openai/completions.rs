@@ -9,9 +9,11 @@ use super::fields::Fields;
 use super::logprobs;
 use super::options::{self, Delivery, GenerationOptions, PromptInput, TOP_LOGPROBS_MAX};
 use super::refused::refuse_in_completions;
+use super::session_fields::KeepFields;
 use crate::choice::Ending;
 use crate::error::ApiError;
-use crate::generate::{Choice, Echo, Job, TokenOut};
+use crate::generate::{Choice, TokenOut};
+use crate::job::{Echo, Job};
 use crate::prompt::add_special;
 use crate::registry::Model;
 use crate::reply::{Shape, finish_reason, ids, stop_reason};
@@ -28,6 +30,7 @@ pub(crate) struct CompletionRequest {
     pub(crate) logprobs: Option<usize>,
     pub(crate) echo: Echo,
     pub(crate) delivery: Delivery,
+    pub(crate) keep: KeepFields,
 }
 
 impl CompletionRequest {
@@ -42,9 +45,10 @@ impl CompletionRequest {
         options.check_min_tokens(max_tokens)?;
         let logprobs = fields.count("logprobs", 0..=TOP_LOGPROBS_MAX)?;
         let delivery = options::delivery(fields)?;
+        let keep = KeepFields::read(fields)?;
         refuse_in_completions(fields)?;
         let special = add_special(fields, AddSpecial::Yes)?;
-        Ok(Self { prompts, special, options, max_tokens, logprobs, echo, delivery })
+        Ok(Self { prompts, special, options, max_tokens, logprobs, echo, delivery, keep })
     }
 }
 

@@ -7,4 +7,6 @@ pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod options;
 pub(crate) mod refused;
+pub(crate) mod session;
+pub(crate) mod session_fields;
 pub(crate) mod usage;

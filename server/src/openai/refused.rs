@@ -33,6 +33,7 @@ fn refuse_set(fields: &Fields<'_, '_>, names: &[&str]) -> Result<(), ApiError> {
 /// The fields of /v1/completions that are not served.
 pub(crate) fn refuse_in_completions(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
     refuse_set(fields, &BOTH)?;
+    refuse_set(fields, &["session_id", "session_mode", "expected_turn", "truncation"])?;
     match fields.string("suffix")? {
         None | Some("") => {}
         Some(_) => {

@@ -12,6 +12,16 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
+    /// What [`Usage::to_json`] wrote.
+    pub(crate) fn of_json(value: &Value) -> Self {
+        let count = |value: &Value| value.as_u64().and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
+        Self {
+            prompt_tokens: count(&value["prompt_tokens"]),
+            cached_tokens: count(&value["prompt_tokens_details"]["cached_tokens"]),
+            completion_tokens: count(&value["completion_tokens"]),
+        }
+    }
+
     pub(crate) fn to_json(self) -> Value {
         json!({
             "prompt_tokens": self.prompt_tokens,

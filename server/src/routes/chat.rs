@@ -7,11 +7,13 @@ use axum::response::Response;
 use super::Shared;
 use crate::auth::Tenant;
 use crate::error::ApiError;
-use crate::generate::{Continuation, Echo, Job};
+use crate::job::{Continuation, Echo, Job};
 use crate::openai::chat::{ChatRequest, ChatShape};
 use crate::openai::fields::Fields;
+use crate::openai::session_fields::SessionFields;
 use crate::prompt::{self, Ending};
 use crate::reply;
+use crate::sessions::chat::SessionChat;
 
 pub(super) async fn post(
     State(app): Shared,
@@ -19,10 +21,18 @@ pub(super) async fn post(
     request: Request,
 ) -> Result<Response, ApiError> {
     let time = app.time();
+    let headers = request.headers().clone();
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
     let model = app.registry.get(fields.required_string("model")?)?;
     let request = ChatRequest::read(&fields, &model)?;
+    if let Some(session) = SessionFields::read(&fields, &headers)? {
+        let sessions = app.sessions()?;
+        let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
+        let tenant = tenant.0;
+        let turn = SessionChat { model, tenant, session, request, max_tokens_default, interval, time };
+        return turn.answer(sessions).await;
+    }
     let continuation = match request.input.ending {
         Ending::OpenMessage => Continuation::OfPrompt,
         Ending::Generation | Ending::Nothing => Continuation::OwnText,
@@ -40,6 +50,7 @@ pub(super) async fn post(
         echo: Echo::No,
         continuation,
         time,
+        keep: request.keep.keep(app.plain_durability()),
     };
     reply::send(job, ChatShape, request.delivery).await
 }

@@ -7,7 +7,7 @@ use axum::response::Response;
 use super::Shared;
 use crate::auth::Tenant;
 use crate::error::ApiError;
-use crate::generate::{Continuation, Job};
+use crate::job::{Continuation, Job};
 use crate::openai::completions::{CompletionRequest, CompletionShape};
 use crate::openai::fields::Fields;
 use crate::prompt;
@@ -41,6 +41,7 @@ pub(super) async fn post(
         echo: request.echo,
         continuation: Continuation::OfPrompt,
         time,
+        keep: request.keep.keep(app.plain_durability()),
     };
     reply::send(job, CompletionShape::default(), request.delivery).await
 }

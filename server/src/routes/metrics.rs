@@ -5,11 +5,12 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use mainstay_engine::Stats;
 
-use super::{App, Shared};
+use super::{App, Shared, sessions};
+use crate::error::ApiError;
 use crate::metrics::{ModelMetrics, Page};
 
 /// A number that the engine keeps: name, kind, help, value.
-type Number = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
+pub(super) type Number = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
 
 const NUMBERS: [Number; 9] = [
     ("vllm:num_requests_running", "gauge", "Sequences that have pages.", |s| s.running as f64),
@@ -34,8 +35,11 @@ const TIMES: [Times; 2] = [
     ("vllm:inter_token_latency_seconds", "Between tokens of a choice.", |m| &m.between_tokens),
 ];
 
-pub(super) async fn get(State(app): Shared) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page(&app))
+pub(super) async fn get(State(app): Shared) -> Result<impl IntoResponse, ApiError> {
+    // The store's numbers stand behind its locks.
+    let page = tokio::task::spawn_blocking(move || page(&app)).await;
+    let page = page.map_err(|_| ApiError::internal("the metrics could not be read"))?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page))
 }
 
 fn page(app: &App) -> String {
@@ -43,7 +47,8 @@ fn page(app: &App) -> String {
     let stats: Vec<Stats> = models.iter().map(|model| model.served.engine.stats()).collect();
     let named = || models.iter().map(|model| model.served.id.as_str());
     let mut page = Page::default();
-    for (name, kind, help, value) in NUMBERS {
+    let of_store = app.sessions.iter().flat_map(|_| sessions::metrics::ENGINE);
+    for (name, kind, help, value) in NUMBERS.into_iter().chain(of_store) {
         page.family(name, kind, help);
         for (model, stats) in named().zip(&stats) {
             page.sample(name, &[("model_name", model)], value(stats));
@@ -66,11 +71,21 @@ fn page(app: &App) -> String {
     for (model, id) in models.iter().zip(named()) {
         page.outcomes("vllm:request_success_total", id, &model.metrics);
     }
+    page.family(
+        "kv_page_late_total",
+        "counter",
+        "Answers that did not wait any longer for their pages to be written.",
+    );
+    for (model, id) in models.iter().zip(named()) {
+        page.sample("kv_page_late_total", &[("model_name", id)], model.metrics.late_pages() as f64);
+    }
     page.family("mainstay_requests_total", "counter", "HTTP requests answered.");
     for ((route, status), count) in app.http.snapshot() {
         let labels = [("route", route.as_str()), ("status", &status.to_string())];
         page.sample("mainstay_requests_total", &labels, count as f64);
     }
+    let stats: Vec<(String, Stats)> = named().map(str::to_owned).zip(stats).collect();
+    sessions::metrics::add(&mut page, app, &stats);
     page.family("mainstay_build_info", "gauge", "Always 1; the version is a label.");
     page.sample("mainstay_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0);
     page.finish()

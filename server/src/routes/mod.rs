@@ -5,6 +5,8 @@ mod completions;
 mod health;
 mod metrics;
 mod models;
+mod sessions;
+mod stream;
 mod tokenize;
 
 use std::sync::Arc;
@@ -16,16 +18,18 @@ use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use mainstay_engine::store::Durability;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
-use crate::generate::TimeLimits;
+use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::serve::ServerOptions;
+use crate::sessions::Sessions;
 use crate::shutdown::{ShutdownSignal, ShutdownStage};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -38,18 +42,22 @@ pub(crate) struct App {
     options: ServerOptions,
     shutdown: ShutdownSignal,
     http: HttpMetrics,
+    sessions: Option<Sessions>,
 }
 
 type Shared = State<Arc<App>>;
 
 /// All routes.
 pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: ShutdownSignal) -> Router {
-    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default() });
+    let sessions = options.store.clone().map(Sessions::new);
+    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::post))
         .route("/v1/completions", post(completions::post))
+        .merge(sessions::routes())
+        .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::get))
@@ -65,6 +73,16 @@ impl App {
     async fn body(&self, request: Request<Body>) -> Result<Map<String, Value>, ApiError> {
         let limits = BodyLimits { bytes: self.options.body_limit_bytes, pause: self.options.header_timeout };
         body::object(request, limits).await
+    }
+
+    /// The sessions of this server.
+    fn sessions(&self) -> Result<&Sessions, ApiError> {
+        self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
+    }
+
+    /// What becomes of the pages of a request that is of no session: none of its tokens are in the journal.
+    fn plain_durability(&self) -> Durability {
+        self.options.durability.min(Durability::Async)
     }
 
     /// The time limits of a request that arrives now.

@@ -1,8 +1,14 @@
 //! The server as a client sees it: over TCP, on an engine whose executor is a fake.
 
+mod bundles;
 mod chat;
 mod completions;
 mod errors;
+mod history;
+mod kv;
 mod lifecycle;
+mod resume;
+mod session_routes;
+mod sessions;
 mod streams;
 mod testbed;

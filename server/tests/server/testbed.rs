@@ -1,8 +1,9 @@
 //! A server on a port of its own, and a client that sees every byte.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 
 use axum::body::{Body, Bytes};
@@ -12,7 +13,8 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::EchoExecutor;
 use mainstay_backend_api::{KvDType, Limits};
-use mainstay_engine::{EngineOptions, Handle};
+use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
+use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::Tokenizer;
@@ -45,6 +47,12 @@ pub(crate) struct Setup {
     pub(crate) fail_every: Option<u64>,
     pub(crate) template: Option<String>,
     pub(crate) generation: Generation,
+    /// Where sessions and pages are; without it there are none.
+    pub(crate) directory: Option<PathBuf>,
+    /// The same, already open.
+    pub(crate) store: Option<Arc<Store>>,
+    /// The weights, as far as a fake has some.
+    pub(crate) weights: u8,
 }
 
 impl Default for Setup {
@@ -58,6 +66,9 @@ impl Default for Setup {
             fail_every: None,
             template: Some(TEMPLATE.to_owned()),
             generation: Generation { eos: vec![EOS], ..Generation::default() },
+            directory: None,
+            store: None,
+            weights: 0,
         }
     }
 }
@@ -69,6 +80,7 @@ pub(crate) struct Server {
     pub(crate) trigger: ShutdownTrigger,
     pub(crate) task: JoinHandle<std::io::Result<()>>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) store: Option<Arc<Store>>,
 }
 
 impl Drop for Server {
@@ -137,7 +149,16 @@ pub(crate) async fn start(setup: Setup) -> Server {
     if let Some(n) = setup.fail_every {
         executor = executor.failing_every(n);
     }
-    let options = EngineOptions { limits, waiting: setup.waiting, vocab };
+    let mut options = EngineOptions::new(limits, setup.waiting, vocab);
+    let store = setup.store.or_else(|| setup.directory.as_deref().map(open_store));
+    options.store = store.clone();
+    options.restore = RestorePolicy::Always;
+    let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
+    options.model = ModelIdentity {
+        weights: [setup.weights; 32],
+        template: *template_hash.as_bytes(),
+        ..ModelIdentity::default()
+    };
     let engine = Handle::start(Box::new(executor), options).unwrap();
     let registry = Registry::loading([MODEL.to_owned()]);
     registry.ready(ServedModel {
@@ -150,7 +171,9 @@ pub(crate) async fn start(setup: Setup) -> Server {
         context: engine.limits().context,
         engine: engine.clone(),
     });
-    listen(registry, setup.options, (engine, tokenizer)).await
+    let mut options = setup.options;
+    options.store = store;
+    listen(registry, options, (engine, tokenizer)).await
 }
 
 /// Serves a registry.
@@ -159,11 +182,63 @@ pub(crate) async fn listen(
     options: ServerOptions,
     (engine, tokenizer): (Handle, Arc<Tokenizer>),
 ) -> Server {
+    let store = options.store.clone();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (trigger, signal) = shutdown_channel();
     let task = tokio::spawn(serve(listener, registry, options, signal));
-    Server { address, engine, trigger, task, tokenizer }
+    Server { address, engine, trigger, task, tokenizer, store }
+}
+
+fn open_store(directory: &Path) -> Arc<Store> {
+    let options = store::Options { reserve_bytes: 0, ..store::Options::default() };
+    let (store, report) = Store::open_dir(directory, options).unwrap();
+    assert!(report.damage.is_empty(), "{report:?}");
+    Arc::new(store)
+}
+
+/// A directory of its own, gone with it.
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    pub(crate) fn new() -> Self {
+        static MADE: AtomicU64 = AtomicU64::new(0);
+        let name = format!("mainstay-server-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    /// What a crash at this moment would leave.
+    pub(crate) fn copied(&self) -> Self {
+        let copy = Self::new();
+        copy_files(&self.0, &copy.0);
+        copy
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            std::fs::create_dir_all(&to).unwrap();
+            copy_files(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Server {
@@ -197,6 +272,41 @@ impl Server {
         assert_eq!(open.response.status(), 200);
         assert_eq!(open.response.headers()["content-type"], "text/event-stream");
         open
+    }
+
+    /// Makes a session of the default tenant.
+    pub(crate) fn session(&self, settings: Settings) -> String {
+        let store = self.store.as_deref().unwrap();
+        let tenant = store.tenant("default").unwrap().id;
+        format!("sess_{}", store.create(tenant, settings).unwrap().id)
+    }
+
+    pub(crate) fn id(&self, session: &str) -> (TenantId, SessionId) {
+        let tenant = self.store.as_deref().unwrap().tenant("default").unwrap().id;
+        (tenant, session.strip_prefix("sess_").unwrap().parse().unwrap())
+    }
+
+    /// The tokens of a session, turn by turn.
+    pub(crate) fn turns(&self, session: &str) -> Vec<Vec<u32>> {
+        let (tenant, id) = self.id(session);
+        let turns = self.store.as_deref().unwrap().turns(tenant, id).unwrap();
+        turns.iter().map(|turn| turn.tokens.clone()).collect()
+    }
+
+    /// Ends the server and its engine, and closes the store.
+    pub(crate) async fn stop(mut self) {
+        self.task.abort();
+        self.engine.shutdown();
+        self.engine.closed().await;
+        let mut store = self.store.take().unwrap();
+        drop(self);
+        loop {
+            match Arc::try_unwrap(store) {
+                Ok(store) => return store.close().unwrap(),
+                Err(shared) => store = shared,
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
     }
 
     /// Waits until no sequence holds pages or waits.
@@ -249,13 +359,39 @@ impl Open {
 
     /// The JSON of the next event, `None` at `[DONE]`, after which nothing may come, or at the end without one.
     pub(crate) async fn event(&mut self) -> Option<Value> {
+        Some(self.numbered().await?.1)
+    }
+
+    /// The same with the event's id.
+    pub(crate) async fn numbered(&mut self) -> Option<(Option<usize>, Value)> {
         let block = self.block().await?;
-        let data = block.strip_prefix("data: ").unwrap_or_else(|| panic!("no data: {block:?}"));
+        let (mut data, mut number) = (None, None);
+        for line in block.lines() {
+            match line.split_once(": ").unwrap_or_else(|| panic!("no field: {block:?}")) {
+                ("data", text) => data = Some(text),
+                ("id", text) => number = Some(text.parse().unwrap()),
+                _ => panic!("another field: {block:?}"),
+            }
+        }
+        let data = data.unwrap_or_else(|| panic!("no data: {block:?}"));
         if data == "[DONE]" {
             assert_eq!(self.block().await, None);
             return None;
         }
-        Some(serde_json::from_str(data).unwrap())
+        Some((number, serde_json::from_str(data).unwrap()))
+    }
+
+    /// The events up to the end, or to an error, after which nothing may come.
+    pub(crate) async fn events_until_error(mut self) -> Vec<Value> {
+        let mut events = Vec::new();
+        while let Some(block) = self.block().await {
+            let data = block.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
+            match data {
+                "[DONE]" => assert_eq!(self.block().await, None),
+                data => events.push(serde_json::from_str(data).unwrap()),
+            }
+        }
+        events
     }
 
     pub(crate) async fn events(mut self) -> Vec<Value> {

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use mainstay_backend_api::{
-    Backend, Chunk, Executor, KvDType, Limits, OutputRow, PageId, PageRef, Sampling, Step, StepOutput,
-    Ticket, Want,
+    Backend, Chunk, Executor, KvDType, Limits, OutputRow, PAGE_TOKENS, PageId, PageRead, PageRef, Sampling,
+    Step, StepOutput, Ticket, Want,
 };
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
@@ -251,7 +251,8 @@ pub(crate) fn feed_alone(executor: &mut dyn Executor, feed: &mut Feed, pieces: &
 
 /// The payload of a sequence's pages, without the slots of tokens that were not computed.
 pub(crate) fn page_bytes(executor: &mut dyn Executor, feed: &Feed) -> Vec<u8> {
-    let pages: Vec<PageRef> = feed.pages.iter().map(|&page| PageRef { group: 0, page }).collect();
+    let read = |&page: &PageId| PageRead { page: PageRef { group: 0, page }, tokens: PAGE_TOKENS };
+    let pages: Vec<PageRead> = feed.pages.iter().map(read).collect();
     executor.start_read(&pages, Ticket(1));
     let mut done = Vec::new();
     executor.poll(&mut done);

@@ -4,6 +4,7 @@ mod fuzz;
 mod rig;
 
 use super::*;
+use crate::{KvReport, KvState};
 use rig::{Client, Rig, VOCAB, alone, limits, request};
 
 fn prompt(len: usize, salt: u32) -> Vec<u32> {
@@ -19,8 +20,12 @@ fn tokens(events: &[Event], of: u32) -> Vec<u32> {
 }
 
 fn cached(events: &[Event]) -> usize {
-    let Some(Event::Started { cached_tokens }) = events.first() else { panic!("{events:?}") };
-    *cached_tokens
+    report(events).cached_tokens
+}
+
+fn report(events: &[Event]) -> KvReport {
+    let Some(Event::Started { kv }) = events.first() else { panic!("{events:?}") };
+    *kv
 }
 
 /// Chunk lengths of the last step, in its order.
@@ -322,4 +327,154 @@ fn a_failed_step_fails_its_requests_and_no_other() {
     assert_eq!(rig.pool.used_len(), 0);
     rig.turns(2);
     expect_alone(&rig, &mut spared, &waiting);
+}
+
+/// The tokens of a conversation's next turn: the prompt, what was drawn, and something new.
+fn next_turn(wanted: &crate::Request, new: u32) -> Vec<u32> {
+    let (drawn, _) = alone(wanted, 0, 1000);
+    [&wanted.prompt[..], &drawn, &prompt(9, new)].concat()
+}
+
+fn storing(limits: Limits) -> Rig {
+    Rig::new(limits).storing(10_000)
+}
+
+/// A rig over the same store with an empty device: what a restart leaves.
+fn restarted(rig: Rig, limits: Limits) -> Rig {
+    let mut again = Rig::new(limits);
+    again.store = rig.store;
+    again.scheduler.tier = TierUse { spills: true, is_invariant: true };
+    again
+}
+
+#[test]
+fn a_conversation_goes_on_from_stored_pages_and_its_tail() {
+    for groups in [&[40][..], &[40, 30]] {
+        for len in [30, 31, 32, 33, 63, 64, 65, 100] {
+            let mut rig = storing(limits(groups));
+            let first = request(&prompt(len, 0), 7);
+            let _first = rig.submit(first.clone());
+            rig.drain();
+            let mut rig = restarted(rig, limits(groups));
+            let second = request(&next_turn(&first, 3), 12);
+            let mut client = rig.submit(second.clone());
+            rig.drain();
+            let events = client.hear();
+            let (want, _) = alone(&second, 0, 1000);
+            assert_eq!(tokens(&events, 0), want);
+            // All but the last token that was drawn had keys and values.
+            let had = len + 6;
+            let kv = report(&events);
+            assert_eq!((kv.state, kv.cached_tokens, kv.restored_tokens), (KvState::Exact, had, had), "{len}");
+        }
+    }
+}
+
+#[test]
+fn a_page_that_is_gone_is_computed_again_and_stored_again() {
+    let mut rig = storing(limits(&[40]));
+    let first = request(&prompt(150, 0), 5);
+    let _kept = rig.submit(first.clone());
+    rig.drain();
+    let mut rig = restarted(rig, limits(&[40]));
+    let second = request(&next_turn(&first, 3), 12);
+    let mut client = rig.submit(second.clone());
+    rig.turns(1);
+    // Between the look-up and the read, the pages went: a tenant's quota, say.
+    let store = rig.store.as_ref().unwrap();
+    let tenant = store.tenant("t").unwrap().id;
+    store.set_quota(tenant, mainstay_store::Quota { page_bytes: 2 * 8192, ..Default::default() });
+    store.maintain().unwrap();
+    store.set_quota(tenant, mainstay_store::Quota::default());
+    rig.drain();
+    let events = client.hear();
+    assert_eq!(tokens(&events, 0), alone(&second, 0, 1000).0);
+    let kv = report(&events);
+    assert_eq!((kv.state, kv.reason, kv.restored_tokens), (KvState::Exact, Some("absent"), 64));
+    let mut rig = restarted(rig, limits(&[40]));
+    let mut client = rig.submit(second.clone());
+    rig.drain();
+    assert_eq!(report(&client.hear()).restored_tokens, 160);
+}
+
+#[test]
+fn a_prefix_that_is_being_loaded_is_loaded_once() {
+    let mut rig = storing(limits(&[60]));
+    let base = request(&prompt(200, 0), 1);
+    let _kept = rig.submit(base.clone());
+    rig.drain();
+    let mut rig = restarted(rig, limits(&[60]));
+    let forks: Vec<crate::Request> =
+        (0..4).map(|i| request(&[&prompt(200, 0)[..], &prompt(5, i)].concat(), 6)).collect();
+    let mut clients: Vec<Client> = forks.iter().map(|f| rig.submit(f.clone())).collect();
+    let other = request(&prompt(20, 9), 3);
+    let mut passing = rig.submit(other.clone());
+    rig.turns(2);
+    assert_eq!(rig.pending.len(), 1, "one load for all");
+    assert_eq!(tokens(&passing.hear(), 0).len(), 2, "who needs no pages passes");
+    rig.drain();
+    for (client, fork) in clients.iter_mut().zip(&forks) {
+        let events = client.hear();
+        assert_eq!(tokens(&events, 0), alone(fork, 0, 1000).0);
+        assert!(cached(&events) >= 192);
+    }
+    // Each fork may bring a tail page of its own; the six full pages came once.
+    let restored = rig.scheduler.totals.restored_tokens;
+    assert!((192..=192 + 4 * 8).contains(&restored), "{restored}");
+}
+
+#[test]
+fn an_interrupted_answer_goes_on_as_if_it_never_had_been() {
+    let whole = crate::Request {
+        sampling: crate::SamplingRequest { repetition_penalty: 1.2, ..request(&[1], 1).sampling },
+        ..request(&prompt(50, 0), 40)
+    };
+    let (want, reason) = alone(&whole, 0, 1000);
+    for drawn in 1..40 {
+        let mut rig = Rig::new(limits(&[40]));
+        let mut client = rig.submit(crate::Request { drawn: want[..drawn].to_vec(), ..whole.clone() });
+        rig.drain();
+        let events = client.hear();
+        assert_eq!(tokens(&events, 0), want[drawn..], "after {drawn}");
+        assert!(matches!(events.last(), Some(Event::Finished { reason: found, .. }) if *found == reason));
+    }
+}
+
+#[test]
+fn an_ephemeral_request_stores_nothing() {
+    let mut rig = storing(limits(&[40]));
+    let mut quiet = request(&prompt(100, 0), 5);
+    quiet.keep.durability = Durability::Ephemeral;
+    let _kept = rig.submit(quiet.clone());
+    rig.drain();
+    let written =
+        rig.store.as_ref().unwrap().page_counts().written.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(written, 0);
+    // A request that keeps its pages stores those that it finds in memory too.
+    let mut client = rig.submit(request(&prompt(100, 0), 5));
+    rig.drain();
+    assert_eq!(cached(&client.hear()), 96);
+    let mut rig = restarted(rig, limits(&[40]));
+    let mut client = rig.submit(request(&prompt(100, 0), 5));
+    rig.drain();
+    assert!(report(&client.hear()).restored_tokens >= 96);
+}
+
+#[test]
+fn a_salt_and_a_tenant_part_pages() {
+    let mut rig = storing(limits(&[40]));
+    let _kept = rig.submit(request(&prompt(100, 0), 5));
+    rig.drain();
+    for other in [
+        crate::Request { tenant: "u".into(), ..request(&prompt(100, 0), 5) },
+        crate::Request {
+            keep: crate::Keep { salt: b"s".to_vec(), ..Default::default() },
+            ..request(&prompt(100, 0), 5)
+        },
+    ] {
+        let mut client = rig.submit(other);
+        rig.drain();
+        let kv = report(&client.hear());
+        assert_eq!((kv.state, kv.reason, kv.cached_tokens), (KvState::Cold, None, 0));
+    }
 }

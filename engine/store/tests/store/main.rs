@@ -6,6 +6,7 @@ mod crash;
 mod damage;
 mod faults;
 mod moves;
+mod object;
 mod rig;
 mod roundtrip;
 

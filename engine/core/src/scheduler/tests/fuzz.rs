@@ -38,10 +38,11 @@ struct Watched {
     reasons: Vec<Option<FinishReason>>,
     stopped: Vec<bool>,
     failed: bool,
+    stores: bool,
 }
 
 impl Watched {
-    fn new(client: Client, request: Request) -> Self {
+    fn new(client: Client, request: Request, stores: bool) -> Self {
         let n = request.choices as usize;
         Self {
             client,
@@ -52,6 +53,7 @@ impl Watched {
             reasons: vec![None; n],
             stopped: vec![false; n],
             failed: false,
+            stores,
         }
     }
 
@@ -62,10 +64,14 @@ impl Watched {
     fn hear(&mut self, event: Event, started: &mut Option<RequestId>) {
         assert!(!self.is_over(), "{event:?} after the end");
         match event {
-            Event::Started { cached_tokens } => {
-                assert!(!self.started && started.is_none_or(|last| last < self.client.id), "starts in order");
-                assert!(cached_tokens < self.request.prompt.len());
-                assert!(cached_tokens == 0 || self.request.prompt_logprobs.is_none());
+            Event::Started { kv } => {
+                assert!(!self.started);
+                // One that waits for pages lets others pass.
+                assert!(self.stores || started.is_none_or(|last| last < self.client.id), "starts in order");
+                assert!(
+                    kv.cached_tokens < self.request.prompt.len() && kv.restored_tokens <= kv.cached_tokens
+                );
+                assert!(kv.cached_tokens == 0 || self.request.prompt_logprobs.is_none());
                 (self.started, *started) = (true, Some(self.client.id));
             }
             Event::Prompt(scores) => {
@@ -133,7 +139,7 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, limits: Limits, fail_every: Option<u64>) -> Self {
+    fn new(seed: u64, limits: Limits, fail_every: Option<u64>, stored_pages: Option<u64>) -> Self {
         let mut random = Random(seed);
         let bases = (0..3).map(|_| (0..90).map(|_| random.below(VOCAB) as u32).collect()).collect();
         let echo = EchoExecutor::new(VOCAB, limits.clone());
@@ -141,7 +147,7 @@ impl World {
         Self {
             context: limits.context,
             choices_max: slots_max(&limits).min(4),
-            rig: Rig::over(echo, limits),
+            rig: stored_pages.into_iter().fold(Rig::over(echo, limits), Rig::storing),
             random,
             watched: Vec::new(),
             bases,
@@ -185,7 +191,11 @@ impl World {
         if self.watched.len() < 12 && self.random.one_in(3) {
             let request = self.request();
             let client = self.rig.submit(request.clone());
-            self.watched.push(Watched::new(client, request));
+            self.watched.push(Watched::new(client, request, self.rig.store.is_some()));
+        }
+        if !self.rig.pending.is_empty() && self.random.one_in(2) {
+            let (at, pages) = (self.random.below(self.rig.pending.len()), 1 + self.random.below(3));
+            self.rig.deliver(at, pages);
         }
         if !self.watched.is_empty() && self.random.one_in(40) {
             let gone = self.random.below(self.watched.len());
@@ -243,11 +253,15 @@ fn a_hundred_thousand_steps_keep_the_books() {
         tiny(&[30, 14], 100, 5, 12),
     ];
     let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
+    let mut restored = 0;
     for seed in 0..20 {
         let limits = shapes[seed as usize % shapes.len()].clone();
         let fail_every = (seed % 3 == 2).then_some(23 + seed);
-        let mut world = World::new(seed, limits, fail_every);
-        let stats = world.run(5000);
+        // Every other life has a store, which holds less than what is handed over.
+        let stored_pages = (seed % 2 == 1).then_some(40);
+        let mut world = World::new(seed, limits, fail_every, stored_pages);
+        let stats = world.run(6000);
+        restored += stats.restored_tokens;
         copies += world.copies;
         finished += world.finished;
         steps += stats.steps;
@@ -255,15 +269,15 @@ fn a_hundred_thousand_steps_keep_the_books() {
         cached += stats.cached_tokens;
     }
     // The seeds must reach what they are there for.
-    let reached = (steps, finished, preemptions, cached, copies);
+    let reached = (steps, finished, preemptions, cached, copies, restored);
     assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
-    assert!(preemptions > 400 && cached > 10_000 && copies > 500, "{reached:?}");
+    assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
 }
 
 #[test]
 fn a_seed_decides_every_step() {
     let steps = || {
-        let mut world = World::new(5, tiny(&[6, 9], 16, 4, 5), Some(31));
+        let mut world = World::new(5, tiny(&[6, 9], 16, 4, 5), Some(31), Some(40));
         let turn = |_| {
             world.act();
             world.rig.turn();

@@ -3,13 +3,17 @@
 use std::collections::HashMap;
 
 use mainstay_backend_api::echo::{EchoExecutor, expected};
-use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId};
+use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, Ticket};
+use mainstay_store::sim::{SimClock, SimDisk, SimEntropy};
+use mainstay_store::{KeyChain, Options, Quota, Store, Tenant, TenantId, TenantSecret};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::super::*;
-use crate::key::{Identity, KeyChain};
-use crate::{Request, SamplingRequest, StopRule};
+use crate::chain::Chain;
+use crate::identity::{Identity, ModelIdentity};
+use crate::planner::RestorePolicy;
+use crate::{Keep, Request, SamplingRequest, StopRule};
 
 pub(super) const VOCAB: usize = 40;
 
@@ -24,6 +28,10 @@ pub(super) struct Rig {
     submitted: u64,
     /// Who wrote a page last.
     owners: HashMap<(usize, PageId), Arc<str>>,
+    planner: Planner,
+    pub(super) store: Option<Store>,
+    /// Loads that the scheduler asked for, and how many pages of each were delivered.
+    pub(super) pending: Vec<(Load, usize)>,
 }
 
 pub(super) struct Client {
@@ -45,36 +53,68 @@ impl Rig {
     pub(super) fn over(executor: EchoExecutor, limits: Limits) -> Self {
         Self {
             pool: KvPool::new(&limits.pages),
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits, TierUse::default()),
             step: Step::default(),
-            identity: Identity::of(executor.kv_layout(), &executor.numeric_class()),
+            identity: Identity::of(
+                &ModelIdentity::default(),
+                executor.kv_layout(),
+                &executor.numeric_class(),
+            ),
             executor,
             out: StepOutput::default(),
             seats: Arc::new(Semaphore::new(1 << 20)),
             submitted: 0,
             owners: HashMap::new(),
+            planner: Planner::new(RestorePolicy::Always, 1),
+            store: None,
+            pending: Vec::new(),
         }
+    }
+
+    /// With a store on a simulated disk that holds about this many pages a tenant.
+    pub(super) fn storing(mut self, pages: u64) -> Self {
+        let quota = Quota { page_bytes: pages * 8192, ..Quota::default() };
+        let options = Options { threads: false, reserve_bytes: 0, quota, ..Options::default() };
+        let (disk, clock) = (Arc::new(SimDisk::new(1)), Arc::new(SimClock::new(1_700_000_000_000)));
+        let opened = Store::open(disk, clock, Arc::new(SimEntropy::new(1)), options);
+        self.store = Some(opened.unwrap().0);
+        self.scheduler.tier = TierUse { spills: true, is_invariant: true };
+        self
+    }
+
+    fn tenant(&self, name: &str) -> Tenant {
+        self.store.as_ref().map_or_else(
+            || Tenant {
+                id: TenantId::of(name),
+                chain: KeyChain::new(TenantSecret(blake3::derive_key("test", name.as_bytes()))),
+            },
+            |store| store.tenant(name).unwrap(),
+        )
     }
 
     pub(super) fn submit(&mut self, mut request: Request) -> Client {
         let id = RequestId(self.submitted);
         self.submitted += 1;
         let (sender, events) = unbounded_channel();
-        let prompt = std::mem::take(&mut request.prompt);
+        let mut tokens = std::mem::take(&mut request.prompt);
+        let prompt_len = tokens.len();
+        tokens.append(&mut request.drawn);
         let seat = Arc::clone(&self.seats).try_acquire_many_owned(request.choices).unwrap();
-        let submission = Submission {
-            prompt_len: prompt.len(),
-            chain: KeyChain::new(&request.tenant, &self.identity),
-            request,
-            events: sender,
+        let chain = Chain::new(self.tenant(&request.tenant), &self.identity, &request.keep.salt);
+        let groups = self.pool.group_count();
+        let stored = match &self.store {
+            Some(store) => chain.look_up(store, groups, &tokens, request.keep.reuse),
+            None => (chain.nothing(), Vec::new()),
         };
-        self.scheduler.submit(Sequence::new(id, Arc::new(submission), prompt, seat));
+        let submission = Submission { prompt_len, chain, request, events: sender };
+        self.scheduler.submit(Sequence::new(id, Arc::new(submission), tokens, seat, stored));
         Client { id, events }
     }
 
     /// One turn of the loop. Returns whether the step went well.
     pub(super) fn turn(&mut self) -> bool {
         self.plan();
+        self.transfer();
         if self.step.chunks.is_empty() {
             self.scheduler.send_events();
             return true;
@@ -84,9 +124,64 @@ impl Rig {
             Ok(()) => self.scheduler.commit(&mut self.pool, &self.out),
             Err(error) => self.scheduler.fail(&mut self.pool, error),
         }
+        self.transfer();
         self.audit();
         self.scheduler.send_events();
         result.is_ok()
+    }
+
+    /// Hands pages to the store, and notes what is to be loaded.
+    pub(super) fn transfer(&mut self) {
+        for spill in std::mem::take(&mut self.scheduler.spills) {
+            self.executor.start_read(&spill.reads, Ticket(0));
+            let mut done = Vec::new();
+            self.executor.poll(&mut done);
+            let store = self.store.as_ref().expect("pages are handed over only where there is a store");
+            let copy = done.remove(0);
+            for ((header, bytes), digest) in spill.headers.into_iter().zip(copy.bytes).zip(copy.digests) {
+                store.write(header, bytes, digest);
+            }
+            store.step();
+            spill.reads.iter().for_each(|r| self.pool.release(r.page.group as usize, r.page.page));
+        }
+        let loads = std::mem::take(&mut self.scheduler.loads);
+        self.pending.extend(loads.into_iter().map(|load| (load, 0)));
+    }
+
+    /// Delivers up to `most` more pages of a load; `true` when it is over.
+    pub(super) fn deliver(&mut self, at: usize, most: usize) -> bool {
+        let groups = self.pool.group_count();
+        let (load, delivered) = &mut self.pending[at];
+        let Some(sequence) = self.scheduler.loading(load.id) else {
+            self.pending.swap_remove(at);
+            return true;
+        };
+        let (tenant, targets) = (sequence.request().tenant.clone(), load.headers.len() / groups - *delivered);
+        let wanted = &load.headers[*delivered * groups..][..most.min(targets) * groups];
+        let store = self.store.as_ref().expect("a load is of a store");
+        let read = wanted.iter().map_while(|header| store.read(header).ok());
+        let mut pages: Vec<Box<[u8]>> = read.map(|page| page.as_ref().into()).collect();
+        let count = pages.len() / groups;
+        pages.truncate(count * groups);
+        let missed = count * groups < wanted.len();
+        let to = sequence.targets(count);
+        for page in &to {
+            self.owners.insert((page.group as usize, page.page), tenant.clone());
+        }
+        if count > 0 {
+            self.executor.start_write(to.into_iter().zip(pages).collect(), Ticket(1));
+            self.executor.poll(&mut Vec::new());
+            sequence.arrived(count, &mut self.pool);
+        }
+        *delivered += count;
+        let over = missed || *delivered * groups == load.headers.len();
+        if over {
+            let (id, tokens) = (load.id, load.headers[..*delivered * groups].iter().map(|h| h.tokens.len()));
+            let tokens = tokens.sum::<usize>() / groups;
+            self.pending.swap_remove(at);
+            self.scheduler.end_load(id, (tokens, 1.0), missed.then_some("absent"), &mut self.pool);
+        }
+        over
     }
 
     pub(super) fn turns(&mut self, count: usize) {
@@ -101,6 +196,9 @@ impl Rig {
                 return;
             }
             self.turn();
+            if self.step.chunks.is_empty() && !self.pending.is_empty() {
+                while !self.deliver(0, 2) {}
+            }
         }
         panic!("no end: {:?}", self.scheduler.stats(&self.pool));
     }
@@ -108,7 +206,7 @@ impl Rig {
     pub(super) fn plan(&mut self) {
         let before: HashMap<_, _> = self.sequences().map(|s| (s.id, s.computed)).collect();
         let preemptions = self.scheduler.totals.preemptions;
-        self.scheduler.plan(&mut self.pool, &mut self.step);
+        self.scheduler.plan(&mut self.pool, &mut self.step, &mut self.planner);
         let fell = self.sequences().filter(|s| before.get(&s.id).is_some_and(|&b| s.computed < b)).count();
         let preempted = (self.scheduler.totals.preemptions - preemptions) as usize;
         assert!(fell <= preempted, "{fell} sequences lost tokens, {preempted} were preempted");
@@ -130,6 +228,9 @@ impl Rig {
                 assert!(pages.len() * PAGE_TOKENS >= computed);
                 pages.iter().for_each(|&page| *held.entry((group, page)).or_default() += 1);
             }
+        }
+        for read in self.scheduler.spills.iter().flat_map(|spill| &spill.reads) {
+            *held.entry((read.page.group as usize, read.page.page)).or_default() += 1;
         }
         self.pool.audit(&held);
         assert!(self.scheduler.waiting.iter().all(|s| s.computed == 0 && s.pages.is_empty()));
@@ -172,6 +273,8 @@ pub(super) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         stop: StopRule { max_tokens, ..StopRule::default() },
         logprobs: None,
         prompt_logprobs: None,
+        drawn: Vec::new(),
+        keep: Keep::default(),
     }
 }
 

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Makes target/peers-venv with llama-cpp-python, built from its source distribution for this processor.
+# Takes minutes of all cores, once; give it `nice`.
+set -eu
+cd "$(dirname "$0")/../.."
+venv=target/peers-venv
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+"$venv/bin/pip" install --quiet --upgrade pip
+"$venv/bin/pip" install --quiet numpy gguf
+# CMAKE_BUILD_PARALLEL_LEVEL: as many compilers as cores; without it, ninja starts two more than there are.
+CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL="$(getconf _NPROCESSORS_ONLN)" \
+    "$venv/bin/pip" install --no-binary llama-cpp-python llama-cpp-python==0.3.36
+"$venv/bin/python" -c 'import llama_cpp; print("llama-cpp-python", llama_cpp.__version__)'

@@ -1,0 +1,100 @@
+//! A request that is ready for the engine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_engine::{Keep, Request, StopRule};
+use tokio::time::Instant;
+
+use crate::detokenize::Decoder;
+use crate::openai::options::GenerationOptions;
+use crate::prompt::Prompt;
+use crate::registry::Model;
+
+/// Whether the prompt is part of the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Echo {
+    No,
+    /// Its text, and its log-probabilities if log-probabilities are wanted at all.
+    Prompt,
+}
+
+/// Whether the answer is a text of its own or goes on where the prompt ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Continuation {
+    OwnText,
+    OfPrompt,
+}
+
+/// How long a request may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TimeLimits {
+    pub(crate) arrived: Instant,
+    /// From arrival to the last token.
+    pub(crate) request: Option<Duration>,
+    /// From arrival to the first step.
+    pub(crate) queue: Option<Duration>,
+}
+
+/// A request ready for the engine. Choice `i` belongs to prompt `i / options.choices`.
+#[derive(Clone)]
+pub(crate) struct Job {
+    pub(crate) model: Arc<Model>,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) prompts: Vec<Prompt>,
+    /// As the client asked.
+    pub(crate) max_tokens: Option<usize>,
+    /// Where it did not ask; without it, the rest of the context.
+    pub(crate) max_tokens_default: Option<usize>,
+    pub(crate) options: GenerationOptions,
+    /// Alternatives to report beside each token's log-probability.
+    pub(crate) logprobs: Option<usize>,
+    pub(crate) echo: Echo,
+    pub(crate) continuation: Continuation,
+    pub(crate) time: TimeLimits,
+    /// What becomes of its keys and values.
+    pub(crate) keep: Keep,
+}
+
+impl Job {
+    pub(crate) fn decoder(&self) -> Decoder<'_> {
+        self.model.decoder(self.options.show_special)
+    }
+
+    /// Whether the answer names its tokens, beside the text.
+    pub(crate) fn reports_tokens(&self) -> bool {
+        self.logprobs.is_some() || self.options.return_token_ids
+    }
+
+    pub(crate) fn choice_index(&self, prompt: usize, choice: usize) -> usize {
+        prompt * self.options.choices as usize + choice
+    }
+
+    /// The most tokens that an answer to a prompt may have.
+    pub(crate) fn most_tokens(&self, prompt: usize) -> usize {
+        let room = self.model.served.context.saturating_sub(self.prompts[prompt].tokens.len());
+        self.max_tokens.unwrap_or(self.max_tokens_default.unwrap_or(room).min(room))
+    }
+
+    pub(crate) fn request(&self, prompt: usize) -> Request {
+        let max_tokens = self.most_tokens(prompt);
+        let prompt = self.prompts[prompt].tokens.clone();
+        // Without tokens to generate, the engine is only asked for the prompt's scores.
+        let wants_scores = self.echo == Echo::Prompt && (self.logprobs.is_some() || max_tokens == 0);
+        Request {
+            tenant: self.tenant.clone(),
+            prompt,
+            choices: self.options.choices,
+            sampling: self.options.sampling.clone(),
+            stop: StopRule {
+                max_tokens,
+                tokens: self.options.stop_tokens.clone(),
+                min_tokens: self.options.min_tokens.min(max_tokens),
+            },
+            logprobs: self.logprobs,
+            prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
+            drawn: Vec::new(),
+            keep: self.keep.clone(),
+        }
+    }
+}
