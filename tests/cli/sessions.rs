@@ -1,7 +1,8 @@
 //! `mainstay sessions` on a data directory and on a server, and `mainstay chat --session`.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -133,6 +134,27 @@ fn a_session_moves_as_a_file() {
     bad(on(&from, &["export", "nobody", "--tokens-only", "-o", &gone.to_string_lossy()]), 1);
     let left: Vec<PathBuf> = fs::read_dir(&scratch.0).unwrap().map(|e| e.unwrap().path()).collect();
     assert!(left.iter().all(|path| !path.to_string_lossy().contains("gone")), "{left:?}");
+}
+
+#[test]
+fn an_export_that_breaks_off_leaves_the_file_as_it_was() {
+    let scratch = Scratch::new();
+    let file = scratch.0.join("notes.session");
+    fs::write(&file, "earlier").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let breaks_off = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        // The request's head; what it says is of no interest.
+        let read = stream.read(&mut [0; 4096]).unwrap();
+        assert!(read > 0);
+        stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n").unwrap();
+    });
+    let line = bad(run(&["sessions", "export", "notes", "--url", &url, "-o", &file.to_string_lossy()]), 1);
+    assert!(line.contains("broke off"), "{line}");
+    breaks_off.join().unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "earlier");
+    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 1, "half a session is left");
 }
 
 #[test]
@@ -281,6 +303,13 @@ fn a_chat_goes_on_after_its_end_as_if_it_had_had_none() {
     let turns: Vec<Value> = serde_json::from_str::<Vec<Value>>(&listed).unwrap();
     let turns: Vec<_> = turns.iter().map(|session| session["turn_count"].as_u64().unwrap()).collect();
     assert_eq!(turns, [3, 1]);
+    let shown = good(run(&["sessions", "show", "talk", "--json", "--url", &url]));
+    let talk: Value = serde_json::from_str(&shown).unwrap();
+    let sent = |turn: usize| talk["turns"][turn]["messages"].clone();
+    assert_eq!(sent(0).as_array().unwrap().len(), 2, "the system's message and the user's");
+    for (turn, text) in [(1, "What is my name?"), (2, "Thank you.")] {
+        assert_eq!(sent(turn), json!([{"role": "user", "content": text}]), "only what is new");
+    }
 }
 
 #[test]
