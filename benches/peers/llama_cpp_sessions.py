@@ -96,13 +96,24 @@ def tokens(count, salt, vocab):
     return found
 
 
+def tell_errors(level, text, _):
+    """Level 4 is an error in ggml's numbering; 5 goes on with the line before."""
+    if level == 4:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 class Engine:
     """One model and one context, driven through the C API."""
+
+    # Kept for as long as llama.cpp may call it.
+    silent = None
 
     def __init__(self, args, room):
         import llama_cpp
 
         self.c = llama_cpp
+        Engine.silent = llama_cpp.llama_log_callback(tell_errors)
+        self.c.llama_log_set(Engine.silent, None)
         self.c.llama_backend_init()
         begun = time.perf_counter()
         self.model = self.c.llama_model_load_from_file(
