@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use mainstay_backend_api::KvDType;
 use mainstay_bench::{LatencyError, Plan};
 use serde_json::json;
 
