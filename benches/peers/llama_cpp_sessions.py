@@ -27,17 +27,19 @@ SHAPE = {
 }
 
 
-def bf16(rng, rows, cols):
-    """Uniform in -0.035 .. 0.035 as bfloat16 bytes, as the harness makes them."""
+def weights(rng, rows, cols, kind):
+    """Uniform in -0.035 .. 0.035, as the harness makes them; the bytes of `bf16` or `f16`."""
     import numpy as np
 
     values = (rng.random((rows, cols), dtype=np.float32) - 0.5) * 0.07
+    if kind == "f16":
+        return values.astype("<f2").view(np.uint8)
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.astype("<u2").view(np.uint8)
 
 
-def write_model(path, shape):
+def write_model(path, shape, kind):
     """A GGUF file without a vocabulary."""
     import gguf
     import numpy as np
@@ -54,7 +56,10 @@ def write_model(path, shape):
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1_000_000.0)
     writer.add_vocab_size(shape["vocab"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    types = {"bf16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
+             "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16)}
+    file_type, raw_dtype = types[kind]
+    writer.add_file_type(file_type)
     # No vocabulary: llama.cpp makes as many empty tokens as the model has rows.
     writer.add_tokenizer_model("none")
     rng = np.random.default_rng(1)
@@ -62,7 +67,7 @@ def write_model(path, shape):
     queries, keys = shape["heads"] * dim, shape["kv_heads"] * dim
 
     def matrix(name, rows, cols):
-        writer.add_tensor(name, bf16(rng, rows, cols), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        writer.add_tensor(name, weights(rng, rows, cols, kind), raw_dtype=raw_dtype)
 
     def norm(name, width):
         writer.add_tensor(name, np.ones(width, dtype=np.float32))
@@ -96,13 +101,24 @@ def tokens(count, salt, vocab):
     return found
 
 
+def tell_errors(level, text, _):
+    """Level 4 is an error in ggml's numbering; 5 goes on with the line before."""
+    if level == 4:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 class Engine:
     """One model and one context, driven through the C API."""
+
+    # Kept for as long as llama.cpp may call it.
+    silent = None
 
     def __init__(self, args, room):
         import llama_cpp
 
         self.c = llama_cpp
+        Engine.silent = llama_cpp.llama_log_callback(tell_errors)
+        self.c.llama_log_set(Engine.silent, None)
         self.c.llama_backend_init()
         begun = time.perf_counter()
         self.model = self.c.llama_model_load_from_file(
@@ -262,8 +278,8 @@ def main():
     parser.add_argument("--repeat", type=int, default=3, help="restores of each history")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512, help="tokens of one call, logical and physical")
-    parser.add_argument("--model", type=Path, default=Path("target/peers-qwen3-0.6b-random-bf16.gguf"),
-                        help="made if it is not there")
+    parser.add_argument("--weights", choices=["bf16", "f16"], default="bf16", help="their element type")
+    parser.add_argument("--model", type=Path, help="made under target/ if it is not there")
     parser.add_argument("--state", type=Path, help="the state file; removed afterwards")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers: to see that all of it works")
@@ -277,13 +293,13 @@ def main():
         found = (phase_save if args.phase == "save" else phase_restore)(args, contexts[0])
         print(json.dumps(found))
         return
-    if args.tiny:
-        args.model = args.model.with_name("peers-tiny-random-bf16.gguf")
+    if args.model is None:
+        args.model = Path(f"target/peers-{'tiny' if args.tiny else 'qwen3-0.6b'}-random-{args.weights}.gguf")
     if not args.model.exists():
         print("making the model", file=sys.stderr)
         args.model.parent.mkdir(parents=True, exist_ok=True)
         staged = args.model.with_suffix(".new")
-        write_model(staged, args.shape)
+        write_model(staged, args.shape, args.weights)
         staged.rename(args.model)
     if args.state is None:
         # Beside the model, on a disk: a temporary directory may be memory.
@@ -293,10 +309,11 @@ def main():
     import llama_cpp
 
     report = {"peer": "llama-cpp-python", "version": llama_cpp.__version__,
-              "system": llama_cpp.llama_print_system_info().decode(), "shape": args.shape, "threads": args.threads,
-              "batch": args.batch, "new": args.new, "kv_type": "f16", "flash_attention": True,
+              "system": llama_cpp.llama_print_system_info().decode(), "shape": args.shape,
+              "weights": args.weights, "threads": args.threads, "batch": args.batch, "new": args.new, "kv_type": "f16", "flash_attention": True,
               "measurements": [measure(args, context) for context in contexts]}
-    print(f"{'tokens':>8} {'cold ms':>10} {'disk ms':>10} {'penalty':>8} {'cached ms':>10} {'save ms':>9} {'MB':>8}  same")
+    print(f"{'tokens':>8} {'cold ms':>10} {'disk ms':>10} {'penalty':>8} {'cached ms':>10} {'save ms':>9} {'MB':>8}"
+          "  same")
     for m in report["measurements"]:
         print(f"{m['context']:>8} {m['saved']['cold_ttft_ms']:>10.1f} {m['disk']['ttft_ms_median']:>10.1f}"
               f" {m['disk']['penalty']:>7.1f}x {m['page_cache']['ttft_ms_median']:>10.1f}"
