@@ -72,12 +72,12 @@ fn page(app: &App) -> String {
         page.outcomes("vllm:request_success_total", id, &model.metrics);
     }
     page.family(
-        "kv_page_late_total",
+        "mainstay_kv_page_late_total",
         "counter",
         "Answers that did not wait any longer for their pages to be written.",
     );
     for (model, id) in models.iter().zip(named()) {
-        page.sample("kv_page_late_total", &[("model_name", id)], model.metrics.late_pages() as f64);
+        page.sample("mainstay_kv_page_late_total", &[("model_name", id)], model.metrics.late_pages() as f64);
     }
     page.family("mainstay_requests_total", "counter", "HTTP requests answered.");
     for ((route, status), count) in app.http.snapshot() {

@@ -166,8 +166,8 @@ async fn an_answer_does_not_wait_long_for_its_pages() {
             };
             assert_eq!(answer["kv"]["durability"], "async");
             let page = String::from_utf8(server.get("/metrics").await.body.to_vec()).unwrap();
-            if !page.contains("kv_page_late_total{model_name=\"org/echo\"} 0\n") {
-                assert!(page.contains("kv_page_late_total{model_name=\"org/echo\"} 1\n"), "{page}");
+            if !page.contains("mainstay_kv_page_late_total{model_name=\"org/echo\"} 0\n") {
+                assert!(page.contains("mainstay_kv_page_late_total{model_name=\"org/echo\"} 1\n"), "{page}");
                 drop(gate);
                 return;
             }
