@@ -263,6 +263,9 @@ impl Engine {
     }
 
     fn answer_flushes(&mut self) {
+        if self.copies.flushes.is_empty() {
+            return;
+        }
         let copies = &mut self.copies;
         let spills = copies.in_flight.iter().filter(|(_, copy)| matches!(copy, Copy::Spill(_)));
         let oldest = spills.map(|(ticket, _)| ticket.0).min().unwrap_or(u64::MAX);

@@ -1,4 +1,4 @@
-//! The store as the engine's thread sees it: messages out, messages back, no lock and no waiting between.
+//! The store as the engine's thread sees it: messages out, messages back; looking up and waiting happen elsewhere.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
