@@ -106,7 +106,7 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     let recovery = opened.as_ref().map(|opened| opened.recovery);
     let store = opened.map(|opened| opened.store);
     let tier = match &store {
-        Some(store) => args.store.open_tier(store).await?,
+        Some(_) => args.store.open_tier().await?,
         None => None,
     };
     let options = ServerOptions {

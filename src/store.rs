@@ -150,20 +150,13 @@ impl StoreArgs {
         Some(Duration::from_millis(self.journal_interval_ms)).filter(|interval| !interval.is_zero())
     }
 
-    /// Opens the object store, if there is one; sessions that a crash left half acquired are removed from `store`, and
-    /// can be acquired again.
+    /// Opens the object store, if there is one.
     ///
     /// # Errors
     /// [`Usage`] for a URL that is none; otherwise what the object store says.
-    pub(crate) async fn open_tier(&self, store: &Arc<Store>) -> Result<Option<Arc<ObjectTier>>> {
+    pub(crate) async fn open_tier(&self) -> Result<Option<Arc<ObjectTier>>> {
         let Some(url) = self.object_store.clone() else { return Ok(None) };
-        let store = Arc::clone(store);
-        let opened = tokio::task::spawn_blocking(move || {
-            for (tenant, id) in ObjectTier::partial(&store) {
-                store.delete(tenant, id)?;
-            }
-            ObjectTier::open(&url, ObjectOptions::default())
-        });
+        let opened = tokio::task::spawn_blocking(move || ObjectTier::open(&url, ObjectOptions::default()));
         let tier = opened.await?.map_err(|error| match error {
             ObjectError::Address(what) => anyhow::Error::from(Usage(format!("--object-store: {what}"))),
             other => anyhow::Error::from(other).context("--object-store"),

@@ -293,7 +293,9 @@ impl Store {
             BundlePages::Accept { root, .. } => Some(root),
             BundlePages::Refuse => None,
         };
-        (settings.name, settings.pinned) = (called.name, false);
+        settings.name = called.name;
+        // A copy is pinned by whoever wants it; a session that moves stays as it is.
+        settings.pinned &= called.id.is_some();
         let moved = called.id.map(|id| (id, created_ms));
         let session = self.import_turns(tenant.id, settings, moved, incoming.turns)?;
         Ok(Imported { session, pages: taken, pages_refused: refused })

@@ -6,7 +6,7 @@ use crate::{
     api::SessionInfo,
     bundle::{BundlePages, ImportAs},
     error::StoreError,
-    event::{SessionId, Settings},
+    event::SessionId,
     key::{ContentId, PAGE_TOKENS, PageKey, TenantId},
     object::{
         ObjectError, ObjectTier, OwnerId, State, after,
@@ -21,8 +21,6 @@ use crate::{
 
 /// How long a page waits for room in the ring.
 const ROOM: Duration = Duration::from_secs(5);
-/// Begins the name of a session that did not come over whole; the server gives none a name like this.
-const PARTIAL: &str = "\u{1}acquiring ";
 
 /// Whether a session that another store holds may be taken from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,17 +62,11 @@ enum Local {
     Other,
 }
 
-/// Whether a session is one that did not come over whole.
-pub(crate) fn is_partial(settings: &Settings) -> bool {
-    settings.name.as_ref().is_some_and(|name| name.starts_with(PARTIAL))
-}
-
 fn local(store: &Store, tenant: TenantId, contents: &Contents) -> Result<Local, ObjectError> {
     let id = contents.id;
     match store.get(tenant, id) {
         Err(StoreError::NotFound) => Ok(Local::None),
         Err(e) => Err(e.into()),
-        Ok(info) if is_partial(&info.settings) => Ok(Local::Less),
         Ok(info) if info.in_flight => Ok(Local::Other),
         Ok(_) if contents.tokens.starts_with(&store.tokens(tenant, id)?) => Ok(Local::Less),
         Ok(_) => Ok(Local::Other),
@@ -107,7 +99,7 @@ impl ObjectTier {
         if newest.state == State::Held && !is_own && how.takeover == Takeover::No {
             return Err(ObjectError::Held { owner: newest.owner });
         }
-        let here = store.get(tenant.id, id).ok().filter(|here| is_own && !is_partial(&here.settings));
+        let here = store.get(tenant.id, id).ok().filter(|_| is_own);
         let as_it_is =
             |session| Ok(Acquired { session, epoch: newest.place.epoch, pages: 0, pages_missed: 0 });
         if let Some(session) = here.clone().filter(|here| !here.is_damaged) {
@@ -187,28 +179,14 @@ impl ObjectTier {
         let listed = contents.extents.iter().flat_map(|extents| &extents.list).map(|entry| entry.pages);
         let listed = listed.fold(0, u32::saturating_add);
         let came = wanted.map_or(0, |(naming, extents)| self.take_pages(store, &naming, extents));
-        // A crash from here on leaves a session by whose name it is known that turns are missing.
-        let name = format!("{PARTIAL}{id}");
         let bundle = contents.bundle()?;
-        store.import(tenant, &mut &bundle[..], ImportAs { id: Some(id), name: Some(name) }, pages)?;
-        let named = |name: Option<String>| {
-            store.patch(tenant.id, id, |settings| {
-                (settings.name, settings.pinned) = (name, contents.settings.pinned);
-            })
-        };
-        let session = match named(contents.settings.name.clone()) {
+        let import = |name| store.import(tenant, &mut &bundle[..], ImportAs { id: Some(id), name }, pages);
+        let imported = match import(contents.settings.name.clone()) {
             // Another session has the name by now.
-            Err(StoreError::NameTaken(_)) => named(None),
-            session => session,
+            Err(StoreError::NameTaken(_)) => import(None),
+            imported => imported,
         };
-        match session {
-            Ok(session) => Ok((session, came, listed.saturating_sub(came))),
-            Err(e) => {
-                // As long as it is partial, acquiring it again begins anew.
-                let _ = store.delete(tenant.id, id);
-                Err(e.into())
-            }
-        }
+        Ok((imported?.session, came, listed.saturating_sub(came)))
     }
 
     /// Reads the extents that are not here and hands their pages to the store; how many pages it has then. An extent that

@@ -42,9 +42,6 @@ pub enum ObjectError {
     /// next flush takes it back if nobody else took it.
     #[error("the session changed while it was released")]
     Changed,
-    /// Taking it was cut short: acquire it again.
-    #[error("the session did not come over whole; acquire it again")]
-    Partial,
     /// An object is not what was written.
     #[error("{path} is damaged: {what}")]
     Damaged {

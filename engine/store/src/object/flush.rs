@@ -10,7 +10,7 @@ use crate::{
     event::{Durability, Event, SessionId, Settings, Whose},
     key::{PAGE_TOKENS, TenantId},
     object::{
-        ObjectError, ObjectTier, OwnerId, State, acquire, after,
+        ObjectError, ObjectTier, OwnerId, State, after,
         extent::{EXTENT_BYTES_MAX, Extent, Source},
         link::{Pending, Put},
         manifest::{self, Contents, Entry, Extents, Place, dir},
@@ -71,9 +71,6 @@ fn stamp(store: &Store, tenant: TenantId, id: SessionId) -> Result<Stamp, Object
 /// A session of a store, without its pages.
 fn local(store: &Store, tenant: TenantId, id: SessionId) -> Result<Contents, ObjectError> {
     let info = store.get(tenant, id)?;
-    if acquire::is_partial(&info.settings) {
-        return Err(ObjectError::Partial);
-    }
     let mut bundle = Vec::new();
     store.export(tenant, id, None, &mut bundle)?;
     let contents = Contents::of_bundle(id, &bundle)?;
@@ -87,7 +84,7 @@ impl ObjectTier {
     ///
     /// # Errors
     /// [`ObjectError::Moved`] where another store has it now; nothing of that store's is touched.
-    /// [`ObjectError::Partial`], [`ObjectError::Busy`], [`ObjectError::Store`], [`ObjectError::Remote`].
+    /// [`ObjectError::Busy`], [`ObjectError::Store`], [`ObjectError::Remote`].
     pub fn flush(
         &self,
         store: &Store,

@@ -163,14 +163,6 @@ impl ObjectTier {
         }
     }
 
-    /// Sessions of a store that did not come over whole, as after a crash: acquire them again, or delete them.
-    pub fn partial(store: &Store) -> Vec<(TenantId, SessionId)> {
-        let state = lock(&store.inner.state);
-        let all = state.table.all();
-        let partial = all.filter(|(_, session)| acquire::is_partial(&session.settings));
-        partial.map(|(id, session)| (session.tenant, id)).collect()
-    }
-
     fn begin(&self, tenant: TenantId, id: SessionId) -> Result<Busy<'_>, ObjectError> {
         let session = (tenant, id);
         if lock(&self.busy).insert(session) {

@@ -88,7 +88,7 @@ impl From<ObjectError> for ApiError {
             ObjectError::NotFound => Self::no_session(),
             ObjectError::Held { .. } => Self::conflict(message, "session_held"),
             ObjectError::Moved { .. } => Self::conflict(message, "session_moved"),
-            ObjectError::Lost | ObjectError::Busy | ObjectError::Changed | ObjectError::Partial => {
+            ObjectError::Lost | ObjectError::Busy | ObjectError::Changed => {
                 Self::conflict(message, "session_busy")
             }
             ObjectError::Exists => Self::conflict(message, "session_exists"),
