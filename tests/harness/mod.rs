@@ -2,7 +2,7 @@
 
 use mainstay_backend_api::{
     Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow, PAGE_TOKENS,
-    PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, Ticket, Want,
+    PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
@@ -226,6 +226,7 @@ impl Rig {
         let count = computed.div_ceil(PAGE_TOKENS);
         let tables = self.free.iter_mut().map(|free| free.split_off(free.len() - count)).collect();
         let restored = Sequence { computed, rope_table, tables };
+        let bytes = bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
         let pages = self.pages_of(&restored).into_iter().zip(bytes).collect();
         self.executor.start_write(pages, Ticket(2));
         assert!(self.wait(Ticket(2)).bytes.is_empty(), "a write returns no bytes");

@@ -1,7 +1,7 @@
 //! Executors that break the rule, so that the grid can be seen to fail.
 
 use mainstay_backend_api::{
-    CopyDone, Executor, KvLayout, NumericClass, PageBytes, PageRead, PageRef, Step, StepError, StepOutput,
+    CopyDone, Executor, KvLayout, NumericClass, PageRead, PageRef, Step, StepError, StepOutput, StoredPage,
     Ticket,
 };
 
@@ -56,9 +56,13 @@ impl Executor for Wrong {
         self.inner.start_read(pages, ticket);
     }
 
-    fn start_write(&mut self, mut pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
+    fn start_write(&mut self, mut pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
         if self.how == How::Restore {
-            pages.iter_mut().for_each(|(_, bytes)| bytes[0] ^= 1);
+            for (_, bytes) in &mut pages {
+                let mut wrong = (**bytes).as_ref().to_vec();
+                wrong[0] ^= 1;
+                *bytes = Box::new(wrong);
+            }
         }
         self.inner.start_write(pages, ticket);
     }

@@ -9,7 +9,8 @@ use std::sync::mpsc::Receiver;
 use mainstay_models::{LoadError, Weights, graph::Graph};
 
 use crate::kv::{
-    CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, Ticket,
+    CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, StoredPage,
+    Ticket,
 };
 use crate::sample::{SampleScratch, sample_rows};
 use crate::step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
@@ -187,8 +188,9 @@ impl Executor for EchoExecutor {
         self.copied.push(CopyDone::read(&self.layout, pages, bytes, ticket));
     }
 
-    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
         for (page, bytes) in pages {
+            let bytes = (*bytes).as_ref();
             let size = self.layout.groups[page.group as usize].page_bytes();
             assert!(bytes.len() == size, "a page holds {size} bytes, found {}", bytes.len());
             let (words, _) = bytes.as_chunks::<4>();
@@ -386,7 +388,8 @@ mod tests {
         let mut done = Vec::new();
         echo.poll(&mut done);
         assert_eq!((done.len(), done[0].ticket, done[0].bytes.len()), (1, Ticket(7), 4));
-        other.start_write(from.into_iter().zip(done.remove(0).bytes).collect(), Ticket(8));
+        let stored = done.remove(0).bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
+        other.start_write(from.into_iter().zip(stored).collect(), Ticket(8));
         assert_eq!(run(&mut other, &one_chunk(&tokens, 39, &[1, 2])).unwrap(), want);
     }
 

@@ -42,6 +42,10 @@ pub struct Ticket(pub u64);
 /// The payload of one page in the order of [`Group`].
 pub type PageBytes = Box<[u8]>;
 
+/// A payload on its way to a device, in whatever memory it was read into: a page is megabytes, and is not copied on the
+/// way.
+pub type StoredPage = Box<dyn AsRef<[u8]> + Send + Sync>;
+
 /// A finished batch of page copies.
 #[derive(Debug)]
 pub struct CopyDone {

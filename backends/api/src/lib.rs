@@ -8,7 +8,8 @@ pub mod step;
 use mainstay_models::{LoadError, Weights, graph::Graph};
 
 pub use kv::{
-    CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageDigest, PageId, PageRead, PageRef, Ticket,
+    CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageDigest, PageId, PageRead, PageRef, StoredPage,
+    Ticket,
 };
 pub use step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 
@@ -113,7 +114,7 @@ pub trait Executor: Send {
     fn start_read(&mut self, pages: &[PageRead], ticket: Ticket);
 
     /// Starts to copy pages into the device, after the steps already submitted and before later ones.
-    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket);
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket);
 
     /// Appends the copies that are done.
     fn poll(&mut self, done: &mut Vec<CopyDone>);

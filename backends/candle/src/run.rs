@@ -7,7 +7,7 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageBytes, PageRead, PageRef, StepError,
+    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError, StoredPage,
     Ticket,
 };
 use mainstay_models::graph::{Activation, Attend, Op, Rope, RopeLayout};
@@ -84,8 +84,8 @@ impl Executor for CandleExecutor {
         self.copied.push(CopyDone::read(&self.plan.layout, pages, bytes, ticket));
     }
 
-    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
-        pages.iter().for_each(|(page, bytes)| self.pages.write_page(*page, bytes));
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
+        pages.iter().for_each(|(page, bytes)| self.pages.write_page(*page, (**bytes).as_ref()));
         self.copied.push(CopyDone::written(ticket, Ok(())));
     }
 

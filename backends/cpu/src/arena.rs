@@ -1,9 +1,9 @@
 //! Memory that the threads of a region share: activations, and the bytes of pages.
 //!
 //! The compiler cannot see that jobs write disjoint places, so this is where that is vouched for. Two facts carry
-//! every SAFETY comment here: a [`Job`] exists once, and a phase of run.rs writes, for a job, only the rows and
-//! columns that it derives from the job's number, and reads only slots that it does not write (plan.rs gives values
-//! that live at the same time disjoint slots).
+//! every SAFETY comment here: a [`Job`] exists once, and a phase (of run.rs, or a page's write in pages.rs) writes, for
+//! a job, only the rows, columns and blocks that it derives from the job's number, and reads only slots that it does not
+//! write (plan.rs gives values that live at the same time disjoint slots).
 
 #![expect(unsafe_code, reason = "disjoint parts of one buffer go to several threads")]
 
@@ -129,19 +129,6 @@ impl Blocks {
     /// A block for the job that it belongs to.
     pub(crate) fn write(&self, block: usize, _job: &Job) -> KvBlockMut<'_> {
         // SAFETY: in bounds, aligned to 64, every bit pattern is valid; the block belongs to this job alone.
-        unsafe { self.block_mut(block) }
-    }
-
-    /// A block, outside of a region.
-    pub(crate) fn get_mut(&mut self, block: usize) -> KvBlockMut<'_> {
-        // SAFETY: self is borrowed exclusively.
-        unsafe { self.block_mut(block) }
-    }
-
-    /// # Safety
-    /// Nobody else touches the block while the result lives.
-    unsafe fn block_mut(&self, block: usize) -> KvBlockMut<'_> {
-        // SAFETY: in bounds, aligned to 64, every bit pattern is valid; exclusive by the caller's promise.
         unsafe {
             match self.dtype {
                 KvType::F32 => {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use mainstay_backend_api::kv::{CopyDone, KvLayout, PageBytes, PageRead, PageRef, Ticket};
+use mainstay_backend_api::kv::{CopyDone, KvLayout, PageRead, PageRef, StoredPage, Ticket};
 use mainstay_backend_api::sample::{Drawn, SampleScratch};
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput};
 use mainstay_kernels_cpu::attend::Attention;
@@ -177,8 +177,10 @@ impl Executor for CpuExecutor {
         self.copies.push(CopyDone::read(&self.layout, pages, bytes, ticket));
     }
 
-    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
-        let result = pages.iter().try_for_each(|(page, bytes)| self.core.pages.write(*page, bytes));
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
+        let (stored, pool) = (&mut self.core.pages, &mut self.pool);
+        let mut pages = pages.iter();
+        let result = pages.try_for_each(|(page, bytes)| stored.write(pool, *page, (**bytes).as_ref()));
         self.copies.push(CopyDone::written(ticket, result));
     }
 

@@ -7,6 +7,7 @@ use mainstay_models::LoadError;
 
 use crate::arena::Blocks;
 use crate::machine;
+use crate::pool::{Job, Pool};
 
 const _: () = assert!(BLOCK_TOKENS == PAGE_TOKENS);
 
@@ -90,25 +91,29 @@ impl Pages {
         out
     }
 
-    /// Overwrites a page by a payload.
+    /// Overwrites a page by a payload, its layers shared out to the threads: much of it is memory that was never
+    /// touched.
     ///
     /// # Errors
     /// If the payload has another length than a page.
-    pub(crate) fn write(&mut self, page: PageRef, payload: &[u8]) -> Result<(), StepError> {
-        let group = &mut self.groups[page.group as usize];
+    pub(crate) fn write(&mut self, pool: &mut Pool, page: PageRef, payload: &[u8]) -> Result<(), StepError> {
+        let group = &self.groups[page.group as usize];
         if payload.len() != group.page_bytes {
             let what = format!("expected a page of {} bytes, found {}", group.page_bytes, payload.len());
             return Err(StepError::Device { device: "cpu", what });
         }
-        let mut rest = payload.chunks_exact(group.part_bytes());
-        for layer in 0..group.layers {
+        let layer_bytes = 2 * group.heads * group.part_bytes();
+        let write_layer = |job: &Job| {
+            let layer = job.index();
+            let mut rest = payload[layer * layer_bytes..][..layer_bytes].chunks_exact(group.part_bytes());
             for part in [KvPart::Keys, KvPart::Values] {
                 for (head, rows) in (0..group.heads).zip(rest.by_ref()) {
                     let block = group.block(page.page.0 as usize, layer, head);
-                    group.blocks.get_mut(block).write_part(part, group.head_dim, rows);
+                    group.blocks.write(block, job).write_part(part, group.head_dim, rows);
                 }
             }
-        }
+        };
+        pool.run(&|worker| worker.each(group.layers, |job| write_layer(&job)));
         Ok(())
     }
 }

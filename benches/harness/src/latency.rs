@@ -219,7 +219,7 @@ impl<'a> Bed<'a> {
             let bytes = self.random_page(layout.page_bytes());
             for page in 1..limits.pages[group] as u32 {
                 let place = PageRef { group: group as u32, page: PageId(page) };
-                self.executor.start_write(vec![(place, bytes.clone())], Ticket(u64::from(page)));
+                self.executor.start_write(vec![(place, Box::new(bytes.clone()))], Ticket(u64::from(page)));
                 self.executor.poll(&mut done);
             }
         }

@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mainstay_backend_api::{PageBytes, PageDigest};
+use mainstay_backend_api::{PageBytes, PageDigest, StoredPage};
 use mainstay_store::{Handed, Miss, PageHeader, Store};
 use tokio::sync::mpsc::WeakUnboundedSender;
 use tokio::sync::oneshot;
@@ -40,7 +40,7 @@ pub(crate) struct Loaded {
     pub(crate) load: LoadId,
     /// Which batch of the load.
     pub(crate) batch: usize,
-    pub(crate) pages: Vec<PageBytes>,
+    pub(crate) pages: Vec<StoredPage>,
     pub(crate) miss: Option<Miss>,
 }
 
@@ -102,7 +102,7 @@ impl Tier {
             let mut loaded = Loaded { load, batch, pages: Vec::with_capacity(results.len()), miss: None };
             for result in results {
                 match result {
-                    Ok(page) => loaded.pages.push(page.as_ref().into()),
+                    Ok(page) => loaded.pages.push(Box::new(page)),
                     Err(miss) => {
                         loaded.miss = Some(miss);
                         break;

@@ -58,6 +58,8 @@ pub enum At {
 pub struct Append {
     /// How many turns the session has, as the caller believes; `None` takes what it finds.
     pub expected_turn: Option<u32>,
+    /// How many of them stay: the turn takes the place of the others, in one entry. All, without it.
+    pub kept_turns: Option<u32>,
     /// What the turn adds to the session's tokens.
     pub tokens: Vec<u32>,
     /// The server's own.
@@ -107,6 +109,12 @@ fn check_turn(session: &Session, expected: Option<u32>) -> Result<u32, StoreErro
         Some(expected) if expected != found => Err(StoreError::Conflict { expected, found }),
         _ => Ok(found),
     }
+}
+
+/// The turn that a new one is to follow.
+fn head_for(session: &Session, kept: Option<u32>) -> Result<Option<Arc<Turn>>, StoreError> {
+    let (kept, have) = (kept.unwrap_or(session.turn_count()), session.turn_count());
+    session.head_at(kept).ok_or(StoreError::Range { what: "turns", have, asked: kept })
 }
 
 fn len_at(session: &Session, at: At) -> Result<u32, StoreError> {
@@ -233,7 +241,8 @@ impl Store {
     /// Appends a turn and returns when it is as durable as asked for.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`] where the session is at another turn. At `turn` and `full`, [`StoreError::Journal`] and
+    /// [`StoreError::Conflict`] where the session is at another turn, [`StoreError::Range`] where fewer than
+    /// `kept_turns` are there. At `turn` and `full`, [`StoreError::Journal`] and
     /// [`StoreError::Pages`]: the turn is not acknowledged; after the former it may be there or not, and
     /// [`Store::get`] tells.
     pub fn append_turn(
@@ -252,14 +261,16 @@ impl Store {
         if level == Durability::Full {
             // Before the turn, so that a failure leaves the session as it was.
             inner.sync_pages()?;
-            inner.check_pages(tenant, id, &append.tokens)?;
+            inner.check_pages(tenant, id, &append)?;
         }
         let mut state = lock(&inner.state);
         let session = state.session(tenant, id)?;
-        let found = check_turn(session, append.expected_turn)?;
-        let longest = (u32::MAX - session.len()) as usize;
+        check_turn(session, append.expected_turn)?;
+        let head = head_for(session, append.kept_turns)?;
+        let longest = (u32::MAX - head.as_ref().map_or(0, |turn| turn.end())) as usize;
         check_len("turn", append.tokens.len(), longest)?;
-        let (number, before, at_ms) = (found + 1, session.hash(), inner.now_ms(&mut state));
+        let (number, before) = head.map_or((1, [0; 16]), |turn| (turn.number + 1, turn.hash));
+        let at_ms = inner.now_ms(&mut state);
         let event = Event::Turn { number, before, at_ms, tokens: append.tokens, meta: append.meta };
         let logged = inner.record(&mut state, Whose { tenant, session: id }, event, level)?;
         drop(state);
@@ -530,14 +541,14 @@ impl Inner {
 
     /// Whether the full pages of a session and the tokens it is to get are in segments. The last token of a turn
     /// need not have been computed.
-    fn check_pages(&self, tenant: TenantId, id: SessionId, new: &[u32]) -> Result<(), StoreError> {
+    fn check_pages(&self, tenant: TenantId, id: SessionId, append: &Append) -> Result<(), StoreError> {
         let (root, mut tokens) = {
             let state = lock(&self.state);
             let session = state.session(tenant, id)?;
             let Some(root) = session.settings.root else { return Ok(()) };
-            (root, session.tokens())
+            (root, Session::tokens_to(head_for(session, append.kept_turns)?.as_ref()))
         };
-        tokens.extend_from_slice(new);
+        tokens.extend_from_slice(&append.tokens);
         tokens.truncate(tokens.len().saturating_sub(1) / PAGE_TOKENS * PAGE_TOKENS);
         let chain = lock(&self.tenants).chain(tenant).ok_or(StoreError::NotFound)?;
         let keys: Vec<_> = chain.keys(root, &tokens).collect();

@@ -154,7 +154,7 @@ pub(crate) enum Event {
     Start { epoch: u64, wall_ms: u64 },
     /// A session is made.
     Create { tenant: TenantId, settings: Settings, at_ms: u64 },
-    /// A turn is appended to a head of this hash.
+    /// A turn stands after `number - 1` others, which have this hash; what came after those is let go.
     Turn { number: u32, before: HeadHash, at_ms: u64, tokens: Vec<u32>, meta: Vec<u8> },
     /// The session is made from the first tokens of another.
     Fork { of: SessionId, len: u32, hash: HeadHash, settings: Settings, at_ms: u64 },

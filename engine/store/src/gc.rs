@@ -168,7 +168,8 @@ impl Inner {
     /// Copies a segment's live pages to the tenant's open one, makes them durable, and removes the file.
     fn compact(&self, segment: &Arc<Segment>) -> Result<(), StoreError> {
         for entry in self.entries_of(segment) {
-            match segment.read_stored(&*self.disk, &self.pages.keys, &entry.slot) {
+            let memory = self.pages.spare.take(entry.slot.disk_bytes() as usize);
+            match segment.read_stored(&*self.disk, &self.pages.keys, &entry.slot, memory) {
                 Ok((record, bytes)) => {
                     let (block, payload) =
                         bytes.split_first_chunk::<BLOCK>().expect("a header is read first");
@@ -178,6 +179,8 @@ impl Inner {
                     if lock(&self.pages.index).contains(&record.header.name) {
                         writer.append(&self.pages, &record, block, payload)?;
                     }
+                    drop(writer);
+                    self.pages.spare.give(bytes);
                 }
                 Err(Miss::Damaged(_)) => {
                     count(&self.pages.counts.damaged);

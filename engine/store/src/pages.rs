@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    aligned::{AlignedBytes, BLOCK},
+    aligned::{AlignedBytes, BLOCK, Spare},
     counts::SyncCounts,
     disk::{Clock, Disk},
     error::{Miss, StoreError},
@@ -22,12 +22,14 @@ use crate::{
     writer::Writer,
 };
 
-/// A page's payload, proven.
+/// A page's payload, proven. Its memory is read into again when it is dropped.
 #[derive(Debug)]
 pub struct Page {
-    bytes: AlignedBytes,
+    /// Present until dropped.
+    bytes: Option<AlignedBytes>,
     len: usize,
     digest: Digest,
+    spare: Arc<Spare>,
 }
 
 impl Page {
@@ -41,7 +43,19 @@ impl std::ops::Deref for Page {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes[BLOCK..BLOCK + self.len]
+        self.bytes.as_ref().map_or(&[], |bytes| &bytes[BLOCK..BLOCK + self.len])
+    }
+}
+
+impl AsRef<[u8]> for Page {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        self.bytes.take().into_iter().for_each(|bytes| self.spare.give(bytes));
     }
 }
 
@@ -139,6 +153,8 @@ pub(crate) struct Pages {
     /// Something was queued, or written, or the ring closed.
     moved: Condvar,
     pub(crate) counts: PageCounts,
+    /// Memory for reads.
+    pub(crate) spare: Arc<Spare>,
 }
 
 /// Takes a lock that no panic can have left half-changed: state under these locks is changed last.
@@ -167,6 +183,7 @@ impl Pages {
             ring: Mutex::default(),
             moved: Condvar::new(),
             counts: PageCounts::default(),
+            spare: Arc::default(),
         }
     }
 
@@ -178,13 +195,19 @@ impl Pages {
             return Err(Miss::Absent);
         };
         let begun_us = self.clock.monotonic_us();
-        match entry.segment.read(&*self.disk, &self.keys, &entry.slot) {
+        let memory = self.spare.take(entry.slot.disk_bytes() as usize);
+        match entry.segment.read(&*self.disk, &self.keys, &entry.slot, memory) {
             Ok((record, bytes)) if record.header == *wanted => {
                 let took_us = self.clock.monotonic_us().saturating_sub(begun_us);
                 count(&self.counts.read);
                 self.counts.read_bytes.fetch_add(record.payload_bytes as u64, Ordering::Relaxed);
                 self.counts.read_us.fetch_add(took_us, Ordering::Relaxed);
-                Ok(Page { bytes, len: record.payload_bytes, digest: record.digest })
+                Ok(Page {
+                    bytes: Some(bytes),
+                    len: record.payload_bytes,
+                    digest: record.digest,
+                    spare: Arc::clone(&self.spare),
+                })
             }
             Ok(_) => {
                 count(&self.counts.missed);

@@ -143,14 +143,15 @@ impl Segment {
     }
 
     /// Reads a record and proves that it is this tenant's and whole. The payload lies behind the first block, as it was
-    /// given.
+    /// given. `memory` has room for the record.
     pub(crate) fn read(
         &self,
         disk: &dyn Disk,
         keys: &Keys,
         slot: &Slot,
+        memory: AlignedBytes,
     ) -> Result<(Record, AlignedBytes), Miss> {
-        let (record, mut bytes) = self.read_stored(disk, keys, slot)?;
+        let (record, mut bytes) = self.read_stored(disk, keys, slot, memory)?;
         let payload = &mut bytes[BLOCK..BLOCK + record.payload_bytes];
         record.open_payload(payload, keys).ok_or(Miss::Damaged("seal"))?;
         Ok((record, bytes))
@@ -162,10 +163,10 @@ impl Segment {
         disk: &dyn Disk,
         keys: &Keys,
         slot: &Slot,
+        mut bytes: AlignedBytes,
     ) -> Result<(Record, AlignedBytes), Miss> {
         let unreadable = |e: io::Error| Miss::Unreadable(e.to_string());
         let file = self.reader(disk).map_err(unreadable)?;
-        let mut bytes = AlignedBytes::new(slot.disk_bytes() as usize);
         let read = read_blocks(&**file, slot.offset, &mut bytes).map_err(unreadable)?;
         if read < BLOCK + slot.payload_bytes {
             return Err(Miss::Damaged("record is cut"));

@@ -81,12 +81,25 @@ impl Session {
         std::iter::successors(self.head.as_ref(), |turn| turn.parent.as_ref())
     }
 
-    pub(crate) fn tokens(&self) -> Vec<u32> {
-        let mut tokens = vec![0; self.len() as usize];
-        for turn in self.turns() {
+    /// The head of a session that has the first `count` turns of this one; `None` if there are fewer.
+    pub(crate) fn head_at(&self, count: u32) -> Option<Option<Arc<Turn>>> {
+        if count == 0 {
+            return Some(None);
+        }
+        self.turns().find(|turn| turn.number == count).map(|turn| Some(turn.clone()))
+    }
+
+    /// Its tokens up to and with a turn.
+    pub(crate) fn tokens_to(head: Option<&Arc<Turn>>) -> Vec<u32> {
+        let mut tokens = vec![0; head.map_or(0, |turn| turn.end() as usize)];
+        for turn in std::iter::successors(head, |turn| turn.parent.as_ref()) {
             tokens[turn.start as usize..turn.end() as usize].copy_from_slice(&turn.tokens);
         }
         tokens
+    }
+
+    pub(crate) fn tokens(&self) -> Vec<u32> {
+        Self::tokens_to(self.head.as_ref())
     }
 
     /// The head of a session that has the first `len` tokens of this one; `None` if there are fewer.
@@ -209,10 +222,10 @@ impl Table {
             Event::Set { settings, at_ms } => self.set(id, settings, at_ms),
             Event::Turn { number, before, at_ms, tokens, meta } => {
                 let session = self.session(id)?;
-                if session.hash() != before || number != session.turn_count() + 1 {
-                    return Err(Rejected("turn after other tokens"));
-                }
-                let (start, parent) = (session.len(), session.head.take());
+                let parent = number.checked_sub(1).and_then(|kept| session.head_at(kept));
+                let parent = parent.filter(|head| head.as_ref().map_or([0; 16], |turn| turn.hash) == before);
+                let parent = parent.ok_or(Rejected("turn after other tokens"))?;
+                let start = parent.as_ref().map_or(0, |turn| turn.end());
                 let hash = head_hash(before, &tokens);
                 session.head =
                     Some(Arc::new(Turn { id: lsn, parent, number, start, tokens, meta, at_ms, hash }));
@@ -413,6 +426,8 @@ mod tests {
             (ID, turn(2, cut, &[9, 9])),
             (FORK, Event::Fork { of: ID, len: 3, hash: head_hash(cut, &[9, 9]), settings, at_ms: 0 }),
             (ID, Event::Rollback { len: 2, hash: head_hash(cut, &[9]), at_ms: 0 }),
+            (ID, turn(3, head_hash(cut, &[9]), &[5])),
+            (ID, turn(2, cut, &[7, 7])),
             (ID, turn(1, whole, &[4])),
         ]
     }
@@ -429,7 +444,11 @@ mod tests {
         for (lsn, (id, event)) in entries.into_iter().enumerate() {
             assert_eq!(table.apply(lsn as u64, id, event).is_ok(), lsn < fits, "entry {lsn}");
         }
-        assert_eq!(tokens(&table, ID), Some(vec![1, 9]));
+        assert_eq!(
+            tokens(&table, ID),
+            Some(vec![1, 7, 7]),
+            "the second turn was replaced, and the third is gone"
+        );
         assert_eq!(tokens(&table, FORK), Some(vec![1, 9, 9]));
     }
 

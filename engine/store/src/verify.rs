@@ -276,11 +276,11 @@ impl Inner {
 
     /// Reads a page and compares its digest; its payload bytes.
     fn prove(&self, entry: &Entry) -> Result<u64, Miss> {
-        let (record, bytes) = entry.segment.read(&*self.disk, &self.pages.keys, &entry.slot)?;
-        if !record.digest_holds(&bytes[BLOCK..BLOCK + record.payload_bytes]) {
-            return Err(Miss::Damaged("digest"));
-        }
-        Ok(record.payload_bytes as u64)
+        let memory = self.pages.spare.take(entry.slot.disk_bytes() as usize);
+        let (record, bytes) = entry.segment.read(&*self.disk, &self.pages.keys, &entry.slot, memory)?;
+        let holds = record.digest_holds(&bytes[BLOCK..BLOCK + record.payload_bytes]);
+        self.pages.spare.give(bytes);
+        holds.then_some(record.payload_bytes as u64).ok_or(Miss::Damaged("digest"))
     }
 
     fn is_current(&self, entry: &Entry) -> bool {

@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mainstay_engine::store::{
-    Append, Appended, At, Durability, InFlight, SessionId, Settings, Store, StoreError, TenantId,
-    Turn as PastTurn,
+    Append, Appended, Durability, InFlight, SessionId, Settings, Store, StoreError, TenantId,
 };
 use mainstay_engine::{FinishReason, Score};
 use mainstay_models::tokenizer::ShowSpecial;
@@ -195,14 +194,14 @@ impl Turn {
         record.dropped = drawn[stands..].to_vec();
         let sent = &prompt[prompt.len() - record.sent_len..];
         let append = Append {
-            expected_turn: Some(self.plan.kept),
+            expected_turn: Some(self.plan.turns),
+            kept_turns: Some(self.plan.kept),
             tokens: [sent, &drawn[..stands]].concat(),
             meta: record.to_bytes(),
             durability: self.plan.durability,
         };
         let writing = Writing {
             place: (claimed.tenant, claimed.id),
-            turns: (self.plan.turns, self.plan.kept),
             append,
             settings: settings_now(job, &claimed.settings)?,
             old: claimed.settings.clone(),
@@ -222,8 +221,6 @@ impl Turn {
 /// All that is written at a turn's end.
 struct Writing {
     place: (TenantId, SessionId),
-    /// Turns that the session has, and those of them that stay.
-    turns: (u32, u32),
     append: Append,
     old: Settings,
     /// What they should be from now on.
@@ -253,18 +250,12 @@ impl Journal {
     fn append(&self, store: &Store, writing: Writing) -> Result<Appended, StoreError> {
         // Held, so that no entry of the answer comes after its end.
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let ((tenant, id), (turns, kept)) = (writing.place, writing.turns);
+        let (tenant, id) = writing.place;
         if writing.level == Durability::Full && writing.old.root != writing.settings.root {
             // By it the store finds the pages that must be on disk before the turn.
             store.patch(tenant, id, |settings| settings.root = writing.settings.root)?;
         }
-        let mut given_up = Vec::new();
-        if kept < turns {
-            given_up = store.turns(tenant, id)?.split_off(kept as usize);
-            store.rollback(tenant, id, At::Turn(kept), Some(turns))?;
-        }
-        let appended = store.append_turn(tenant, id, writing.append);
-        let appended = appended.inspect_err(|_| take_back(store, (tenant, id), &given_up))?;
+        let appended = store.append_turn(tenant, id, writing.append)?;
         *written = None;
         let (old, new) = (&writing.old, &writing.settings);
         if (old.root, &old.meta, &old.model) != (new.root, &new.meta, &new.model) {
@@ -281,22 +272,6 @@ impl Journal {
             }
         }
         Ok(appended)
-    }
-}
-
-/// Appends turns again whose successor was not made durable: the session is to be as it was.
-fn take_back(store: &Store, (tenant, id): (TenantId, SessionId), turns: &[Arc<PastTurn>]) {
-    for turn in turns {
-        let append = Append {
-            expected_turn: Some(turn.number - 1),
-            tokens: turn.tokens.clone(),
-            meta: turn.meta.clone(),
-            durability: Some(Durability::Async),
-        };
-        if let Err(error) = store.append_turn(tenant, id, append) {
-            tracing::error!(%error, session = %id, turn = turn.number, "a turn was given up and not taken back");
-            return;
-        }
     }
 }
 

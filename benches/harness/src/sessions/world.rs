@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use mainstay_backend_api::{
-    Backend, CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageBytes, PageRead,
-    PageRef, Step, StepError, StepOutput, Ticket,
+    Backend, CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead, PageRef,
+    Step, StepError, StepOutput, StoredPage, Ticket,
 };
 use mainstay_engine::store::{Append, Durability, Options, SessionId, Settings, Store, Tenant};
 use mainstay_engine::{
@@ -125,7 +125,7 @@ impl Executor for Timed {
         add(&self.times.from_device_us, begun);
     }
 
-    fn start_write(&mut self, pages: Vec<(PageRef, PageBytes)>, ticket: Ticket) {
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
         let begun = Instant::now();
         self.inner.start_write(pages, ticket);
         add(&self.times.to_device_us, begun);

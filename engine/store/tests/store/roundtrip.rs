@@ -74,6 +74,31 @@ fn store_again(rig: &Rig, closed: bool) -> (Store, mainstay_store::RecoveryRepor
 }
 
 #[test]
+fn a_turn_takes_the_place_of_others_in_one_entry() {
+    let rig = Rig::new(3);
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let id = store.create(tenant.id, settings(&tenant, Durability::Turn)).unwrap().id;
+    let append = |kept_turns, expected_turn, tokens: &[u32]| {
+        let append = Append { expected_turn, kept_turns, tokens: tokens.to_vec(), ..Append::default() };
+        store.append_turn(tenant.id, id, append)
+    };
+    for tokens in [[1, 2], [3, 4], [5, 6]] {
+        append(None, None, &tokens).unwrap();
+    }
+    let fork = store.fork(tenant.id, id, At::Head, None).unwrap().id;
+    let more = append(Some(4), Some(3), &[9]);
+    assert!(matches!(more, Err(StoreError::Range { what: "turns", have: 3, asked: 4 })), "{more:?}");
+    assert!(matches!(append(Some(1), Some(2), &[9]), Err(StoreError::Conflict { .. })));
+    assert_eq!(append(Some(1), Some(3), &[7, 8, 9]).unwrap().turn, 2);
+    rig.disk.restart(Ending::PowerLoss);
+    let (store, report) = rig.open();
+    assert!(!report.is_damaged(), "{report:?}");
+    assert_eq!(view(&store, &tenant, id).1, [1, 2, 7, 8, 9]);
+    assert_eq!(view(&store, &tenant, fork).1, [1, 2, 3, 4, 5, 6], "forks keep what was replaced");
+}
+
+#[test]
 fn writers_to_one_session_are_told_of_each_other() {
     let rig = Rig::new(2);
     let (store, _) = rig.open();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use mainstay_backend_api::echo::{EchoExecutor, expected};
-use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, Ticket};
+use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, StoredPage, Ticket};
 use mainstay_store::sim::{SimClock, SimDisk, SimEntropy};
 use mainstay_store::{KeyChain, Options, Quota, Store, Tenant, TenantId, TenantSecret};
 use tokio::sync::Semaphore;
@@ -160,7 +160,7 @@ impl Rig {
         let wanted = &load.headers[*delivered * groups..][..most.min(targets) * groups];
         let store = self.store.as_ref().expect("a load is of a store");
         let read = wanted.iter().map_while(|header| store.read(header).ok());
-        let mut pages: Vec<Box<[u8]>> = read.map(|page| page.as_ref().into()).collect();
+        let mut pages: Vec<StoredPage> = read.map(|page| Box::new(page) as StoredPage).collect();
         let count = pages.len() / groups;
         pages.truncate(count * groups);
         let missed = count * groups < wanted.len();
