@@ -59,13 +59,15 @@ pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenan
     if keys.is_empty() {
         return Ok(Tenant(DEFAULT_TENANT.into()));
     }
-    let Some(presented) = headers.get(header::AUTHORIZATION) else {
-        return Err(ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found none"));
-    };
-    let Some(presented) = bearer(presented.as_bytes()) else {
-        return Err(ApiError::unauthorized(
-            "expected the header `Authorization: Bearer KEY`, found another scheme",
-        ));
+    let presented = match (headers.get(header::AUTHORIZATION), headers.get(X_API_KEY)) {
+        (Some(presented), _) => bearer(presented.as_bytes()).ok_or_else(|| {
+            ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found another scheme")
+        })?,
+        (None, Some(key)) => key.as_bytes().trim_ascii(),
+        (None, None) => {
+            let message = "expected the header `Authorization: Bearer KEY`, found none";
+            return Err(ApiError::unauthorized(message));
+        }
     };
     let hash = blake3::hash(presented);
     let mut found = None;
@@ -76,6 +78,9 @@ pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenan
     }
     found.ok_or_else(|| ApiError::unauthorized("the API key is not known here"))
 }
+
+/// Where clients of Anthropic's API put the key.
+const X_API_KEY: &str = "x-api-key";
 
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, rest) = value.split_at_checked(7)?;

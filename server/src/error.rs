@@ -46,6 +46,43 @@ impl ApiError {
         self
     }
 
+    /// The same error about a field that has another name where it is told; the first pair that fits counts.
+    pub(crate) fn rename(mut self, names: &[(&str, &str)]) -> Self {
+        let Some(param) = &self.param else { return self };
+        let renamed = names.iter().find_map(|(from, to)| param.strip_prefix(from).map(|rest| format!("{to}{rest}")));
+        if let Some(renamed) = renamed {
+            self.message = match self.message.strip_prefix(param.as_str()) {
+                Some(rest) => format!("{renamed}{rest}"),
+                None => self.message,
+            };
+            self.param = Some(renamed);
+        }
+        self
+    }
+
+    /// Whether the model will be there later.
+    pub(crate) fn is_loading(&self) -> bool {
+        self.code == Some("model_loading")
+    }
+
+    /// What went wrong, in words.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// 404: there is no such thing, or it is another tenant's.
+    pub(crate) fn not_found(what: &str, id: &str, code: &'static str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID, format!("there is no {what} `{id}`")).code(code)
+    }
+
+    /// 404: there is no such response to go on from.
+    pub(crate) fn no_previous_response(id: &str) -> Self {
+        let message = format!("there is no stored response `{id}` to go on from");
+        Self::new(StatusCode::NOT_FOUND, INVALID, message)
+            .param("previous_response_id")
+            .code("previous_response_not_found")
+    }
+
     /// 400: the body as a whole is wrong.
     pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, INVALID, message)

@@ -224,6 +224,22 @@ impl Run {
         }
     }
 
+    /// What the Responses API is to find with the turn, before [`Run::close`].
+    pub(crate) fn describe(&mut self, response: Value) {
+        if let Some(turn) = &mut self.turn {
+            turn.describe(response);
+        }
+    }
+
+    /// Ends the answer where it is; what there is of it can be closed.
+    pub(crate) fn cut(&mut self) {
+        self.abort();
+        self.updates.clear();
+        if let Some(turn) = &self.turn {
+            turn.finished(FinishReason::Length);
+        }
+    }
+
     /// Whether it is a turn of a session.
     pub(crate) fn is_turn(&self) -> bool {
         self.turn.is_some()

@@ -5,6 +5,7 @@
 //! `detokenize.rs`, `stop.rs`). A turn of a session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's
 //! tokens stands for the conversation (`history.rs`), `turn.rs` writes the answer to it. `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
 
+mod anthropic;
 mod auth;
 mod body;
 mod choice;
@@ -19,6 +20,7 @@ mod prompt;
 mod random;
 mod registry;
 mod reply;
+mod responses;
 mod routes;
 mod serve;
 mod sessions;

@@ -15,11 +15,11 @@ use crate::generate::{Closing, Run, TokenOut, Update};
 use crate::reply::{Envelope, Shape};
 
 /// How often a comment is sent while there is no event.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// How long the status line waits for the first token: a request that fails before is answered with its status, and
 /// one that takes longer is kept alive by comments.
-const COMMIT_AFTER: Duration = Duration::from_secs(2);
+pub(crate) const COMMIT_AFTER: Duration = Duration::from_secs(2);
 
 /// How a stream is written.
 #[derive(Clone, Copy, Debug)]

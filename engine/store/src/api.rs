@@ -238,6 +238,13 @@ impl Store {
         Ok(turns)
     }
 
+    /// All sessions with an answer that was being made.
+    pub fn in_flight(&self) -> Vec<(TenantId, SessionId)> {
+        let state = lock(&self.inner.state);
+        let sessions = state.table.all().filter(|(_, session)| session.in_flight.is_some());
+        sessions.map(|(id, session)| (session.tenant, id)).collect()
+    }
+
     /// Appends a turn and returns when it is as durable as asked for.
     ///
     /// # Errors

@@ -50,9 +50,6 @@ pub(crate) fn refuse_in_completions(fields: &Fields<'_, '_>) -> Result<(), ApiEr
 pub(crate) fn refuse_in_chat(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
     refuse_set(fields, &BOTH)?;
     refuse_set(fields, &["audio", "web_search_options", "moderation", "chat_template", "documents"])?;
-    if fields.bool("store")? == Some(true) {
-        return Err(ApiError::unsupported("store", "stored completions are not supported yet; send false"));
-    }
     if let Some(modalities) = fields.array("modalities")?
         && modalities != [json!("text")]
     {

@@ -95,7 +95,7 @@ fn level(fields: &Fields<'_, '_>) -> Result<Option<Durability>, ApiError> {
     level.map(Some).ok_or_else(|| unexpected("durability", "ephemeral, async, turn or full", value))
 }
 
-fn metadata(fields: &Fields<'_, '_>) -> Result<Option<Map<String, Value>>, ApiError> {
+pub(crate) fn metadata(fields: &Fields<'_, '_>) -> Result<Option<Map<String, Value>>, ApiError> {
     let Some(pairs) = fields.object("metadata")? else { return Ok(None) };
     if pairs.len() > PAIRS_MAX {
         let what = format!("expected at most {PAIRS_MAX} pairs, found {}", pairs.len());

@@ -102,6 +102,11 @@ pub(crate) struct SessionFields {
 }
 
 impl SessionFields {
+    /// A session of one turn.
+    pub(crate) fn own(session: String) -> Self {
+        Self { session, mode: SessionMode::Full, expected_turn: None, truncation: Truncation::Disabled }
+    }
+
     /// The fields `session_id`, `session_mode`, `expected_turn` and `truncation`, and the headers `X-Session-Id` and
     /// `If-Match`; `None` where the request names no session.
     pub(crate) fn read(fields: &Fields<'_, '_>, headers: &HeaderMap) -> Result<Option<Self>, ApiError> {

@@ -2,10 +2,16 @@
 
 mod chat;
 mod completions;
+mod conversations;
 mod health;
+mod messages;
 mod metrics;
 mod models;
+mod query;
+mod responses;
+mod responses_ws;
 mod sessions;
+mod stored_chat;
 mod stream;
 mod tokenize;
 
@@ -54,8 +60,13 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/v1/chat/completions", post(chat::post))
+        .route("/v1/chat/completions", post(chat::post).get(stored_chat::list))
+        .merge(stored_chat::routes())
         .route("/v1/completions", post(completions::post))
+        .route("/v1/messages", post(messages::post))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .merge(responses::routes())
+        .merge(conversations::routes())
         .merge(sessions::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))

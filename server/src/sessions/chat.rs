@@ -21,6 +21,7 @@ use crate::openai::session_fields::SessionFields;
 use crate::prompt::{Ending, Prompt};
 use crate::registry::Model;
 use crate::reply::{self, Envelope};
+use crate::responses::now_s;
 
 /// A chat request to a session.
 pub(crate) struct SessionChat {
@@ -28,6 +29,8 @@ pub(crate) struct SessionChat {
     pub(crate) tenant: Arc<str>,
     pub(crate) session: SessionFields,
     pub(crate) request: ChatRequest,
+    /// The answer's id, where it is not any.
+    pub(crate) id: Option<String>,
     pub(crate) max_tokens_default: Option<usize>,
     /// How often tokens of the answer are written to the journal.
     pub(crate) interval: Option<Duration>,
@@ -70,7 +73,10 @@ impl SessionChat {
             keep,
         };
         let include_usage = delivery == Delivery::Stream { include_usage: true };
-        let envelope = Envelope::new::<ChatShape>(&self.model);
+        let envelope = match self.id {
+            Some(id) => Envelope::of(id, now_s(), &self.model),
+            None => Envelope::new::<ChatShape>(&self.model),
+        };
         let record = TurnRecord {
             id: envelope.id().to_owned(),
             created: envelope.created(),

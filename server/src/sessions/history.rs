@@ -106,7 +106,7 @@ impl History {
 
     /// The text that the tokens stand for, `None` where a record does not fit the ones before it.
     fn text(&self) -> Option<String> {
-        self.turns.iter().try_fold(String::new(), |mut text, (turn, record)| {
+        self.turns.iter().filter(|(turn, _)| !is_note(turn)).try_fold(String::new(), |mut text, (turn, record)| {
             if turn.meta.is_empty() {
                 return None;
             }
@@ -126,6 +126,12 @@ impl History {
                 // A turn that a fork or a rollback cut: nobody knows any longer what its tokens stood for.
                 break;
             }
+            if is_note(turn) {
+                if best.1 == text.len() {
+                    best.0 = at + 1;
+                }
+                continue;
+            }
             let Some(kept) = text.get(..record.text_kept).map(str::len) else { break };
             text.truncate(kept);
             agree = agree.min(kept);
@@ -143,11 +149,12 @@ impl History {
     }
 
     /// Makes a conversation tokens again, keeping as many of this history's as stand for its rendering. `input` holds
-    /// the messages of all turns, and then the new ones.
-    pub(crate) fn fit(&self, model: &Model, input: &ChatInput) -> Result<Fit, ApiError> {
+    /// the messages of all turns, `past`, and then the new ones.
+    pub(crate) fn fit(&self, model: &Model, input: &ChatInput, past: &[Value]) -> Result<Fit, ApiError> {
         let rendered = input.render(model)?;
         let (kept, text_kept) = self.standing(&rendered);
-        let seam = if kept == self.len() { None } else { self.seam_after_answer(model, input, &rendered) };
+        let is_open = kept < self.len();
+        let seam = is_open.then(|| self.seam_after_answer(model, (input, past), &rendered)).flatten();
         let seam = match seam {
             Some(seam) => seam,
             None => Seam { kept, text_kept, suffix: rendered[text_kept..].to_owned() },
@@ -169,12 +176,17 @@ impl History {
     /// Where the template shows the last answer otherwise than its tokens read (it trims it, or special tokens inside it
     /// are not part of the message), they stand for it all the same: the message is the one that was answered. Then
     /// only what the template writes after an answer is missing.
-    fn seam_after_answer(&self, model: &Model, input: &ChatInput, rendered: &str) -> Option<Seam> {
+    fn seam_after_answer(
+        &self,
+        model: &Model,
+        (input, past): (&ChatInput, &[Value]),
+        rendered: &str,
+    ) -> Option<Seam> {
         let (turn, record) = self.last()?;
         let text = self.text()?;
         let sampled = record.text.get(record.text_sent..)?;
         let text_kept = text.len() - sampled.len();
-        let shown = input.with(self.messages(0), Ending::Nothing).render(model).ok()?;
+        let shown = input.with(past.to_vec(), Ending::Nothing).render(model).ok()?;
         let rest = rendered.strip_prefix(&shown)?;
         let after_prompt = shown.strip_prefix(&text[..text_kept])?;
         let content = record.answer["content"].as_str()?;
@@ -194,6 +206,12 @@ impl History {
         };
         Some(Seam { kept: self.len(), text_kept, suffix: missing + rest })
     }
+}
+
+/// Whether a turn only says something that is not in the session's tokens: items of a conversation that no answer has
+/// followed yet.
+fn is_note(turn: &Turn) -> bool {
+    turn.tokens.is_empty() && !turn.meta.is_empty()
 }
 
 /// Encodes a whole conversation, keeping nothing.

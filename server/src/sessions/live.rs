@@ -3,6 +3,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mainstay_engine::{Event, FinishReason, Score};
+use serde_json::Value;
+use tokio::sync::watch;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::error::ApiError;
@@ -16,6 +18,9 @@ pub(crate) struct Live {
     pub(crate) job: Job,
     pub(crate) envelope: Envelope,
     pub(crate) include_usage: bool,
+    /// What the Responses API records of it as it begins.
+    pub(crate) response: Value,
+    cancelled: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -41,7 +46,29 @@ impl Live {
     /// `drawn` are the tokens of an answer that goes on.
     pub(crate) fn new(job: Job, envelope: Envelope, include_usage: bool, drawn: &[u32]) -> Self {
         let drawn = drawn.iter().map(|token| (*token, None)).collect();
-        Self { job, envelope, include_usage, state: Mutex::new(State { drawn, ..State::default() }) }
+        let state = Mutex::new(State { drawn, ..State::default() });
+        let cancelled = watch::Sender::new(false);
+        Self { job, envelope, include_usage, response: Value::Null, cancelled, state }
+    }
+
+    /// The answer is that of a response.
+    pub(crate) fn of_response(self, response: Value) -> Self {
+        Self { response, ..self }
+    }
+
+    /// Asks whoever makes the answer to end it where it is.
+    pub(crate) fn cancel(&self) {
+        self.cancelled.send_replace(true);
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.cancelled.borrow()
+    }
+
+    /// Returns once somebody wants the answer to end.
+    pub(crate) async fn wait_cancelled(&self) {
+        // The sender lives as long as this.
+        let _ = self.cancelled.subscribe().wait_for(|is_cancelled| *is_cancelled).await;
     }
 
     pub(crate) fn drew(&self, token: u32, score: Option<&Score>) {

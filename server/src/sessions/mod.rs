@@ -1,12 +1,13 @@
 //! Sessions as the API sees them: whose they are, which of them has a turn running, what their records say.
 
 pub(crate) mod chat;
-mod history;
+pub(crate) mod history;
 pub(crate) mod live;
-mod opening;
-mod options;
+pub(crate) mod opening;
+pub(crate) mod options;
 pub(crate) mod record;
 pub(crate) mod resume;
+pub(crate) mod stored;
 pub(crate) mod turn;
 
 use std::collections::HashMap;

@@ -65,7 +65,7 @@ pub(crate) async fn open(sessions: &Sessions, asked: Asked) -> Result<Opened, Ap
     }
     let identity = asked.model.served.engine.identity();
     let record = SessionRecord::read(&info.settings.meta);
-    let stale = TOKEN_PARTS.into_iter().find(|part| differs(&record, identity, part));
+    let stale = stale_part(&record, identity);
     let changed = stale.or_else(|| record.changed(identity));
     let plan = move || plan(&asked, History::of(turns), stale);
     let planned = tokio::task::spawn_blocking(plan)
@@ -73,6 +73,11 @@ pub(crate) async fn open(sessions: &Sessions, asked: Asked) -> Result<Opened, Ap
         .unwrap_or_else(|_| Err(ApiError::internal("rendering the conversation failed")))?;
     let (claimed, turns) = claimed(sessions, (claim, tenant, info), planned.fork).await?;
     Ok(Opened { claimed, turns, fit: planned.fit, messages: planned.messages, changed })
+}
+
+/// The part of the model that has changed so that its tokens mean something else.
+pub(crate) fn stale_part(record: &SessionRecord, now: &Identity) -> Option<&'static str> {
+    TOKEN_PARTS.into_iter().find(|part| differs(record, now, part))
 }
 
 fn differs(record: &SessionRecord, now: &Identity, part: &str) -> bool {
@@ -112,7 +117,7 @@ fn plan(asked: &Asked, mut history: History, stale: Option<&'static str>) -> Res
         Some(part) if history.len() > 0 => {
             history::whole(&asked.model, &input, input.render(&asked.model)?, Some(part))?
         }
-        _ => history.fit(&asked.model, &input)?,
+        _ => history.fit(&asked.model, &input, &history.messages(0))?,
     };
     if let Err(error) = asked.check_length(&fit) {
         return match asked.session.truncation {

@@ -10,17 +10,34 @@ pub(crate) struct SessionRecord {
     pub(crate) metadata: Map<String, Value>,
     /// What the model was made of when the last turn was written, by [`Identity::parts`].
     pub(crate) identity: Map<String, Value>,
+    /// What the session is to the API, beside a session: `conversation`, `response` or `chat.completion`; empty where
+    /// it is nothing else.
+    pub(crate) kind: String,
+    /// Ids of responses and items that are no longer shown. Their tokens stay where others stand on them.
+    pub(crate) deleted: Vec<String>,
 }
 
 impl SessionRecord {
     pub(crate) fn read(bytes: &[u8]) -> Self {
         let value: Value = serde_json::from_slice(bytes).unwrap_or_default();
         let object = |key: &str| value[key].as_object().cloned().unwrap_or_default();
-        Self { metadata: object("metadata"), identity: object("identity") }
+        Self {
+            metadata: object("metadata"),
+            identity: object("identity"),
+            kind: value["kind"].as_str().unwrap_or_default().to_owned(),
+            deleted: serde_json::from_value(value["deleted"].clone()).unwrap_or_default(),
+        }
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        json!({"metadata": self.metadata, "identity": self.identity}).to_string().into_bytes()
+        let mut record = json!({"metadata": self.metadata, "identity": self.identity});
+        if !self.kind.is_empty() {
+            record["kind"] = json!(self.kind);
+        }
+        if !self.deleted.is_empty() {
+            record["deleted"] = json!(self.deleted);
+        }
+        record.to_string().into_bytes()
     }
 
     /// The part of the model that is not what it was, if there was one.
@@ -69,6 +86,8 @@ pub(crate) struct TurnRecord {
     pub(crate) kv: Value,
     /// How the answer was generated, so that its tokens become the same text again.
     pub(crate) options: Value,
+    /// What the Responses API records of it; null where it is of another endpoint.
+    pub(crate) response: Value,
 }
 
 impl TurnRecord {
@@ -100,6 +119,7 @@ impl TurnRecord {
             dropped: serde_json::from_value(value["dropped"].clone()).unwrap_or_default(),
             kv: value["kv"].clone(),
             options: value["options"].clone(),
+            response: value["response"].clone(),
         }
     }
 
@@ -108,7 +128,7 @@ impl TurnRecord {
     }
 
     pub(crate) fn to_json(&self) -> Value {
-        json!({
+        let mut record = json!({
             "id": self.id,
             "created": self.created,
             "model": self.model,
@@ -124,6 +144,10 @@ impl TurnRecord {
             "dropped": self.dropped,
             "kv": self.kv,
             "options": self.options,
-        })
+        });
+        if !self.response.is_null() {
+            record["response"] = self.response.clone();
+        }
+        record
     }
 }

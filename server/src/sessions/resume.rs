@@ -38,6 +38,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(5);
 pub(crate) struct Meta {
     pub(crate) plan: Plan,
     pub(crate) keep: Keep,
+    /// The name of the tenant whose it is.
+    pub(crate) tenant: String,
 }
 
 impl Meta {
@@ -56,6 +58,7 @@ impl Meta {
             "keep": durability_name(self.keep.durability),
             "equivalent": self.keep.reuse == Reuse::Equivalent,
             "identity": made_of.identity,
+            "tenant": self.tenant,
         });
         value.to_string().into_bytes()
     }
@@ -77,7 +80,8 @@ impl Meta {
         let durability = text("keep").and_then(durability).unwrap_or(Durability::Async);
         let keep = Keep { salt: text("salt")?.as_bytes().to_vec(), durability, reuse };
         let identity = value["identity"].as_object()?.clone();
-        Some((Self { plan, keep }, SessionRecord { identity, ..SessionRecord::default() }))
+        let tenant = text("tenant").unwrap_or_default().to_owned();
+        Some((Self { plan, keep, tenant }, SessionRecord { identity, ..SessionRecord::default() }))
     }
 }
 
@@ -126,8 +130,13 @@ impl Reader {
         }
     }
 
+    /// The run that reads along with a turn.
+    pub(crate) fn following(&self, live: &Live) -> Run {
+        Run::follow(Job { time: self.time, ..live.job.clone() }, live.follow())
+    }
+
     async fn follow(&self, live: &Live, id: SessionId) -> Result<Response, ApiError> {
-        let run = Run::follow(Job { time: self.time, ..live.job.clone() }, live.follow());
+        let run = self.following(live);
         self.send(run, live.envelope.clone(), (live.include_usage, id)).await
     }
 
@@ -148,9 +157,39 @@ impl Reader {
         self,
         idle: Idle,
         found: InFlight,
-        (meta, made_of): (Meta, SessionRecord),
+        meta: (Meta, SessionRecord),
     ) -> Result<Response, ApiError> {
-        let Meta { plan, keep } = meta;
+        let id = idle.id;
+        let (run, live) = self.take_up(idle, found, meta)?;
+        self.send(run, live.envelope.clone(), (live.include_usage, id)).await
+    }
+
+    /// Goes on with the answer in flight of a session, for a reader of its own.
+    ///
+    /// # Errors
+    /// 409 where somebody has the session, or the model has changed; 404 where nothing is in flight.
+    pub(crate) async fn taken_up(
+        &self,
+        tenant: TenantId,
+        id: SessionId,
+    ) -> Result<(Run, Arc<Live>), ApiError> {
+        let claim = self.sessions.claim(id)?;
+        let read = move |store: &Store| {
+            Ok((store.get(tenant, id)?, store.turns(tenant, id)?, store.answer(tenant, id)?))
+        };
+        let (info, turns, in_flight) = self.sessions.call(read).await?;
+        let found = in_flight.ok_or_else(ApiError::no_turns)?;
+        let meta = Meta::read(&found.meta).ok_or_else(ApiError::no_turns)?;
+        self.take_up(Idle { claim, tenant, id, info, turns }, found, meta)
+    }
+
+    fn take_up(
+        &self,
+        idle: Idle,
+        found: InFlight,
+        (meta, made_of): (Meta, SessionRecord),
+    ) -> Result<(Run, Arc<Live>), ApiError> {
+        let Meta { plan, keep, .. } = meta;
         let model = self.registry.get(&plan.record.model)?;
         if let Some(part) = made_of.changed(model.served.engine.identity()) {
             return Err(ApiError::model_changed(part));
@@ -162,7 +201,9 @@ impl Reader {
         let envelope = Envelope::of(plan.record.id.clone(), plan.record.created, &model);
         let include_usage = recorded.include_usage;
         let job = self.job(model, prompt, recorded, keep);
-        let live = Arc::new(Live::new(job.clone(), envelope.clone(), include_usage, drawn));
+        let response = plan.record.response.clone();
+        let live = Live::new(job.clone(), envelope, include_usage, drawn).of_response(response);
+        let live = Arc::new(live);
         let claimed = Claimed {
             sessions: self.sessions.clone(),
             claim: idle.claim,
@@ -171,30 +212,39 @@ impl Reader {
             settings: idle.info.settings,
             is_new: false,
         };
-        let turn = Turn::new(claimed, plan, live, self.interval).resumed(drawn.len());
-        let run = Run::of_turn(job, turn, drawn.to_vec())?;
-        self.send(run, envelope, (include_usage, idle.id)).await
+        let turn = Turn::new(claimed, plan, Arc::clone(&live), self.interval).resumed(drawn.len());
+        Ok((Run::of_turn(job, turn, drawn.to_vec())?, live))
     }
 
     /// Repeats the last answer.
     async fn past(self, idle: Idle) -> Result<Response, ApiError> {
         let turn = idle.turns.last().ok_or_else(ApiError::no_turns)?;
         let record = TurnRecord::read(&turn.meta);
+        let include_usage = recorded(&record)?.include_usage;
+        let run = self.again(turn, &idle.info)?;
+        let envelope = Envelope::of(record.id, record.created, &run.job().model);
+        drop(idle.claim);
+        self.send(run, envelope, (include_usage, idle.id)).await
+    }
+
+    /// The run that reads the tokens of a turn that has ended.
+    ///
+    /// # Errors
+    /// 404 where the turn was cut, or its model is not there.
+    pub(crate) fn again(&self, turn: &PastTurn, info: &SessionInfo) -> Result<Run, ApiError> {
+        let record = TurnRecord::read(&turn.meta);
         let recorded = recorded(&record)?;
         let model = self.registry.get(&record.model)?;
         let sampled = turn.tokens.get(record.sent_len..).unwrap_or_default();
         let drawn = [sampled, &record.dropped].concat();
-        let name = &idle.info.settings.name;
+        let name = &info.settings.name;
         let closing = Closing {
             kv: record.kv.clone(),
-            session: Some(json!({"id": shown(idle.id), "name": name, "turn": turn.number})),
+            session: Some(json!({"id": shown(info.id), "name": name, "turn": turn.number})),
             usage: Usage::of_json(&record.usage),
         };
-        let envelope = Envelope::of(record.id, record.created, &model);
-        let include_usage = recorded.include_usage;
         let job = self.job(model, Vec::new(), recorded, Keep::default());
-        drop(idle.claim);
-        self.send(Run::of_past(job, &drawn, closing), envelope, (include_usage, idle.id)).await
+        Ok(Run::of_past(job, &drawn, closing))
     }
 
     fn job(&self, model: Arc<Model>, prompt: Vec<u32>, recorded: Recorded, keep: Keep) -> Job {

@@ -98,6 +98,11 @@ impl Turn {
         self
     }
 
+    /// What the Responses API is to find with the turn.
+    pub(crate) fn describe(&mut self, response: serde_json::Value) {
+        self.plan.record.response = response;
+    }
+
     /// Writes down that an answer begins.
     ///
     /// # Errors
@@ -105,12 +110,14 @@ impl Turn {
     pub(crate) async fn begin_answer(&mut self, job: &Job) -> Result<(), ApiError> {
         let Some(claimed) = &mut self.claimed else { return Ok(()) };
         claimed.is_new = false;
-        if self.interval.is_none() {
+        // What goes on without a reader has to be found after a crash.
+        if self.interval.is_none() && self.plan.record.response["echo"]["background"] != true {
             return Ok(());
         }
         let prompt = &job.prompts[0].tokens;
         let tokens = prompt[prompt.len() - self.plan.record.sent_len..].to_vec();
-        let meta = Meta { plan: self.plan.clone(), keep: job.keep.clone() }
+        let tenant = job.tenant.to_string();
+        let meta = Meta { plan: self.plan.clone(), keep: job.keep.clone(), tenant }
             .to_bytes(job.model.served.engine.identity());
         let (tenant, id, turns) = (claimed.tenant, claimed.id, self.plan.turns);
         let in_flight = InFlight { meta, tokens };

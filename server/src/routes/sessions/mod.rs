@@ -4,7 +4,7 @@ mod bundle;
 mod history;
 pub(super) mod metrics;
 mod pages;
-mod query;
+
 mod tier;
 
 use std::collections::VecDeque;
@@ -22,7 +22,7 @@ use mainstay_engine::store::object::ObjectTier;
 use mainstay_engine::store::{SessionId, SessionInfo, Settings, Store, StoreError, Tenant, TenantId};
 use serde_json::{Map, Value, json};
 
-use self::query::{Order, Params};
+use super::query::{Order, Params};
 use super::{App, Shared};
 use crate::auth;
 use crate::error::ApiError;

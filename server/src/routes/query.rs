@@ -35,6 +35,21 @@ impl Params {
         self.0.get(name).map(String::as_str)
     }
 
+    /// What stands as `name[key]=value`.
+    pub(super) fn indexed(&self, name: &str) -> Vec<(String, String)> {
+        let key = |(param, value): (&String, &String)| {
+            let key = param.strip_prefix(name)?.strip_prefix('[')?.strip_suffix(']')?;
+            Some((key.to_owned(), value.clone()))
+        };
+        self.0.iter().filter_map(key).collect()
+    }
+
+    /// For lists that begin with the oldest where nothing is said.
+    pub(super) fn ascending_by_default(mut self) -> Self {
+        self.0.entry("order".to_owned()).or_insert_with(|| "asc".to_owned());
+        self
+    }
+
     pub(super) fn count(&self, name: &str, range: RangeInclusive<u32>) -> Result<Option<u32>, ApiError> {
         let Some(text) = self.text(name) else { return Ok(None) };
         let count = text.parse().ok().filter(|count| range.contains(count));

@@ -1,0 +1,168 @@
+//! Responses that were made, or are being made: shown, read again as a stream, cancelled, deleted.
+
+use std::sync::Arc;
+
+use mainstay_engine::store::Store;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::answer::{Answering, CANCEL_PATIENCE, Role};
+use super::object::{ResponseRecord, Status};
+use super::past::{self, Past};
+use super::{RESPONSE, items};
+use crate::error::ApiError;
+use crate::job::TimeLimits;
+use crate::registry::Registry;
+use crate::sessions::Sessions;
+use crate::sessions::record::SessionRecord;
+use crate::sessions::resume::Reader;
+
+/// One response, found.
+pub(crate) struct Found {
+    sessions: Sessions,
+    tenant: Arc<str>,
+    id: String,
+    past: Past,
+}
+
+impl Found {
+    /// # Errors
+    /// 404.
+    pub(crate) async fn of(sessions: &Sessions, tenant: Arc<str>, id: String) -> Result<Self, ApiError> {
+        let past = past::of_response(sessions, &tenant, &id).await?;
+        Ok(Self { sessions: sessions.clone(), tenant, id, past })
+    }
+
+    /// The record of it, as it stands now.
+    async fn record(&self) -> Result<ResponseRecord, ApiError> {
+        let missing = || ApiError::not_found("response", &self.id, "response_not_found");
+        if let Some(record) = self.past.response(&self.id).filter(|record| !record.is_partial()) {
+            return Ok(record.clone());
+        }
+        if let Some(live) = self.sessions.live(self.past.info.id).filter(|live| live.envelope.id() == self.id) {
+            return ResponseRecord::read(&live.response).ok_or_else(missing);
+        }
+        let mut record = past::in_flight(&self.sessions, &self.past).await?.ok_or_else(missing)?;
+        // Nobody makes it any longer.
+        let output = record.list("output").to_vec();
+        record.fail(&ApiError::interrupted(), output);
+        Ok(record)
+    }
+
+    /// The object.
+    ///
+    /// # Errors
+    /// 404 where it was removed meanwhile.
+    pub(crate) async fn object(&self) -> Result<Value, ApiError> {
+        Ok(self.record().await?.object())
+    }
+
+    /// What the client said in it.
+    ///
+    /// # Errors
+    /// As [`Found::object`].
+    pub(crate) async fn input_items(&self) -> Result<Vec<Value>, ApiError> {
+        Ok(self.record().await?.list("input").to_vec())
+    }
+
+    /// Its events again, or on: from an answer that runs, from one that was interrupted, or from one that has ended.
+    ///
+    /// # Errors
+    /// 404, 409 where it cannot go on.
+    pub(crate) async fn answering(
+        self,
+        registry: &Registry,
+        interval: Option<std::time::Duration>,
+        time: TimeLimits,
+    ) -> Result<Answering, ApiError> {
+        let record = self.record().await?;
+        let mut begun = record.clone();
+        begun.set("status", Status::InProgress.name().into());
+        begun.set("output", Value::Array(Vec::new()));
+        for name in ["usage", "incomplete_details", "error", "completed_at", "kv", "session"] {
+            begun.set(name, Value::Null);
+        }
+        let reader = Reader {
+            sessions: self.sessions.clone(),
+            registry: registry.clone(),
+            tenant: Arc::clone(&self.tenant),
+            interval,
+            time,
+            after: 0,
+        };
+        if self.past.response(&self.id).is_some() {
+            return Ok(Answering::again(self.tokens_again(&reader), begun, record));
+        }
+        let session = self.past.info.id;
+        if let Some(live) = self.sessions.live(session).filter(|live| live.envelope.id() == self.id) {
+            return Ok(Answering::new(reader.following(&live), begun, Role::Follower(live)));
+        }
+        let (run, live) = reader.taken_up(self.past.tenant, session).await?;
+        Ok(Answering::new(run, begun, Role::Maker(live)))
+    }
+
+    /// The run that reads the response's tokens again, where they stand in its session.
+    fn tokens_again(&self, reader: &Reader) -> Option<crate::generate::Run> {
+        let turn = self.past.turns.iter().find(|turn| {
+            let record = crate::sessions::record::TurnRecord::read(&turn.meta);
+            ResponseRecord::read(&record.response).is_some_and(|found| found.id() == Some(self.id.as_str()))
+        })?;
+        reader.again(turn, &self.past.info).ok()
+    }
+
+    /// Ends a response that is made in the background.
+    ///
+    /// # Errors
+    /// 400 where it is not one.
+    pub(crate) async fn cancel(self) -> Result<Value, ApiError> {
+        let record = self.record().await?;
+        if !record.is_background() {
+            let message = "only a response that is made in the background can be cancelled";
+            return Err(ApiError::bad_request(message));
+        }
+        self.stop().await;
+        let again = Self::of(&self.sessions, self.tenant, self.id).await?;
+        again.object().await
+    }
+
+    /// Asks whoever makes it to end it, and waits for that.
+    async fn stop(&self) {
+        let session = self.past.info.id;
+        let until = Instant::now() + CANCEL_PATIENCE;
+        while let Some(live) = self.sessions.live(session).filter(|live| live.envelope.id() == self.id) {
+            live.cancel();
+            if Instant::now() > until {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Shows it no longer. The session goes with the last of its responses; responses that follow this one stay.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) async fn delete(self) -> Result<(), ApiError> {
+        self.stop().await;
+        let (tenant, session, id) = (self.past.tenant, self.past.info.id, self.id);
+        let delete = move |store: &Store| {
+            let info = store.patch(tenant, session, |settings| {
+                let mut record = SessionRecord::read(&settings.meta);
+                record.deleted.push(id.clone());
+                settings.meta = record.to_bytes();
+            })?;
+            let past = Past::read(store, tenant, info)?;
+            let is_left = |record: &ResponseRecord| record.id().is_none_or(|id| past.response(id).is_some());
+            if past.session.kind == RESPONSE && !past.records.iter().any(|placed| is_left(&placed.record)) {
+                store.delete(tenant, session)?;
+            }
+            Ok(())
+        };
+        self.sessions.call(delete).await
+    }
+}
+
+/// The items of a conversation, oldest first.
+pub(crate) fn conversation_items(past: &Past) -> Vec<Value> {
+    past.items(&past.records).into_iter().map(items::shown).collect()
+}
