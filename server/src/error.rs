@@ -49,7 +49,8 @@ impl ApiError {
     /// The same error about a field that has another name where it is told; the first pair that fits counts.
     pub(crate) fn rename(mut self, names: &[(&str, &str)]) -> Self {
         let Some(param) = &self.param else { return self };
-        let renamed = names.iter().find_map(|(from, to)| param.strip_prefix(from).map(|rest| format!("{to}{rest}")));
+        let renamed =
+            names.iter().find_map(|(from, to)| param.strip_prefix(from).map(|rest| format!("{to}{rest}")));
         if let Some(renamed) = renamed {
             self.message = match self.message.strip_prefix(param.as_str()) {
                 Some(rest) => format!("{renamed}{rest}"),

@@ -108,7 +108,8 @@ fn messages(fields: &Fields<'_, '_>) -> Result<Vec<Value>, ApiError> {
         }
         Some(other) => return Err(unexpected("system", "a string or an array of blocks", other)),
     }
-    let given = fields.array("messages")?.ok_or_else(|| fields.missing("messages", "an array of messages"))?;
+    let given =
+        fields.array("messages")?.ok_or_else(|| fields.missing("messages", "an array of messages"))?;
     if given.is_empty() {
         return Err(ApiError::field("messages", "expected at least one message, found none"));
     }
@@ -146,7 +147,8 @@ fn read_message(own: &Fields<'_, '_>, all: &mut Vec<Value>) -> Result<(), ApiErr
             "thinking" => thinking += block.required_string("thinking")?,
             "redacted_thinking" => {}
             "tool_use" => {
-                let arguments = block.object("input")?.map_or_else(|| "{}".to_owned(), |i| json!(i).to_string());
+                let arguments =
+                    block.object("input")?.map_or_else(|| "{}".to_owned(), |i| json!(i).to_string());
                 let (id, name) = (block.required_string("id")?, block.required_string("name")?);
                 calls.push(json!({"id": id, "type": "function",
                                   "function": {"name": name, "arguments": arguments}}));
@@ -157,14 +159,19 @@ fn read_message(own: &Fields<'_, '_>, all: &mut Vec<Value>) -> Result<(), ApiErr
                     Some(Value::String(text)) => text.clone(),
                     Some(Value::Array(blocks)) => texts(blocks, &block.name("content"))?,
                     Some(other) => {
-                        return Err(unexpected(block.name("content"), "a string or an array of blocks", other));
+                        return Err(unexpected(
+                            block.name("content"),
+                            "a string or an array of blocks",
+                            other,
+                        ));
                     }
                 };
                 let id = block.required_string("tool_use_id")?;
                 results.push(json!({"role": "tool", "tool_call_id": id, "content": content}));
             }
             kind => {
-                let message = format!("blocks of type `{kind}` are not supported; this model reads text only");
+                let message =
+                    format!("blocks of type `{kind}` are not supported; this model reads text only");
                 return Err(ApiError::unsupported(block.name("type"), message));
             }
         }
@@ -198,7 +205,8 @@ fn texts(blocks: &[Value], path: &str) -> Result<String, ApiError> {
         match own.required_string("type")? {
             "text" => own.required_string("text").map(str::to_owned),
             kind => {
-                let message = format!("blocks of type `{kind}` are not supported; this model reads text only");
+                let message =
+                    format!("blocks of type `{kind}` are not supported; this model reads text only");
                 Err(ApiError::unsupported(own.name("type"), message))
             }
         }
@@ -232,7 +240,8 @@ mod tests {
             ],
         });
         let chat = chat(body.as_object().unwrap(), Purpose::Answer).unwrap();
-        let call = json!({"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{\"x\":1}"}});
+        let call =
+            json!({"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{\"x\":1}"}});
         assert_eq!(
             Value::Object(chat),
             json!({
@@ -262,8 +271,10 @@ mod tests {
                 json!({"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
                 "messages[0].content[0].type",
             ),
-            (json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}),
-             "tools[0].input_schema"),
+            (
+                json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}),
+                "tools[0].input_schema",
+            ),
         ] {
             let error = chat(body.as_object().unwrap(), Purpose::Answer).unwrap_err();
             assert_eq!(error.body()["error"]["param"], param, "{body}");

@@ -169,7 +169,8 @@ impl Answering {
         let events = self.writer.end_items(status);
         self.ready.extend(events);
         let Some(run) = &mut self.run else { return };
-        self.writer.record().end(status, self.writer.output().to_vec(), Some(run.usage()));
+        let output = self.writer.output().to_vec();
+        self.writer.record().end(status, output, Some(run.usage()));
         run.describe(self.writer.record().to_json());
         match run.close().await {
             Ok(closing) => {

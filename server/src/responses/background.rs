@@ -50,7 +50,9 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
             match reader.taken_up(tenant, id).await {
                 Ok((run, live)) => Answering::new(run, record, Role::Maker(live)).alone().await,
                 // It is shown as failed; its tokens stay for a model that fits.
-                Err(error) => tracing::warn!(session = %id, error = error.message(), "a response cannot go on"),
+                Err(error) => {
+                    tracing::warn!(session = %id, error = error.message(), "a response cannot go on")
+                }
             }
         });
     }

@@ -34,7 +34,10 @@ mod tests {
     #[test]
     fn a_summary_comes_back() {
         let item = item("größer");
-        assert_eq!(summary(item["encrypted_content"].as_str().unwrap()).unwrap(), format!("{INTRODUCTION}größer"));
+        assert_eq!(
+            summary(item["encrypted_content"].as_str().unwrap()).unwrap(),
+            format!("{INTRODUCTION}größer")
+        );
         assert_eq!(summary("no base64!"), None);
     }
 }

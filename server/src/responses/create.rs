@@ -19,6 +19,7 @@ use crate::openai::chat::ChatRequest;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
 use crate::reply::Envelope;
+use crate::sessions::history::Fit;
 use crate::sessions::live::Live;
 use crate::sessions::record::TurnRecord;
 use crate::sessions::turn::{Plan, Turn};
@@ -140,11 +141,13 @@ impl Begun<'_> {
         record
     }
 
-    fn job(&self, chat: ChatRequest, tokens: Vec<u32>, durability: Durability) -> Job {
+    fn job(&self, chat: ChatRequest, fit: &Fit, durability: Durability) -> Job {
+        let output = chat.output(&self.model, &fit.text);
         Job {
+            output,
             model: Arc::clone(&self.model),
             tenant: Arc::clone(&self.tenant),
-            prompts: vec![Prompt::of(tokens)],
+            prompts: vec![Prompt::of(fit.tokens.clone())],
             max_tokens: chat.max_tokens,
             max_tokens_default: self.responder.max_tokens_default,
             options: chat.options,
@@ -160,7 +163,7 @@ impl Begun<'_> {
     fn plain(mut self, planned: Planned) -> Result<Answering, ApiError> {
         let id = ids::response(mainstay_engine::store::SessionId(0));
         let record = self.record(&id, &planned, false);
-        let job = self.job(planned.chat, planned.fit.tokens, self.responder.durability.1);
+        let job = self.job(planned.chat, &planned.fit, self.responder.durability.1);
         Ok(Answering::new(Run::start(job)?, record, Role::Alone))
     }
 
@@ -174,12 +177,13 @@ impl Begun<'_> {
         let place = (&self.tenant, durability);
         let (claimed, turns) = opening::claim(sessions, place, &self.model, past).await?;
         let id = ids::response(claimed.id);
-        let is_stored = self.asked.store != Some(false) || matches!(self.asked.before, Before::Conversation(_));
+        let is_stored =
+            self.asked.store != Some(false) || matches!(self.asked.before, Before::Conversation(_));
         let record = self.record(&id, &planned, is_stored);
         let Planned { chat, fit, messages, changed, .. } = planned;
         let asked_durability = chat.keep.durability;
         let seed = chat.options.sampling.seed;
-        let mut job = self.job(chat, fit.tokens, claimed.settings.durability);
+        let mut job = self.job(chat, &fit, claimed.settings.durability);
         if claimed.settings.durability == Durability::Ephemeral {
             job.keep.durability = Durability::Ephemeral;
         }
@@ -213,4 +217,3 @@ impl Begun<'_> {
         Ok(Answering::new(run, record, Role::Maker(live)))
     }
 }
-

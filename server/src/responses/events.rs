@@ -8,11 +8,20 @@ use crate::output::Part;
 
 /// The item that is being written.
 enum Open {
-    Message { text: String, logprobs: Vec<Value> },
-    Reasoning { text: String },
-    Call { arguments: String },
+    Message {
+        text: String,
+        logprobs: Vec<Value>,
+    },
+    Reasoning {
+        text: String,
+    },
+    Call {
+        arguments: String,
+    },
     /// A call of a tool that takes any text; it is shown when it is whole.
-    Custom { arguments: String },
+    Custom {
+        arguments: String,
+    },
 }
 
 /// Writes the events of one response.
@@ -111,9 +120,8 @@ impl Writer {
             Part::CallArguments { text, .. } => match &mut self.open {
                 Some(Open::Call { arguments }) => {
                     arguments.push_str(text);
-                    events.push(
-                        self.of_item("response.function_call_arguments.delta", json!({"delta": text})),
-                    );
+                    events
+                        .push(self.of_item("response.function_call_arguments.delta", json!({"delta": text})));
                 }
                 Some(Open::Custom { arguments }) => arguments.push_str(text),
                 _ => {}

@@ -42,7 +42,8 @@ mod tests {
         let session = SessionId(0x0190_1234_5678_9abc);
         assert_eq!(session_of_response(&response(session)), Some(session));
         assert_eq!(session_of_conversation(&conversation(session)), Some(session));
-        for id in ["resp_", "resp_missing", "conv_1", "", "resp_ééééééééééééééééé", &conversation(session)] {
+        for id in ["resp_", "resp_missing", "conv_1", "", "resp_ééééééééééééééééé", &conversation(session)]
+        {
             assert_eq!(session_of_response(id), None, "{id}");
         }
         assert_eq!(output_item("msg_", "resp_ab", 1), "msg_ab01");

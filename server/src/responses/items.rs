@@ -111,7 +111,11 @@ fn read_item(item: &Value, path: &str) -> Result<Value, ApiError> {
 }
 
 fn owned(object: &Map<String, Value>) -> Map<String, Value> {
-    object.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), value.clone())).collect()
+    object
+        .iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
 }
 
 fn read_message(fields: &Fields<'_, '_>) -> Result<Map<String, Value>, ApiError> {
@@ -131,7 +135,9 @@ fn read_message(fields: &Fields<'_, '_>) -> Result<Map<String, Value>, ApiError>
             let read = |(at, value)| read_part(value, &format!("{path}[{at}]"), is_answer);
             parts.iter().enumerate().map(read).collect::<Result<_, _>>()?
         }
-        Some(other) => return Err(unexpected(fields.name("content"), "a string or an array of parts", other)),
+        Some(other) => {
+            return Err(unexpected(fields.name("content"), "a string or an array of parts", other));
+        }
         None => return Err(fields.missing("content", "a string or an array of parts")),
     };
     let mut message = Map::new();
@@ -307,8 +313,10 @@ pub(crate) fn of_messages<'a>(messages: impl Iterator<Item = &'a Value>) -> Vec<
         let role = message["role"].as_str().unwrap_or("user");
         if role == "tool" {
             let (call, output) = (&message["tool_call_id"], text(&message["content"]));
-            items.push(json!({"id": crate::random::id("fco_"), "type": "function_call_output", "call_id": call,
-                              "output": output, "status": "completed"}));
+            items.push(
+                json!({"id": crate::random::id("fco_"), "type": "function_call_output", "call_id": call,
+                              "output": output, "status": "completed"}),
+            );
             continue;
         }
         if let Some(reasoning) = message["reasoning_content"].as_str().filter(|text| !text.is_empty()) {
@@ -357,8 +365,10 @@ mod tests {
         ]))
         .unwrap();
         assert!(items.iter().all(|item| item["id"].as_str().is_some_and(|id| !id.is_empty())));
-        let call = |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function",
-            "function": {"name": name, "arguments": arguments}});
+        let call = |id: &str, name: &str, arguments: &str| {
+            json!({"id": id, "type": "function",
+            "function": {"name": name, "arguments": arguments}})
+        };
         let expected = json!([
             {"role": "developer", "content": "be brief"},
             {"role": "user", "content": "a"},

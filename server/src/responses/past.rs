@@ -84,9 +84,8 @@ fn records_of(turns: &[Arc<Turn>]) -> Vec<Placed> {
     let mut records: Vec<Placed> = Vec::new();
     for (at, turn) in turns.iter().enumerate() {
         let written = TurnRecord::read(&turn.meta);
-        let record = ResponseRecord::read(&written.response).unwrap_or_else(|| {
-            ResponseRecord::of_items(items::of_messages(written.all_messages()))
-        });
+        let record = ResponseRecord::read(&written.response)
+            .unwrap_or_else(|| ResponseRecord::of_items(items::of_messages(written.all_messages().iter())));
         for replaced in record.list("before").iter().filter_map(ResponseRecord::read) {
             records.push(Placed { turns: at, holder: at + 1, record: replaced });
         }
@@ -104,11 +103,7 @@ fn records_of(turns: &[Arc<Turn>]) -> Vec<Placed> {
 ///
 /// # Errors
 /// 404 where there is none of this tenant's, or the response was deleted; `missing` makes it.
-pub(crate) async fn of_response(
-    sessions: &Sessions,
-    tenant: &Arc<str>,
-    id: &str,
-) -> Result<Past, ApiError> {
+pub(crate) async fn of_response(sessions: &Sessions, tenant: &Arc<str>, id: &str) -> Result<Past, ApiError> {
     let missing = || ApiError::not_found("response", id, "response_not_found");
     let session = ids::session_of_response(id).ok_or_else(missing)?;
     let past = read(sessions, tenant, session).await?.ok_or_else(missing)?;
@@ -158,10 +153,7 @@ async fn is_in_flight(sessions: &Sessions, past: &Past, id: &str) -> Result<bool
 }
 
 /// The response whose answer was being made when it stopped, or is being made.
-pub(crate) async fn in_flight(
-    sessions: &Sessions,
-    past: &Past,
-) -> Result<Option<ResponseRecord>, ApiError> {
+pub(crate) async fn in_flight(sessions: &Sessions, past: &Past) -> Result<Option<ResponseRecord>, ApiError> {
     let (tenant, id) = (past.tenant, past.info.id);
     let answer = sessions.call(move |store| store.answer(tenant, id)).await?;
     let record = answer.and_then(|found| crate::sessions::resume::Meta::read(&found.meta));

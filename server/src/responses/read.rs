@@ -39,7 +39,8 @@ impl Found {
         if let Some(record) = self.past.response(&self.id).filter(|record| !record.is_partial()) {
             return Ok(record.clone());
         }
-        if let Some(live) = self.sessions.live(self.past.info.id).filter(|live| live.envelope.id() == self.id) {
+        if let Some(live) = self.sessions.live(self.past.info.id).filter(|live| live.envelope.id() == self.id)
+        {
             return ResponseRecord::read(&live.response).ok_or_else(missing);
         }
         let mut record = past::in_flight(&self.sessions, &self.past).await?.ok_or_else(missing)?;

@@ -235,8 +235,11 @@ fn text_format(fields: &Fields<'_, '_>) -> Result<Option<Value>, ApiError> {
             if own.object("schema")?.is_none() {
                 return Err(own.missing("schema", "an object"));
             }
-            let schema: Map<String, Value> =
-                format.iter().filter(|(key, _)| *key != "type").map(|(k, v)| (k.clone(), v.clone())).collect();
+            let schema: Map<String, Value> = format
+                .iter()
+                .filter(|(key, _)| *key != "type")
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect();
             Ok(Some(json!({"type": "json_schema", "json_schema": schema})))
         }
         other => Err(unexpected("text.format.type", "text, json_schema or json_object", &json!(other))),
@@ -339,7 +342,10 @@ mod tests {
             (json!({"input": "a", "previous_response_id": "a", "conversation": "b"}), "previous_response_id"),
             (json!({"input": "a", "background": true, "store": false}), "background"),
             (json!({"input": "a", "truncation": "some"}), "truncation"),
-            (json!({"input": "a", "text": {"format": {"type": "json_schema", "name": "n"}}}), "text.format.schema"),
+            (
+                json!({"input": "a", "text": {"format": {"type": "json_schema", "name": "n"}}}),
+                "text.format.schema",
+            ),
             (json!({"input": "a", "include": [3]}), "include"),
             (json!({"input": "a", "metadata": {"a": 3}}), "metadata.a"),
             (json!({"input": "a", "tools": [{"type": "function"}]}), "tools[0].name"),

@@ -85,7 +85,9 @@ fn choice(fields: &Fields<'_, '_>) -> Result<Option<Value>, ApiError> {
                     let tools = own.array("tools")?.ok_or_else(|| own.missing("tools", "an array"))?;
                     let tools: Vec<Value> =
                         tools.iter().filter_map(|tool| tool["name"].as_str()).map(named).collect();
-                    Ok(Some(json!({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})))
+                    Ok(Some(
+                        json!({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}),
+                    ))
                 }
                 // A choice among tools that are not the model's leaves it free.
                 _ => Ok(None),

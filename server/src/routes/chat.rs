@@ -1,19 +1,24 @@
 //! POST /v1/chat/completions.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 
-use super::Shared;
+use super::{App, Shared};
 use crate::auth::Tenant;
 use crate::error::ApiError;
-use crate::job::{Continuation, Echo, Job};
+use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
 use crate::openai::fields::Fields;
+use crate::openai::session;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::{self, Ending};
+use crate::registry::Model;
 use crate::reply;
 use crate::sessions::chat::SessionChat;
+use crate::sessions::stored;
 
 pub(super) async fn post(
     State(app): Shared,
@@ -26,31 +31,66 @@ pub(super) async fn post(
     let fields = Fields::of(&body);
     let model = app.registry.get(fields.required_string("model")?)?;
     let request = ChatRequest::read(&fields, &model)?;
-    if let Some(session) = SessionFields::read(&fields, &headers)? {
-        let sessions = app.sessions()?;
-        let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
-        let tenant = tenant.0;
-        let turn = SessionChat { model, tenant, session, request, max_tokens_default, interval, time };
-        return turn.answer(sessions).await;
+    let session = SessionFields::read(&fields, &headers)?;
+    let is_stored = fields.bool("store")? == Some(true);
+    let metadata = session::metadata(&fields)?.unwrap_or_default();
+    let (session, id) = match session {
+        Some(session) => (session, None),
+        None if is_stored => {
+            check_one(&request)?;
+            let place = (&tenant.0, app.options.durability);
+            let made = stored::create(app.sessions()?, place, &model, metadata).await?;
+            (SessionFields::own(made.to_string()), Some(stored::completion_id(made)))
+        }
+        None => {
+            let delivery = request.delivery;
+            let job = app.job(tenant, (model, request), time).await?;
+            return reply::send(job, ChatShape::default(), delivery).await;
+        }
+    };
+    let sessions = app.sessions()?;
+    let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
+    let tenant = tenant.0;
+    let turn = SessionChat { model, tenant, session, request, id, max_tokens_default, interval, time };
+    turn.answer(sessions).await
+}
+
+/// Only one answer can be the turn that is stored.
+fn check_one(request: &ChatRequest) -> Result<(), ApiError> {
+    match request.options.choices {
+        1 => Ok(()),
+        more => Err(ApiError::field("n", format!("expected 1 beside `store`: true, found {more}"))),
     }
-    let continuation = match request.input.ending {
-        Ending::OpenMessage => Continuation::OfPrompt,
-        Ending::Generation | Ending::Nothing => Continuation::OwnText,
-    };
-    let prompt = prompt::chat(&model, request.input).await?;
-    prompt::check_length(&model, &prompt, request.max_tokens, "messages")?;
-    let job = Job {
-        model,
-        tenant: tenant.0,
-        prompts: vec![prompt],
-        max_tokens: request.max_tokens,
-        max_tokens_default: app.options.max_tokens_default,
-        options: request.options,
-        logprobs: request.logprobs,
-        echo: Echo::No,
-        continuation,
-        time,
-        keep: request.keep.keep(app.plain_durability()),
-    };
-    reply::send(job, ChatShape, request.delivery).await
+}
+
+impl App {
+    /// The job of a chat request that is of no session.
+    pub(super) async fn job(
+        &self,
+        tenant: Tenant,
+        (model, request): (Arc<Model>, ChatRequest),
+        time: TimeLimits,
+    ) -> Result<Job, ApiError> {
+        let continuation = match request.input.ending {
+            Ending::OpenMessage => Continuation::OfPrompt,
+            Ending::Generation | Ending::Nothing => Continuation::OwnText,
+        };
+        let prompt = prompt::chat(&model, request.input.clone()).await?;
+        prompt::check_length(&model, &prompt, request.max_tokens, "messages")?;
+        let output = request.output(&model, prompt.written());
+        Ok(Job {
+            model,
+            tenant: tenant.0,
+            prompts: vec![prompt],
+            max_tokens: request.max_tokens,
+            max_tokens_default: self.options.max_tokens_default,
+            options: request.options,
+            output,
+            logprobs: request.logprobs,
+            echo: Echo::No,
+            continuation,
+            time,
+            keep: request.keep.keep(self.plain_durability()),
+        })
+    }
 }

@@ -1,9 +1,9 @@
 //! POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API.
 
 use axum::Extension;
+use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use axum::Json;
 use serde_json::{Map, Value, json};
 
 use super::{App, Shared};

@@ -28,12 +28,14 @@ use mainstay_engine::store::Durability;
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
+use crate::anthropic::error::MessagesError;
 use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
 use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
+use crate::responses::background;
 use crate::serve::ServerOptions;
 use crate::sessions::Sessions;
 use crate::shutdown::{ShutdownSignal, ShutdownStage};
@@ -53,9 +55,16 @@ pub(crate) struct App {
 
 type Shared = State<Arc<App>>;
 
-/// All routes.
+/// All routes. Goes on with what a restart has interrupted.
+///
+/// # Panics
+/// Outside of a runtime.
 pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: ShutdownSignal) -> Router {
     let sessions = options.store.clone().map(Sessions::new);
+    if let Some(sessions) = &sessions {
+        let interval = options.journal_interval;
+        tokio::spawn(background::go_on(sessions.clone(), registry.clone(), interval));
+    }
     let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
     Router::new()
         .route("/v1/models", get(models::list))
@@ -117,7 +126,13 @@ async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<R
     let options = &app.options;
     let open = path == "/health" || (path == "/metrics" && (options.loopback || options.public_metrics));
     if !open {
-        let tenant = auth::authenticate(&options.api_keys, request.headers())?;
+        let tenant = auth::authenticate(&options.api_keys, request.headers());
+        if let Err(error) = &tenant
+            && path.starts_with("/v1/messages")
+        {
+            return Ok(MessagesError(error.clone()).into_response());
+        }
+        let tenant = tenant?;
         request.extensions_mut().insert::<Tenant>(tenant);
     }
     if app.shutdown.stage() >= ShutdownStage::Drain && request.uri().path() != "/metrics" {

@@ -147,11 +147,14 @@ async fn compact(
     input.push(json!({"type": "message", "role": "user", "content": compact::TASK}));
     body.insert("input".to_owned(), Value::from(input));
     body.insert("store".to_owned(), json!(false));
-    body.retain(|name, _| !["stream", "background", "conversation", "tools", "tool_choice"].contains(&name.as_str()));
+    body.retain(|name, _| {
+        !["stream", "background", "conversation", "tools", "tool_choice"].contains(&name.as_str())
+    });
     body.entry("max_output_tokens").or_insert_with(|| json!(SUMMARY_TOKENS));
     let asked = ResponseRequest::read(&body)?;
     let response = app.responder().begin(tenant.0, asked, time).await?.whole().await?;
-    let messages = response["output"].as_array().into_iter().flatten().filter(|item| item["type"] == "message");
+    let messages =
+        response["output"].as_array().into_iter().flatten().filter(|item| item["type"] == "message");
     let summary: Vec<String> = messages.map(|item| items::text(&item["content"])).collect();
     let output = [kept, vec![compact::item(&summary.join("\n"))]].concat();
     Ok(Json(json!({
@@ -171,7 +174,8 @@ pub(super) fn page(params: &Params, mut items: Vec<Value>) -> Result<Value, ApiE
     }
     if let Some(after) = params.text("after") {
         let place = items.iter().position(|item| item["id"] == after);
-        let place = place.ok_or_else(|| unexpected("after", "the id of an item of this list", &json!(after)))?;
+        let place =
+            place.ok_or_else(|| unexpected("after", "the id of an item of this list", &json!(after)))?;
         items.drain(..=place);
     }
     let has_more = items.len() > limit;

@@ -27,7 +27,8 @@ pub(super) async fn upgrade(
     Extension(tenant): Extension<Tenant>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let upgrade = upgrade.map_err(|_| ApiError::method("GET", "/v1/responses (without a WebSocket upgrade)"))?;
+    let upgrade =
+        upgrade.map_err(|_| ApiError::method("GET", "/v1/responses (without a WebSocket upgrade)"))?;
     let upgrade = upgrade.max_message_size(app.options.body_limit_bytes);
     Ok(upgrade.on_upgrade(move |socket| Connection { app, tenant, socket, own: Vec::new() }.serve()))
 }

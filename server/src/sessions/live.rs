@@ -4,8 +4,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mainstay_engine::{Event, FinishReason, Score};
 use serde_json::Value;
-use tokio::sync::watch;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 
 use crate::error::ApiError;
 use crate::generate::Closing;

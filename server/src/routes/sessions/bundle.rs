@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
-use super::query::Params;
 use super::{Owner, Target};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
 use crate::openai::session::name;
 use crate::registry::Model;
+use crate::routes::query::Params;
 use crate::sessions::shown;
 
 const MEDIA_TYPE: &str = "application/vnd.mainstay.session";

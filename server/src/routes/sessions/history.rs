@@ -8,11 +8,11 @@ use mainstay_engine::store::{At, Store};
 use serde_json::Value;
 
 use super::Target;
-use super::query::{Order, Params};
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::session::{TurnTokens, list_object, name, position, turn_object};
 use crate::openai::session_fields::expected_turn;
+use crate::routes::query::{Order, Params};
 
 pub(super) async fn fork(target: Target, request: Request) -> Result<Response, ApiError> {
     let body = target.owner.body(request).await?;
