@@ -9,7 +9,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use mainstay_engine::store::Store;
-use mainstay_server::{ApiKey, Registry, ServedModel, ServerOptions, ShutdownTrigger, shutdown_channel};
+use mainstay_server::{
+    ApiKey, FormatChoice, ReasoningFormat, Registry, ServedModel, ServerOptions, ShutdownTrigger, ToolFormat,
+    shutdown_channel,
+};
 use tokio::net::TcpListener;
 
 use crate::exit::Usage;
@@ -55,6 +58,14 @@ pub(crate) struct HttpArgs {
     /// Name of the model in the API.
     #[arg(long, env = "MAINSTAY_SERVED_MODEL_NAME", value_name = "NAME")]
     served_model_name: Option<String>,
+    /// How the model writes calls of functions (hermes, llama3-json, mistral, harmony, gemma, json), or none to give
+    /// them out as text; found from its template without it.
+    #[arg(long, env = "MAINSTAY_TOOL_PARSER", value_name = "FORMAT")]
+    tool_parser: Option<ToolFormat>,
+    /// How the model writes what it thinks (think, mistral, harmony), or none to leave it in the text; found from its
+    /// template without it.
+    #[arg(long, env = "MAINSTAY_REASONING_PARSER", value_name = "FORMAT")]
+    reasoning_parser: Option<ReasoningFormat>,
     /// Longest time for a whole request, seconds.
     #[arg(long, env = "MAINSTAY_REQUEST_TIMEOUT", value_name = "SECONDS", value_parser = seconds)]
     request_timeout: Option<Duration>,
@@ -73,6 +84,12 @@ pub(crate) struct HttpArgs {
     /// Show /metrics without a key to other machines too.
     #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
     public_metrics: bool,
+}
+
+impl HttpArgs {
+    fn format(&self) -> FormatChoice {
+        FormatChoice { reasoning: self.reasoning_parser, tools: self.tool_parser }
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -126,7 +143,7 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     };
     let device = started.device.clone();
     let handle = started.handle.clone();
-    registry.ready(served(id.clone(), started)?);
+    registry.ready(ServedModel { format: args.http.format(), ..served(id.clone(), started)? });
     let mut out = std::io::stdout();
     // whoever started us may have closed stdout; that is no reason not to serve
     let _ =
@@ -160,6 +177,7 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
         created,
         tokenizer: Arc::new(started.model.tokenizer),
         template: started.model.template,
+        format: FormatChoice::default(),
         generation: started.model.generation,
         vocab: started.model.graph.vocab,
         context: started.limits.context,

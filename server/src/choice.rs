@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::detokenize::{Decoder, Detokenizer};
 use crate::metrics::Outcome;
 use crate::openai::options::{GenerationOptions, ShowStop};
+use crate::output::{Parser, Part};
 use crate::stop::{StopMatcher, StopOutcome};
 
 /// Why a choice ended.
@@ -33,7 +34,10 @@ impl Ending {
 /// What a token adds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Grown {
+    /// The text as the model wrote it.
     pub(crate) text: String,
+    /// What is certain of its parts.
+    pub(crate) parts: Vec<Part>,
     pub(crate) ending: Option<Ending>,
 }
 
@@ -41,6 +45,7 @@ pub(crate) struct Grown {
 pub(crate) struct ChoiceText {
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    parser: Parser,
     generated: usize,
     /// Characters detokenized, given out or held back, after those of an echoed prompt.
     offset: usize,
@@ -49,10 +54,11 @@ pub(crate) struct ChoiceText {
 }
 
 impl ChoiceText {
-    pub(crate) fn new(detokenizer: Detokenizer, stop_strings: Vec<String>) -> Self {
+    pub(crate) fn new(detokenizer: Detokenizer, stop_strings: Vec<String>, parser: Parser) -> Self {
         Self {
             detokenizer,
             stops: StopMatcher::new(stop_strings),
+            parser,
             generated: 0,
             offset: 0,
             last_token_at: None,
@@ -77,6 +83,11 @@ impl ChoiceText {
         self.offset
     }
 
+    /// Whether the token that comes next is thought of as reasoning.
+    pub(crate) fn is_reasoning(&self) -> bool {
+        self.parser.is_reasoning()
+    }
+
     /// Counts characters of an echoed prompt.
     pub(crate) fn skip(&mut self, characters: usize) {
         self.offset += characters;
@@ -96,7 +107,8 @@ impl ChoiceText {
             return Grown::default();
         }
         let piece = self.detokenizer.push(decoder, id);
-        self.piece(&piece, options)
+        let grown = self.piece(&piece, options);
+        self.parsed(grown)
     }
 
     /// The engine has ended the choice: gives out what was held back.
@@ -117,23 +129,31 @@ impl ChoiceText {
             });
         }
         self.ending.clone_from(&grown.ending);
+        self.parsed(grown)
+    }
+
+    fn parsed(&mut self, mut grown: Grown) -> Grown {
+        grown.parts = self.parser.push(&grown.text);
+        if grown.ending.is_some() {
+            grown.parts.extend(self.parser.finish());
+        }
         grown
     }
 
     fn piece(&mut self, piece: &str, options: &GenerationOptions) -> Grown {
         self.offset += piece.chars().count();
         if self.generated < options.min_tokens {
-            return Grown { text: piece.to_owned(), ending: None };
+            return Grown { text: piece.to_owned(), ..Grown::default() };
         }
         match self.stops.push(piece) {
-            StopOutcome::Text(text) => Grown { text, ending: None },
+            StopOutcome::Text(text) => Grown { text, ..Grown::default() },
             StopOutcome::Stopped { mut text, stop } => {
                 let stop = self.stops.get(stop).to_owned();
                 if options.show_stop == ShowStop::Yes {
                     text += &stop;
                 }
                 self.ending = Some(Ending::String(stop));
-                Grown { text, ending: self.ending.clone() }
+                Grown { text, ending: self.ending.clone(), ..Grown::default() }
             }
         }
     }

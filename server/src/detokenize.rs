@@ -41,15 +41,22 @@ pub(crate) struct Decoder<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     pub(crate) byte_tokens: &'a ByteTokens,
     pub(crate) show: ShowSpecial,
+    /// Special tokens that are shown in any case.
+    pub(crate) markers: &'a [u32],
 }
 
 impl Decoder<'_> {
-    fn text(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, self.show)
+    /// The text of tokens by themselves.
+    pub(crate) fn text(&self, ids: &[u32]) -> String {
+        if self.show == ShowSpecial::Yes || self.markers.is_empty() {
+            return self.tokenizer.decode(ids, self.show);
+        }
+        let shown: Vec<u32> = ids.iter().copied().filter(|id| !self.hides(*id)).collect();
+        self.tokenizer.decode(&shown, ShowSpecial::Yes)
     }
 
     fn hides(&self, id: u32) -> bool {
-        self.show == ShowSpecial::No && self.tokenizer.is_special(id)
+        self.show == ShowSpecial::No && self.tokenizer.is_special(id) && !self.markers.contains(&id)
     }
 }
 
@@ -187,7 +194,8 @@ mod tests {
             let tokenizer = tokenizer(name);
             let byte_tokens = ByteTokens::of(&tokenizer);
             for show in [ShowSpecial::Yes, ShowSpecial::No] {
-                let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show };
+                let decoder =
+                    Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show, markers: &[] };
                 for _ in 0..300 {
                     let len = 1 + random.below(40);
                     let ids: Vec<u32> =
@@ -204,7 +212,12 @@ mod tests {
         for name in ALL {
             let tokenizer = tokenizer(name);
             let byte_tokens = ByteTokens::of(&tokenizer);
-            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            let decoder = Decoder {
+                tokenizer: &tokenizer,
+                byte_tokens: &byte_tokens,
+                show: ShowSpecial::No,
+                markers: &[],
+            };
             let ids = tokenizer.encode(text, mainstay_models::tokenizer::AddSpecial::No).unwrap();
             let pieces = pieces(decoder, &ids);
             assert_eq!(pieces.concat(), text, "{name}");
@@ -218,7 +231,8 @@ mod tests {
     fn bytes_that_are_no_character_come_out_at_the_end() {
         let tokenizer = tokenizer("models/default");
         let byte_tokens = ByteTokens::of(&tokenizer);
-        let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+        let decoder =
+            Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No, markers: &[] };
         let crab = tokenizer.encode("🦀", mainstay_models::tokenizer::AddSpecial::No).unwrap();
         assert!(crab.len() > 1, "this test needs a character of several tokens");
         let cut = &crab[..crab.len() - 1];
@@ -232,7 +246,12 @@ mod tests {
         for name in ALL {
             let tokenizer = tokenizer(name);
             let byte_tokens = ByteTokens::of(&tokenizer);
-            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            let decoder = Decoder {
+                tokenizer: &tokenizer,
+                byte_tokens: &byte_tokens,
+                show: ShowSpecial::No,
+                markers: &[],
+            };
             let encode = |text| tokenizer.encode(text, mainstay_models::tokenizer::AddSpecial::Yes).unwrap();
             let all = encode("one two 日本 three");
             for cut in 1..all.len() {
@@ -251,7 +270,12 @@ mod tests {
         for name in ALL {
             let tokenizer = tokenizer(name);
             let byte_tokens = ByteTokens::of(&tokenizer);
-            let decoder = Decoder { tokenizer: &tokenizer, byte_tokens: &byte_tokens, show: ShowSpecial::No };
+            let decoder = Decoder {
+                tokenizer: &tokenizer,
+                byte_tokens: &byte_tokens,
+                show: ShowSpecial::No,
+                markers: &[],
+            };
             for id in 0..tokenizer.vocab_len() as u32 {
                 let mut text = Detokenizer::default();
                 for _ in 0..3 * PENDING_TOKENS_MAX {

@@ -1,4 +1,4 @@
-//! From prompts of tokens to text: submits to the engine, detokenizes, finds stop strings, counts.
+//! From prompts of tokens to answers: submits to the engine, detokenizes, finds stop strings, takes apart, counts.
 //!
 //! Streamed and whole answers both come from [`Run`], so their texts are equal.
 
@@ -19,6 +19,7 @@ use crate::job::{Continuation, Echo, Job};
 use crate::kv::{self, Reused};
 use crate::metrics::Outcome;
 use crate::openai::usage::Usage;
+use crate::output::{Message, Parser, Part};
 use crate::prompt::Prompt;
 use crate::sessions::live::Heard;
 use crate::sessions::turn::{Answered, Turn};
@@ -44,16 +45,16 @@ pub(crate) struct TokenOut {
 /// What happened to a request.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Update {
-    /// A choice's text grew, or its list of tokens did, with the `drawn`th token.
-    Delta { choice: usize, text: String, tokens: Vec<TokenOut>, drawn: usize },
-    /// A choice ended; `text` was held back until now.
-    End { choice: usize, text: String, ending: Ending, drawn: usize },
+    /// A choice grew by some parts, or its list of tokens did, with the `drawn`th token.
+    Delta { choice: usize, parts: Vec<Part>, tokens: Vec<TokenOut>, drawn: usize },
+    /// A choice ended; the parts were held back until now.
+    End { choice: usize, parts: Vec<Part>, ending: Ending, drawn: usize },
 }
 
 /// A whole choice.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Choice {
-    pub(crate) text: String,
+    pub(crate) message: Message,
     pub(crate) tokens: Vec<TokenOut>,
     pub(crate) ending: Ending,
 }
@@ -106,8 +107,8 @@ pub(crate) struct Run {
     drawn: Vec<u32>,
     /// What becomes of the answer in its session.
     turn: Option<Turn>,
-    /// Text of the answer so far, of a turn.
-    answer: String,
+    /// The answer so far, of a turn: as the model wrote it, and what it is.
+    answer: (String, Message),
     /// How the answer closed, where that is known before.
     closing: Option<Closing>,
     /// Others count what they only read again.
@@ -198,7 +199,7 @@ impl Run {
             end: None,
             drawn: Vec::new(),
             turn: None,
-            answer: String::new(),
+            answer: Default::default(),
             closing: None,
             is_counted: true,
             started: false,
@@ -277,12 +278,12 @@ impl Run {
         let mut choices = vec![Choice::default(); self.choice_count()];
         while let Some(update) = self.next().await {
             match update? {
-                Update::Delta { choice, text, tokens, .. } => {
-                    choices[choice].text.push_str(&text);
+                Update::Delta { choice, parts, tokens, .. } => {
+                    choices[choice].message.extend(&parts);
                     choices[choice].tokens.extend(tokens);
                 }
-                Update::End { choice, text, ending, .. } => {
-                    choices[choice].text.push_str(&text);
+                Update::End { choice, parts, ending, .. } => {
+                    choices[choice].message.extend(&parts);
                     choices[choice].ending = ending;
                 }
             }
@@ -301,9 +302,9 @@ impl Run {
             return Ok(closing);
         }
         if let Some(turn) = self.turn.take() {
-            let text = std::mem::take(&mut self.answer);
+            let (text, message) = std::mem::take(&mut self.answer);
             let ending = self.lanes[0].choices[0].ending().cloned().unwrap_or_default();
-            let answered = Answered { text, ending, usage: self.usage, reused: self.reused.clone() };
+            let answered = Answered { text, message, ending, usage: self.usage, reused: self.reused.clone() };
             return turn.commit(&self.job, answered).await;
         }
         kv::settle(&self.job.model, &self.job.keep).await;
@@ -421,23 +422,26 @@ impl Run {
             return;
         }
         self.usage.completion_tokens += 1;
+        self.usage.reasoning_tokens += usize::from(state.is_reasoning());
         let offset = state.offset();
         let grown = state.push(self.job.decoder(), &self.job.options, id);
         let drawn = state.generated();
         if self.turn.is_some() {
-            self.answer.push_str(&grown.text);
+            self.answer.0.push_str(&grown.text);
+            self.answer.1.extend(&grown.parts);
         }
         let token = TokenOut { id, origin: Origin::Generated, score, offset };
         let tokens = if self.job.reports_tokens() { vec![token] } else { Vec::new() };
         let choice_index = self.job.choice_index(at, choice);
-        if !grown.text.is_empty() || !tokens.is_empty() {
-            self.updates.push_back(Update::Delta { choice: choice_index, text: grown.text, tokens, drawn });
+        if !grown.parts.is_empty() || !tokens.is_empty() {
+            let (choice, parts) = (choice_index, grown.parts);
+            self.updates.push_back(Update::Delta { choice, parts, tokens, drawn });
         }
         if let Some(ending) = grown.ending {
             if let Some(Source::Engine(generation)) = &lane.generation {
                 self.job.model.served.engine.stop(generation.id, choice as u32);
             }
-            self.end((choice_index, drawn), String::new(), ending);
+            self.end((choice_index, drawn), Vec::new(), ending);
         }
     }
 
@@ -449,16 +453,17 @@ impl Run {
         let grown = state.finish(self.job.decoder(), &self.job.options, reason);
         let place = (self.job.choice_index(at, choice), state.generated());
         if self.turn.is_some() {
-            self.answer.push_str(&grown.text);
+            self.answer.0.push_str(&grown.text);
+            self.answer.1.extend(&grown.parts);
         }
-        self.end(place, grown.text, grown.ending.expect("a finished choice has an ending"));
+        self.end(place, grown.parts, grown.ending.expect("a finished choice has an ending"));
     }
 
-    fn end(&mut self, (choice, drawn): (usize, usize), text: String, ending: Ending) {
+    fn end(&mut self, (choice, drawn): (usize, usize), parts: Vec<Part>, ending: Ending) {
         if self.is_counted {
             self.job.model.metrics.finished(ending.outcome());
         }
-        self.updates.push_back(Update::End { choice, text, ending, drawn });
+        self.updates.push_back(Update::End { choice, parts, ending, drawn });
     }
 
     /// Echoes a prompt with its log-probabilities; `scores` are those of all its tokens but the first.
@@ -485,8 +490,8 @@ impl Run {
         for choice in 0..self.job.options.choices as usize {
             self.lanes[at].choices[choice].skip(offset);
             let choice = self.job.choice_index(at, choice);
-            let (text, tokens) = (text.clone(), tokens.clone());
-            self.updates.push_back(Update::Delta { choice, text, tokens, drawn: 0 });
+            let (parts, tokens) = (vec![Part::Text(text.clone())], tokens.clone());
+            self.updates.push_back(Update::Delta { choice, parts, tokens, drawn: 0 });
         }
     }
 
@@ -536,7 +541,10 @@ impl Lane {
             Continuation::OwnText => Detokenizer::default(),
             Continuation::OfPrompt => Detokenizer::after(job.decoder(), &prompt.tokens),
         };
-        let choice = ChoiceText::new(text, job.options.stop_strings.clone());
-        Self { generation: None, choices: vec![choice; job.options.choices as usize] }
+        let choice = |choice: u32| {
+            let parser = Parser::new(&job.output, choice as usize);
+            ChoiceText::new(text.clone(), job.options.stop_strings.clone(), parser)
+        };
+        Self { generation: None, choices: (0..job.options.choices).map(choice).collect() }
     }
 }

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::detokenize::Decoder;
 use crate::openai::options::GenerationOptions;
+use crate::output::Output;
 use crate::prompt::Prompt;
 use crate::registry::Model;
 
@@ -47,6 +48,8 @@ pub(crate) struct Job {
     /// Where it did not ask; without it, the rest of the context.
     pub(crate) max_tokens_default: Option<usize>,
     pub(crate) options: GenerationOptions,
+    /// How the answers are taken apart.
+    pub(crate) output: Output,
     /// Alternatives to report beside each token's log-probability.
     pub(crate) logprobs: Option<usize>,
     pub(crate) echo: Echo,
@@ -58,7 +61,7 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn decoder(&self) -> Decoder<'_> {
-        self.model.decoder(self.options.show_special)
+        self.model.decoder(self.options.show_special, self.output.markers())
     }
 
     /// Whether the answer names its tokens, beside the text.

@@ -2,7 +2,7 @@
 //!
 //! The way of a request: `routes/chat.rs` reads the body (`openai/chat.rs`), renders and tokenizes it (`prompt.rs`),
 //! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text (`choice.rs`:
-//! `detokenize.rs`, `stop.rs`). A turn of a session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's
+//! `detokenize.rs`, `stop.rs`), which `output/` takes apart into reasoning, text and calls. A turn of a session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's
 //! tokens stands for the conversation (`history.rs`), `turn.rs` writes the answer to it. `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
 
 mod auth;
@@ -15,6 +15,7 @@ mod job;
 mod kv;
 mod metrics;
 mod openai;
+mod output;
 mod prompt;
 mod random;
 mod registry;
@@ -25,8 +26,10 @@ mod sessions;
 mod shutdown;
 mod sse;
 mod stop;
+mod tool_prompt;
 
 pub use auth::{ApiKey, ApiKeyError};
+pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
 pub use registry::{Registry, ServedModel};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

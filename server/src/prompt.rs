@@ -11,7 +11,9 @@ use crate::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::messages;
 use crate::openai::options::PromptInput;
+use crate::openai::tools::Tools;
 use crate::registry::Model;
+use crate::tool_prompt::{self, Shown};
 
 /// Text longer than this is rendered and tokenized on a thread of its own, since it would hold up other requests.
 const LONG_TEXT_BYTES: usize = 16 << 10;
@@ -28,6 +30,11 @@ impl Prompt {
     /// Tokens that were checked when they came in.
     pub(crate) fn of(tokens: Vec<u32>) -> Self {
         Self { tokens, text: None }
+    }
+
+    /// Its text, where it is known.
+    pub(crate) fn written(&self) -> &str {
+        self.text.as_deref().unwrap_or_default()
     }
 
     /// Its text, for the echo.
@@ -59,6 +66,8 @@ pub(crate) enum Ending {
 #[derive(Clone, Debug)]
 pub(crate) struct ChatInput {
     pub(crate) messages: Vec<Value>,
+    /// Functions that the model is told of.
+    tools: Arc<[Value]>,
     kwargs: Option<Map<String, Value>>,
     pub(crate) ending: Ending,
     special: AddSpecial,
@@ -67,7 +76,7 @@ pub(crate) struct ChatInput {
 impl ChatInput {
     /// The fields `messages`, `add_generation_prompt`, `continue_final_message`, `add_special_tokens` and
     /// `chat_template_kwargs`.
-    pub(crate) fn read(fields: &Fields<'_, '_>, model: &Model) -> Result<Self, ApiError> {
+    pub(crate) fn read(fields: &Fields<'_, '_>, model: &Model, tools: &Tools) -> Result<Self, ApiError> {
         let open = fields.bool("continue_final_message")?.unwrap_or(false);
         let ending = match (fields.bool("add_generation_prompt")?, open) {
             (Some(true), true) => {
@@ -86,6 +95,7 @@ impl ChatInput {
         }
         Ok(Self {
             messages,
+            tools: tools.shown().into(),
             kwargs: fields.object("chat_template_kwargs")?.cloned(),
             ending,
             special: add_special(fields, AddSpecial::No)?,
@@ -94,7 +104,13 @@ impl ChatInput {
 
     /// Another conversation, to be rendered in the same way.
     pub(crate) fn with(&self, messages: Vec<Value>, ending: Ending) -> Self {
-        Self { messages, kwargs: self.kwargs.clone(), ending, special: self.special }
+        Self {
+            messages,
+            tools: self.tools.clone(),
+            kwargs: self.kwargs.clone(),
+            ending,
+            special: self.special,
+        }
     }
 
     pub(crate) fn with_special(self, special: AddSpecial) -> Self {
@@ -117,12 +133,13 @@ impl ChatInput {
         };
         let conversation = Conversation {
             messages: &self.messages,
-            tools: None,
+            tools: Some(&*self.tools).filter(|tools| !tools.is_empty()),
             add_generation_prompt: self.ending == Ending::Generation,
             kwargs: self.kwargs.as_ref(),
         };
-        let text =
-            template.render(&conversation).map_err(|error| ApiError::field("messages", error.to_string()))?;
+        let shown = Shown { conversation, format: model.format.tools };
+        let text = tool_prompt::render(template, shown)
+            .map_err(|error| ApiError::field("messages", error.to_string()))?;
         if self.ending == Ending::OpenMessage { self.open_last(text) } else { Ok(text) }
     }
 
@@ -156,7 +173,7 @@ pub(crate) fn add_special(fields: &Fields<'_, '_>, default: AddSpecial) -> Resul
 /// Renders and tokenizes a conversation.
 pub(crate) async fn chat(model: &Arc<Model>, input: ChatInput) -> Result<Prompt, ApiError> {
     let owned = model.clone();
-    off_thread(input.messages.iter().map(weight).sum(), move || {
+    off_thread(input.messages.iter().chain(&*input.tools).map(weight).sum(), move || {
         let text = input.render(&owned)?;
         let tokens = encode(&owned, &text, input.special, "messages")?;
         checked(&owned, Prompt { tokens, text: Some(text) }, "messages")

@@ -10,6 +10,7 @@ use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
 use crate::detokenize::{ByteTokens, Decoder};
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
+use crate::output::{Format, FormatChoice};
 
 /// A model that can serve requests.
 pub struct ServedModel {
@@ -21,6 +22,8 @@ pub struct ServedModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Its chat template; without one it serves completions only.
     pub template: Option<ChatTemplate>,
+    /// What the operator says of how it writes reasoning and calls.
+    pub format: FormatChoice,
     /// Its defaults.
     pub generation: Generation,
     /// Token ids that it can embed: every id of a prompt must be below (`Graph::vocab`).
@@ -35,6 +38,8 @@ pub struct ServedModel {
 pub(crate) struct Model {
     pub(crate) served: ServedModel,
     pub(crate) byte_tokens: ByteTokens,
+    /// How it writes reasoning and calls.
+    pub(crate) format: Format,
     /// Tells clients when the bits of a seeded result may change.
     pub(crate) fingerprint: String,
     pub(crate) metrics: ModelMetrics,
@@ -47,14 +52,16 @@ impl Model {
         let hash = blake3::hash(identity.as_bytes()).to_hex();
         Self {
             byte_tokens: ByteTokens::of(&served.tokenizer),
+            format: Format::of(served.template.as_ref(), &served.tokenizer, served.format),
             fingerprint: format!("fp_{}", &hash.as_str()[..10]),
             metrics: ModelMetrics::default(),
             served,
         }
     }
 
-    pub(crate) fn decoder(&self, show: ShowSpecial) -> Decoder<'_> {
-        Decoder { tokenizer: &self.served.tokenizer, byte_tokens: &self.byte_tokens, show }
+    /// Beside what `show` says, the special tokens among `markers` are shown.
+    pub(crate) fn decoder<'a>(&'a self, show: ShowSpecial, markers: &'a [u32]) -> Decoder<'a> {
+        Decoder { tokenizer: &self.served.tokenizer, byte_tokens: &self.byte_tokens, show, markers }
     }
 
     /// The role under which this model's template takes a developer's message.

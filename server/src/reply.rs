@@ -9,6 +9,7 @@ use crate::error::ApiError;
 use crate::generate::{Choice, Origin, Run, TokenOut};
 use crate::job::Job;
 use crate::openai::options::Delivery;
+use crate::output::Part;
 use crate::registry::Model;
 use crate::sse::{self, StreamOptions};
 
@@ -27,8 +28,8 @@ pub(crate) trait Shape: Send + 'static {
     /// The event before a choice's first text, if there is one.
     fn opening(&self, job: &Job, index: usize) -> Option<Value>;
 
-    /// The event of more text or tokens.
-    fn delta(&mut self, job: &Job, index: usize, delta: (&str, &[TokenOut])) -> Value;
+    /// The event of more parts or tokens.
+    fn delta(&mut self, job: &Job, index: usize, delta: (&[Part], &[TokenOut])) -> Value;
 
     /// The event that ends a choice.
     fn ending(&self, job: &Job, index: usize, ending: &Ending) -> Value;
@@ -126,9 +127,13 @@ fn whole<S: Shape>(run: &Run, shape: &S, envelope: &Envelope, choices: &[Choice]
     answer
 }
 
-/// `finish_reason` of an ending.
-pub(crate) fn finish_reason(ending: &Ending) -> &'static str {
-    if *ending == Ending::Length { "length" } else { "stop" }
+/// `finish_reason` of an ending. An answer that was cut is not complete, whether it has calls or not.
+pub(crate) fn finish_reason(ending: &Ending, has_calls: bool) -> &'static str {
+    match ending {
+        Ending::Length => "length",
+        _ if has_calls => "tool_calls",
+        _ => "stop",
+    }
 }
 
 /// vLLM's `stop_reason`: the stop string or token of the client's that ended the choice.

@@ -7,11 +7,12 @@ use std::time::Duration;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::choice::Ending;
 use crate::error::ApiError;
 use crate::generate::{Closing, Run, TokenOut, Update};
+use crate::output::Part;
 use crate::reply::{Envelope, Shape};
 
 /// How often a comment is sent while there is no event.
@@ -125,33 +126,35 @@ impl<S: Shape> Events<S> {
 
     async fn update(&mut self, update: Update) -> Result<(), ApiError> {
         match update {
-            Update::Delta { choice, text, tokens, drawn } => {
+            Update::Delta { choice, parts, tokens, drawn } => {
                 self.drawn = drawn;
-                self.delta(choice, &text, &tokens);
+                self.delta(choice, &parts, &tokens);
                 Ok(())
             }
-            Update::End { choice, text, ending, drawn } => {
+            Update::End { choice, parts, ending, drawn } => {
                 self.drawn = drawn;
-                self.end(choice, text, &ending).await
+                self.end(choice, &parts, &ending).await
             }
         }
     }
 
-    fn delta(&mut self, choice: usize, text: &str, tokens: &[TokenOut]) {
-        let choice = self.shape.delta(self.run.job(), choice, (text, tokens));
+    fn delta(&mut self, choice: usize, parts: &[Part], tokens: &[TokenOut]) {
+        let choice = self.shape.delta(self.run.job(), choice, (parts, tokens));
         let event = self.event(vec![choice]);
         self.send(&event);
     }
 
-    async fn end(&mut self, choice: usize, text: String, ending: &Ending) -> Result<(), ApiError> {
-        let is_numbered = self.options.numbers.is_some();
-        if !text.is_empty() && !is_numbered {
-            self.delta(choice, &text, &[]);
+    async fn end(&mut self, choice: usize, parts: &[Part], ending: &Ending) -> Result<(), ApiError> {
+        let mut held = None;
+        if !parts.is_empty() && self.options.numbers.is_some() {
+            // In an event of its own, it would have the number of the one before.
+            held = Some(self.shape.delta(self.run.job(), choice, (parts, &[]))["delta"].take());
+        } else if !parts.is_empty() {
+            self.delta(choice, parts, &[]);
         }
         let mut choice = self.shape.ending(self.run.job(), choice, ending);
-        if !text.is_empty() && is_numbered {
-            // In an event of its own, it would have the number of the one before.
-            choice["delta"] = json!({"content": text});
+        if let Some(held) = held {
+            choice["delta"] = held;
         }
         let mut event = self.event(vec![choice]);
         self.open_choices -= 1;

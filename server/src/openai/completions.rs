@@ -14,6 +14,7 @@ use crate::choice::Ending;
 use crate::error::ApiError;
 use crate::generate::{Choice, TokenOut};
 use crate::job::{Echo, Job};
+use crate::output::{Message, Part};
 use crate::prompt::add_special;
 use crate::registry::Model;
 use crate::reply::{Shape, finish_reason, ids, stop_reason};
@@ -85,9 +86,9 @@ impl Shape for CompletionShape {
             job.logprobs.map(|_| logprobs::completions(&job.model.served.tokenizer, &choice.tokens));
         let mut answer = json!({
             "index": index,
-            "text": choice.text,
+            "text": choice.message.content,
             "logprobs": logprobs,
-            "finish_reason": finish_reason(&choice.ending),
+            "finish_reason": finish_reason(&choice.ending, false),
             "stop_reason": stop_reason(&choice.ending),
         });
         if job.options.return_token_ids {
@@ -101,8 +102,11 @@ impl Shape for CompletionShape {
         None
     }
 
-    fn delta(&mut self, job: &Job, index: usize, (text, tokens): (&str, &[TokenOut])) -> Value {
-        let mut answer = json!({"index": index, "text": text, "logprobs": null, "finish_reason": null});
+    fn delta(&mut self, job: &Job, index: usize, (parts, tokens): (&[Part], &[TokenOut])) -> Value {
+        let mut message = Message::default();
+        message.extend(parts);
+        let mut answer =
+            json!({"index": index, "text": message.content, "logprobs": null, "finish_reason": null});
         if job.logprobs.is_some() && !tokens.is_empty() {
             answer["logprobs"] = logprobs::completions(&job.model.served.tokenizer, tokens);
         }
@@ -122,7 +126,7 @@ impl Shape for CompletionShape {
             "index": index,
             "text": "",
             "logprobs": null,
-            "finish_reason": finish_reason(ending),
+            "finish_reason": finish_reason(ending, false),
             "stop_reason": stop_reason(ending),
         })
     }

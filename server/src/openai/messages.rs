@@ -1,6 +1,6 @@
 //! Messages of a conversation: checked, and brought into the form that chat templates are written for.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::fields::{Fields, unexpected};
 use crate::error::ApiError;
@@ -35,7 +35,15 @@ fn read_message(object: &Map<String, Value>, path: &str, developer: &str) -> Res
     if fields.get("audio").is_some() {
         return Err(ApiError::unsupported(fields.name("audio"), "this model reads text only"));
     }
-    let calls = fields.array("tool_calls")?.map(|calls| read_calls(calls, &fields)).transpose()?;
+    let calls = match (fields.array("tool_calls")?, fields.object("function_call")?) {
+        (Some(calls), _) if !calls.is_empty() => Some(read_calls(calls, &fields)?),
+        (_, Some(call)) if role == "assistant" => {
+            let name = Fields::at(call, &fields.name("function_call")).required_string("name")?;
+            let call = json!({"id": function_id(name), "type": "function", "function": call});
+            Some(read_calls(&[call], &fields)?)
+        }
+        _ => None,
+    };
     let content = read_content(&fields, role)?;
     let content = match (content, &calls) {
         (Some(text), _) => Value::from(text),
@@ -44,13 +52,35 @@ fn read_message(object: &Map<String, Value>, path: &str, developer: &str) -> Res
         (None, None) => Value::from(""),
     };
     let mut message: Map<String, Value> = object.iter().filter(|(_, v)| !v.is_null()).map(owned).collect();
-    message.insert("role".to_owned(), Value::from(if role == "developer" { developer } else { role }));
+    if role == "function" {
+        // The result of a call as it was written before there were tools.
+        let name = fields.required_string("name")?;
+        message.insert("tool_call_id".to_owned(), json!(function_id(name)));
+    }
+    message.shift_remove("function_call");
+    let role = match role {
+        "developer" => developer,
+        "function" => "tool",
+        role => role,
+    };
+    message.insert("role".to_owned(), json!(role));
     message.insert("content".to_owned(), content);
     match calls {
         Some(calls) => message.insert("tool_calls".to_owned(), Value::from(calls)),
         None => message.shift_remove("tool_calls"),
     };
     Ok(Value::Object(message))
+}
+
+/// The id of a call that came without one.
+fn function_id(name: &str) -> String {
+    format!("call_{name}")
+}
+
+/// A message that was answered, as templates see it.
+pub(crate) fn of_answer(answer: &Value) -> Value {
+    let read = answer.as_object().map(|object| read_message(object, "answer", "developer"));
+    read.and_then(Result::ok).unwrap_or_else(|| answer.clone())
 }
 
 fn owned((key, value): (&String, &Value)) -> (String, Value) {
@@ -121,7 +151,6 @@ fn read_calls(calls: &[Value], message: &Fields<'_, '_>) -> Result<Vec<Value>, A
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn messages(body: Value) -> Result<Vec<Value>, ApiError> {
         read(&Fields::of(body.as_object().unwrap()), "system")
@@ -137,6 +166,9 @@ mod tests {
             ]},
             {"role": "tool", "tool_call_id": "c", "content": "21"},
             {"role": "assistant", "content": null},
+            {"role": "assistant", "content": null, "function_call": {"name": "h", "arguments": ""}},
+            {"role": "function", "name": "h", "content": "no"},
+            {"role": "assistant", "content": "x", "tool_calls": []},
         ]}));
         let expected = json!([
             {"role": "system", "content": "a\nb"},
@@ -146,6 +178,11 @@ mod tests {
             ], "content": null},
             {"role": "tool", "tool_call_id": "c", "content": "21"},
             {"role": "assistant", "content": ""},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "call_h", "type": "function", "function": {"name": "h", "arguments": {}}},
+            ]},
+            {"role": "tool", "name": "h", "content": "no", "tool_call_id": "call_h"},
+            {"role": "assistant", "content": "x"},
         ]);
         assert_eq!(Value::from(found.unwrap()), expected);
     }
@@ -163,6 +200,8 @@ mod tests {
             (json!([{"role": "user", "content": 3}]), "messages[0].content"),
             (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0].type"),
             (json!([{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0].text"),
+            (json!([{"role": "function", "content": "x"}]), "messages[0].name"),
+            (json!([{"role": "assistant", "function_call": {}}]), "messages[0].function_call.name"),
             (json!([{"role": "assistant", "tool_calls": [{}]}]), "messages[0].tool_calls[0].function"),
         ];
         for (value, param) in cases {

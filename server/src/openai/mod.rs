@@ -9,4 +9,5 @@ pub(crate) mod options;
 pub(crate) mod refused;
 pub(crate) mod session;
 pub(crate) mod session_fields;
+pub(crate) mod tools;
 pub(crate) mod usage;

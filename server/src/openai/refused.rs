@@ -58,9 +58,7 @@ pub(crate) fn refuse_in_chat(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
     {
         return Err(ApiError::unsupported("modalities", "only [\"text\"] is supported"));
     }
-    response_format(fields)?;
-    tools(fields)?;
-    functions(fields)
+    response_format(fields)
 }
 
 fn response_format(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
@@ -78,63 +76,5 @@ fn response_format(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
             Err(ApiError::unsupported("response_format", message))
         }
         other => Err(unexpected("response_format.type", "text, json_object or json_schema", &json!(other))),
-    }
-}
-
-/// Tools are checked and accepted when the model may not call them; the template does not get them then.
-fn tools(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
-    let tools = fields.array("tools")?.unwrap_or_default();
-    for (at, tool) in tools.iter().enumerate() {
-        check_tool(tool, &format!("tools[{at}]"))?;
-    }
-    fields.bool("parallel_tool_calls")?;
-    let choice = fields.get("tool_choice");
-    match choice {
-        Some(Value::String(choice)) if choice == "none" => Ok(()),
-        None if tools.is_empty() => Ok(()),
-        Some(Value::String(choice)) if choice == "auto" && tools.is_empty() => Ok(()),
-        None => Err(ApiError::unsupported(
-            "tools",
-            "tool calls are not supported yet; send `tool_choice`: \"none\"",
-        )),
-        Some(Value::String(choice))
-            if matches!(choice.as_str(), "auto" | "required") && !tools.is_empty() =>
-        {
-            let message = format!("\"{choice}\" is not supported by this server yet, only \"none\"");
-            Err(ApiError::unsupported("tool_choice", message))
-        }
-        Some(Value::String(choice)) if choice == "required" => {
-            Err(ApiError::field("tool_choice", "expected `tools` beside \"required\", found none"))
-        }
-        Some(Value::Object(_)) => Err(ApiError::unsupported(
-            "tool_choice",
-            "a named tool is not supported by this server yet, only \"none\"",
-        )),
-        Some(other) => Err(unexpected("tool_choice", "none, auto, required or a tool", other)),
-    }
-}
-
-fn check_tool(tool: &Value, path: &str) -> Result<(), ApiError> {
-    let object = tool.as_object().ok_or_else(|| unexpected(path, "an object", tool))?;
-    let tool = Fields::at(object, path);
-    if tool.required_string("type")? == "function" {
-        let function = tool.object("function")?.ok_or_else(|| tool.missing("function", "an object"))?;
-        let path = tool.name("function");
-        let function = Fields::at(function, &path);
-        function.required_string("name")?;
-        function.object("parameters")?;
-    }
-    Ok(())
-}
-
-fn functions(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
-    let functions: &[Value] = fields.array("functions")?.unwrap_or_default();
-    match fields.get("function_call") {
-        Some(Value::String(call)) if call == "none" => Ok(()),
-        Some(_) => {
-            Err(ApiError::unsupported("function_call", "not supported by this server yet, only \"none\""))
-        }
-        None if functions.is_empty() => Ok(()),
-        None => Err(ApiError::unsupported("functions", "not supported by this server yet")),
     }
 }

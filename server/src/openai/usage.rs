@@ -9,6 +9,8 @@ pub(crate) struct Usage {
     /// Of these, found and not computed again.
     pub(crate) cached_tokens: usize,
     pub(crate) completion_tokens: usize,
+    /// Of these, drawn while the model was thinking.
+    pub(crate) reasoning_tokens: usize,
 }
 
 impl Usage {
@@ -19,6 +21,7 @@ impl Usage {
             prompt_tokens: count(&value["prompt_tokens"]),
             cached_tokens: count(&value["prompt_tokens_details"]["cached_tokens"]),
             completion_tokens: count(&value["completion_tokens"]),
+            reasoning_tokens: count(&value["completion_tokens_details"]["reasoning_tokens"]),
         }
     }
 
@@ -28,7 +31,7 @@ impl Usage {
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         })
     }
 }

@@ -37,8 +37,9 @@ pub(super) async fn post(
         Ending::OpenMessage => Continuation::OfPrompt,
         Ending::Generation | Ending::Nothing => Continuation::OwnText,
     };
-    let prompt = prompt::chat(&model, request.input).await?;
+    let prompt = prompt::chat(&model, request.input.clone()).await?;
     prompt::check_length(&model, &prompt, request.max_tokens, "messages")?;
+    let output = request.output(&model, prompt.written());
     let job = Job {
         model,
         tenant: tenant.0,
@@ -46,11 +47,12 @@ pub(super) async fn post(
         max_tokens: request.max_tokens,
         max_tokens_default: app.options.max_tokens_default,
         options: request.options,
+        output,
         logprobs: request.logprobs,
         echo: Echo::No,
         continuation,
         time,
         keep: request.keep.keep(app.plain_durability()),
     };
-    reply::send(job, ChatShape, request.delivery).await
+    reply::send(job, ChatShape::default(), request.delivery).await
 }

@@ -10,6 +10,7 @@ use crate::error::ApiError;
 use crate::job::{Continuation, Job};
 use crate::openai::completions::{CompletionRequest, CompletionShape};
 use crate::openai::fields::Fields;
+use crate::output::Output;
 use crate::prompt;
 use crate::reply;
 
@@ -37,6 +38,7 @@ pub(super) async fn post(
         max_tokens: request.max_tokens,
         max_tokens_default: Some(app.options.max_tokens_default.unwrap_or(MAX_TOKENS_DEFAULT)),
         options: request.options,
+        output: Output::plain(),
         logprobs: request.logprobs,
         echo: request.echo,
         continuation: Continuation::OfPrompt,

@@ -12,6 +12,7 @@ use crate::detokenize::token_text;
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::options::PromptInput;
+use crate::openai::tools::Tools;
 use crate::prompt::{self, ChatInput};
 use crate::registry::Model;
 
@@ -30,7 +31,7 @@ pub(super) async fn tokenize(State(app): Shared, request: Request) -> Result<Jso
     let model = model(&app, &fields)?;
     let wants_texts = fields.bool("return_token_strs")?.unwrap_or(false);
     let prompt = if fields.get("messages").is_some() {
-        prompt::chat(&model, ChatInput::read(&fields, &model)?).await?
+        prompt::chat(&model, ChatInput::read(&fields, &model, &Tools::read(&fields)?)?).await?
     } else {
         let expected = "a string, or `messages` in its place";
         let text = fields.string("prompt")?.ok_or_else(|| fields.missing("prompt", expected))?;

@@ -41,15 +41,17 @@ impl SessionChat {
     /// Whatever goes wrong before the first byte of the answer is sent.
     pub(crate) async fn answer(self, sessions: &Sessions) -> Result<Response, ApiError> {
         self.check()?;
-        let ChatRequest { input, options, max_tokens, logprobs, delivery, keep } = self.request;
+        let request = self.request;
         let asked = Asked {
             model: self.model.clone(),
             tenant: self.tenant.clone(),
             session: self.session,
-            input,
-            max_tokens,
+            input: request.input.clone(),
+            max_tokens: request.max_tokens,
         };
         let Opened { claimed, turns, fit, messages, changed } = opening::open(sessions, asked).await?;
+        let output = request.output(&self.model, &fit.text);
+        let ChatRequest { options, max_tokens, logprobs, delivery, keep, .. } = request;
         let asked_durability = keep.durability;
         let mut keep = keep.keep(claimed.settings.durability);
         if claimed.settings.durability == Durability::Ephemeral {
@@ -63,6 +65,7 @@ impl SessionChat {
             max_tokens,
             max_tokens_default: self.max_tokens_default,
             options,
+            output,
             logprobs,
             echo: Echo::No,
             continuation: Continuation::OwnText,
@@ -97,7 +100,7 @@ impl SessionChat {
         let turn = Turn::new(claimed, plan, live, self.interval);
         let mut run = Run::of_turn(job, turn, Vec::new())?;
         run.begin_answer().await?;
-        Ok(named(reply::deliver(run, ChatShape, envelope, delivery).await?, id))
+        Ok(named(reply::deliver(run, ChatShape::default(), envelope, delivery).await?, id))
     }
 
     fn check(&self) -> Result<(), ApiError> {

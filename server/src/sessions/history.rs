@@ -8,11 +8,9 @@ use serde_json::Value;
 
 use super::record::TurnRecord;
 use crate::error::ApiError;
+use crate::output::Output;
 use crate::prompt::{ChatInput, Ending};
 use crate::registry::Model;
-
-/// What of a message decides whether two are the same.
-const COMPARED: [&str; 3] = ["role", "content", "tool_calls"];
 
 /// Tokens before a seam with which it is checked: enough for spaces and for characters of several tokens.
 const SEAM_TOKENS: usize = 6;
@@ -73,23 +71,20 @@ impl History {
 
     /// The messages after the first `turns` turns.
     pub(crate) fn messages(&self, turns: usize) -> Vec<Value> {
-        self.turns.iter().skip(turns).flat_map(|(_, record)| record.all_messages()).cloned().collect()
+        self.turns.iter().skip(turns).flat_map(|(_, record)| record.all_messages()).collect()
     }
 
     /// The messages of the first `turns` turns that set the rules.
     pub(crate) fn rules(&self, turns: usize) -> Vec<Value> {
         let messages = self.turns.iter().take(turns).flat_map(|(_, record)| record.all_messages());
-        messages
-            .filter(|message| matches!(message["role"].as_str(), Some("system" | "developer")))
-            .cloned()
-            .collect()
+        messages.filter(|message| matches!(message["role"].as_str(), Some("system" | "developer"))).collect()
     }
 
     /// How many turns `messages` begin with, and how many messages these are.
     pub(crate) fn common(&self, messages: &[Value]) -> (usize, usize) {
         let mut at = 0;
         for (turns, (_, record)) in self.turns.iter().enumerate() {
-            let own: Vec<&Value> = record.all_messages().collect();
+            let own = record.all_messages();
             let sent = messages.get(at..at + own.len());
             if !sent.is_some_and(|sent| sent.iter().zip(&own).all(|(sent, own)| is_same(own, sent))) {
                 return (turns, at);
@@ -176,15 +171,23 @@ impl History {
         let text_kept = text.len() - sampled.len();
         let shown = input.with(self.messages(0), Ending::Nothing).render(model).ok()?;
         let rest = rendered.strip_prefix(&shown)?;
-        let after_prompt = shown.strip_prefix(&text[..text_kept])?;
-        let content = record.answer["content"].as_str()?;
+        let (text_kept, after_prompt) = after_prompt(&shown, &text[..text_kept], record)?;
+        let tokenizer = &model.served.tokenizer;
+        let last = *turn.tokens.last()?;
+        let content = record.answer["content"].as_str().unwrap_or_default();
+        let is_text = record.answer["tool_calls"].is_null() && record.answer["reasoning_content"].is_null();
+        if !is_text {
+            // How the template shows it is another form: only its end is known.
+            let is_ended = turn.tokens.len() > record.sent_len && tokenizer.is_special(last);
+            let end = tokenizer.decode(&[last], ShowSpecial::Yes);
+            let (_, closing) = after_prompt.rsplit_once(end.as_str()).filter(|_| is_ended)?;
+            return Some(Seam { kept: self.len(), text_kept, suffix: closing.to_owned() + rest });
+        }
         let trimmed = content.trim();
         let start = after_prompt.find(trimmed).filter(|start| after_prompt[..*start].trim().is_empty())?;
         let closing = &after_prompt[start + trimmed.len()..];
         let spaces = &content[content.trim_end().len()..];
         let closing = closing.strip_prefix(spaces).unwrap_or(closing);
-        let tokenizer = &model.served.tokenizer;
-        let last = *turn.tokens.last()?;
         let missing = if turn.tokens.len() > record.sent_len && tokenizer.is_special(last) {
             // The token that ended the answer is the beginning of what follows it.
             closing.strip_prefix(tokenizer.decode(&[last], ShowSpecial::Yes).as_str())?.to_owned()
@@ -194,6 +197,17 @@ impl History {
         };
         Some(Seam { kept: self.len(), text_kept, suffix: missing + rest })
     }
+}
+
+/// The rendering of a history after its last prompt, and the length of that prompt in it. A first tag of reasoning that
+/// the template has written at the end of the prompt may be gone when the answer is history.
+fn after_prompt<'a>(shown: &'a str, prompt: &str, record: &TurnRecord) -> Option<(usize, &'a str)> {
+    let opened = || {
+        let output = Output::of_json(&record.options["output"])?;
+        prompt.trim_end().strip_suffix(output.opened_with()?)
+    };
+    let begins = |prompt: &str| shown.strip_prefix(prompt).map(|after| (prompt.len(), after));
+    begins(prompt).or_else(|| begins(opened()?))
 }
 
 /// Encodes a whole conversation, keeping nothing.
@@ -207,8 +221,24 @@ pub(crate) fn whole(
     Ok(Fit { kept: 0, sent_len: tokens.len(), tokens, text_kept: 0, text: rendered, reason })
 }
 
+/// Whether a message is the one that is stored: the same role, text and calls.
 fn is_same(stored: &Value, sent: &Value) -> bool {
-    COMPARED.iter().all(|key| stored[*key] == sent[*key])
+    // An answer without text may come back as null or as nothing.
+    let text = |message: &Value| message["content"].as_str().unwrap_or_default().to_owned();
+    let calls = |message: &Value| message["tool_calls"].as_array().cloned().unwrap_or_default();
+    let (stored_calls, sent_calls) = (calls(stored), calls(sent));
+    stored["role"] == sent["role"]
+        && text(stored) == text(sent)
+        && stored_calls.len() == sent_calls.len()
+        && stored_calls.iter().zip(&sent_calls).all(|(stored, sent)| is_same_call(stored, sent))
+}
+
+/// The arguments are equal as values: clients read them and write them again.
+fn is_same_call(stored: &Value, sent: &Value) -> bool {
+    let (function, other) = (&stored["function"], &sent["function"]);
+    stored["id"] == sent["id"]
+        && function["name"] == other["name"]
+        && function["arguments"] == other["arguments"]
 }
 
 /// The tokens of `suffix` after `kept`, `None` where the tokenizer cannot say it there.

@@ -6,11 +6,13 @@ use serde_json::{Value, json};
 
 use crate::job::Job;
 use crate::openai::options::{GenerationOptions, ShowStop};
+use crate::output::Output;
 
 /// What of a job is recorded.
 #[derive(Clone, Debug)]
 pub(crate) struct Recorded {
     pub(crate) options: GenerationOptions,
+    pub(crate) output: Output,
     /// The most tokens of the answer; there is always a number once it has begun.
     pub(crate) max_tokens: usize,
     pub(crate) logprobs: Option<usize>,
@@ -41,6 +43,7 @@ pub(crate) fn write(job: &Job, include_usage: bool) -> Value {
         "max_tokens": job.most_tokens(0),
         "logprobs": job.logprobs,
         "include_usage": include_usage,
+        "output": job.output.to_json(),
     })
 }
 
@@ -73,5 +76,6 @@ pub(crate) fn read(value: &Value) -> Option<Recorded> {
         return_token_ids: flag("return_token_ids")?,
     };
     let (max_tokens, logprobs) = (count("max_tokens")?, count("logprobs"));
-    Some(Recorded { options, max_tokens, logprobs, include_usage: flag("include_usage")? })
+    let output = Output::of_json(&value["output"])?;
+    Some(Recorded { options, output, max_tokens, logprobs, include_usage: flag("include_usage")? })
 }

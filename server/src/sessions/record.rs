@@ -3,6 +3,8 @@
 use mainstay_engine::Identity;
 use serde_json::{Map, Value, json};
 
+use crate::openai::messages;
+
 /// The opaque field of a session.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct SessionRecord {
@@ -48,7 +50,7 @@ pub(crate) struct TurnRecord {
     pub(crate) model: String,
     /// The messages that the client added with this turn, as they went into the template.
     pub(crate) messages: Vec<Value>,
-    /// The message that was answered.
+    /// The message that was answered, as the client got it.
     pub(crate) answer: Value,
     pub(crate) finish_reason: String,
     /// The object `usage`.
@@ -72,9 +74,10 @@ pub(crate) struct TurnRecord {
 }
 
 impl TurnRecord {
-    /// What the client added, and the answer.
-    pub(crate) fn all_messages(&self) -> impl Iterator<Item = &Value> {
-        self.messages.iter().chain((!self.answer.is_null()).then_some(&self.answer))
+    /// What the client added, and the answer, as they go into the template.
+    pub(crate) fn all_messages(&self) -> Vec<Value> {
+        let answer = (!self.answer.is_null()).then(|| messages::of_answer(&self.answer));
+        self.messages.iter().cloned().chain(answer).collect()
     }
 
     pub(crate) fn read(bytes: &[u8]) -> Self {

@@ -205,6 +205,7 @@ impl Reader {
             max_tokens: Some(recorded.max_tokens),
             max_tokens_default: None,
             options: recorded.options,
+            output: recorded.output,
             logprobs: recorded.logprobs,
             echo: Echo::No,
             continuation: Continuation::OwnText,
@@ -220,7 +221,7 @@ impl Reader {
         (include_usage, id): (bool, SessionId),
     ) -> Result<Response, ApiError> {
         let options = StreamOptions { include_usage, numbers: Some(self.after) };
-        let response = sse::stream(run, ChatShape, envelope, options).await?;
+        let response = sse::stream(run, ChatShape::default(), envelope, options).await?;
         Ok(super::named(response, id))
     }
 }

@@ -23,6 +23,7 @@ use crate::job::Job;
 use crate::kv::{self, Reused};
 use crate::openai::options::ShowStop;
 use crate::openai::usage::Usage;
+use crate::output::Message;
 use crate::reply::finish_reason;
 
 /// How long a turn of level `full` waits for its pages to be handed to the store.
@@ -60,7 +61,9 @@ pub(crate) struct Plan {
 /// What a turn was answered with.
 #[derive(Clone, Debug)]
 pub(crate) struct Answered {
+    /// As the model wrote it.
     pub(crate) text: String,
+    pub(crate) message: Message,
     pub(crate) ending: Ending,
     pub(crate) usage: Usage,
     pub(crate) reused: Reused,
@@ -180,14 +183,14 @@ impl Turn {
         } else {
             kv::settle(&job.model, &job.keep).await;
         }
-        let Answered { text, ending, usage, mut reused } = answered;
+        let Answered { text, message, ending, usage, mut reused } = answered;
         reused.explain(self.plan.reason.as_deref(), self.plan.changed.as_deref());
         let drawn = self.live.drawn(0);
         let prompt = &job.prompts[0].tokens;
         let (stands, drawn_text) = standing(job, (prompt, &drawn), (&text, &ending));
         let mut record = self.plan.record.clone();
-        record.answer = json!({"role": "assistant", "content": text});
-        record.finish_reason = finish_reason(&ending).to_owned();
+        record.answer = message.to_json();
+        record.finish_reason = finish_reason(&ending, !message.calls.is_empty()).to_owned();
         record.usage = usage.to_json();
         record.kv = reused.to_json(level);
         record.text += &drawn_text;
@@ -301,8 +304,7 @@ fn standing(
     let mut stands = drawn.len();
     match ending {
         Ending::String(_) => {
-            let is_said =
-                |len: usize| answer.starts_with(&tokenizer.decode(&drawn[..len], job.options.show_special));
+            let is_said = |len: usize| answer.starts_with(&job.decoder().text(&drawn[..len]));
             while stands > 0 && !is_said(stands) {
                 stands -= 1;
             }

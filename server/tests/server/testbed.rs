@@ -18,7 +18,9 @@ use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::Tokenizer;
-use mainstay_server::{Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel};
+use mainstay_server::{
+    FormatChoice, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
+};
 use serde_json::{Map, Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -46,6 +48,7 @@ pub(crate) struct Setup {
     pub(crate) gate: Option<Receiver<()>>,
     pub(crate) fail_every: Option<u64>,
     pub(crate) template: Option<String>,
+    pub(crate) format: FormatChoice,
     pub(crate) generation: Generation,
     /// Where sessions and pages are; without it there are none.
     pub(crate) directory: Option<PathBuf>,
@@ -65,6 +68,7 @@ impl Default for Setup {
             gate: None,
             fail_every: None,
             template: Some(TEMPLATE.to_owned()),
+            format: FormatChoice::default(),
             generation: Generation { eos: vec![EOS], ..Generation::default() },
             directory: None,
             store: None,
@@ -166,6 +170,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         created: 1_700_000_000,
         tokenizer: tokenizer.clone(),
         template: setup.template.map(|source| ChatTemplate::new(&source, Map::new()).unwrap()),
+        format: setup.format,
         generation: setup.generation,
         vocab,
         context: engine.limits().context,
