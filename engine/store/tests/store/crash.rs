@@ -128,11 +128,20 @@ impl Client<'_> {
             _ => {
                 let count = 1 + self.random.below(60) as usize;
                 let new = tokens(self.random.bits(), count);
-                let then = [now, new.clone()].concat();
+                let turns = self.store.turns(self.tenant.id, id)?;
+                let replaces = self.random.below(4) == 0;
+                let kept = replaces.then(|| self.random.below(turns.len() as u64 + 1) as usize);
+                let kept_len = match kept {
+                    Some(0) => 0,
+                    Some(kept) => turns[kept - 1].end() as usize,
+                    None => now.len(),
+                };
+                let then = [&now[..kept_len], &new].concat();
                 for header in headers(&self.tenant, &then) {
                     hand(self.store, header);
                 }
-                let append = Append { tokens: new, meta: vec![9; 5], ..Append::default() };
+                let kept_turns = kept.map(|kept| kept as u32);
+                let append = Append { kept_turns, tokens: new, meta: vec![9; 5], ..Append::default() };
                 (Some(then), self.store.append_turn(self.tenant.id, id, append).map(drop))
             }
         };
