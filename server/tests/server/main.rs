@@ -12,3 +12,4 @@ mod session_routes;
 mod sessions;
 mod streams;
 mod testbed;
+mod tools;

@@ -41,7 +41,7 @@ fn path(session: &str, after: usize) -> String {
     format!("/v1/sessions/{session}/stream?after={after}")
 }
 
-async fn read(server: &Server, session: &str, after: usize) -> Open {
+pub(crate) async fn read(server: &Server, session: &str, after: usize) -> Open {
     let request = Request::get(path(session, after)).header("host", "test").body(Body::empty()).unwrap();
     let open = server.open(request).await;
     assert_eq!(open.response.status(), 200);

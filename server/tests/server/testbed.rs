@@ -1,10 +1,11 @@
 //! A server on a port of its own, and a client that sees every byte.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
@@ -12,12 +13,15 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::EchoExecutor;
-use mainstay_backend_api::{KvDType, Limits};
+use mainstay_backend_api::{
+    CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PageRead, PageRef, Step, StepError,
+    StepOutput, StoredPage, Ticket,
+};
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
 use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
 use mainstay_models::template::ChatTemplate;
-use mainstay_models::tokenizer::Tokenizer;
+use mainstay_models::tokenizer::{AddSpecial, Tokenizer};
 use mainstay_server::{
     FormatChoice, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
 };
@@ -56,6 +60,52 @@ pub(crate) struct Setup {
     pub(crate) store: Option<Arc<Store>>,
     /// The weights, as far as a fake has some.
     pub(crate) weights: u8,
+    /// Tokens that are drawn in place of the fake's own.
+    pub(crate) script: Script,
+}
+
+/// Tokens that are drawn next, whoever asks for some.
+pub(crate) type Script = Arc<Mutex<VecDeque<u32>>>;
+
+/// A fake that says what it is told to.
+struct Scripted {
+    echo: EchoExecutor,
+    script: Script,
+}
+
+impl Executor for Scripted {
+    fn kv_layout(&self) -> &KvLayout {
+        self.echo.kv_layout()
+    }
+
+    fn numeric_class(&self) -> NumericClass {
+        self.echo.numeric_class()
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<(), StepError> {
+        self.echo.submit(step)
+    }
+
+    fn finish(&mut self, out: &mut StepOutput) -> Result<(), StepError> {
+        self.echo.finish(out)?;
+        let mut script = self.script.lock().unwrap();
+        for token in &mut out.tokens {
+            *token = script.pop_front().unwrap_or(*token);
+        }
+        Ok(())
+    }
+
+    fn start_read(&mut self, pages: &[PageRead], ticket: Ticket) {
+        self.echo.start_read(pages, ticket);
+    }
+
+    fn start_write(&mut self, pages: Vec<(PageRef, StoredPage)>, ticket: Ticket) {
+        self.echo.start_write(pages, ticket);
+    }
+
+    fn poll(&mut self, done: &mut Vec<CopyDone>) {
+        self.echo.poll(done);
+    }
 }
 
 impl Default for Setup {
@@ -73,6 +123,7 @@ impl Default for Setup {
             directory: None,
             store: None,
             weights: 0,
+            script: Script::default(),
         }
     }
 }
@@ -85,6 +136,7 @@ pub(crate) struct Server {
     pub(crate) task: JoinHandle<std::io::Result<()>>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) store: Option<Arc<Store>>,
+    script: Script,
 }
 
 impl Drop for Server {
@@ -163,6 +215,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         template: *template_hash.as_bytes(),
         ..ModelIdentity::default()
     };
+    let script = setup.script;
+    let executor = Scripted { echo: executor, script: script.clone() };
     let engine = Handle::start(Box::new(executor), options).unwrap();
     let registry = Registry::loading([MODEL.to_owned()]);
     registry.ready(ServedModel {
@@ -178,7 +232,9 @@ pub(crate) async fn start(setup: Setup) -> Server {
     });
     let mut options = setup.options;
     options.store = store;
-    listen(registry, options, (engine, tokenizer)).await
+    let mut server = listen(registry, options, (engine, tokenizer)).await;
+    server.script = script;
+    server
 }
 
 /// Serves a registry.
@@ -192,7 +248,7 @@ pub(crate) async fn listen(
     let address = listener.local_addr().unwrap();
     let (trigger, signal) = shutdown_channel();
     let task = tokio::spawn(serve(listener, registry, options, signal));
-    Server { address, engine, trigger, task, tokenizer, store }
+    Server { address, engine, trigger, task, tokenizer, store, script: Script::default() }
 }
 
 fn open_store(directory: &Path) -> Arc<Store> {
@@ -277,6 +333,14 @@ impl Server {
         assert_eq!(open.response.status(), 200);
         assert_eq!(open.response.headers()["content-type"], "text/event-stream");
         open
+    }
+
+    /// What the model says next, and then ends.
+    pub(crate) fn will_say(&self, text: &str) {
+        let tokens = self.tokenizer.encode(text, AddSpecial::No).unwrap();
+        let mut script = self.script.lock().unwrap();
+        assert!(script.is_empty(), "what it was to say before is not all said");
+        script.extend(tokens.into_iter().chain([EOS]));
     }
 
     /// Makes a session of the default tenant.
