@@ -11,6 +11,7 @@ mod choice;
 mod detokenize;
 mod error;
 mod generate;
+mod grammar;
 mod job;
 mod kv;
 mod metrics;

@@ -9,6 +9,7 @@ use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
 
 use crate::detokenize::{ByteTokens, Decoder};
 use crate::error::ApiError;
+use crate::grammar::Grammars;
 use crate::metrics::ModelMetrics;
 
 /// A model that can serve requests.
@@ -38,6 +39,7 @@ pub(crate) struct Model {
     /// Tells clients when the bits of a seeded result may change.
     pub(crate) fingerprint: String,
     pub(crate) metrics: ModelMetrics,
+    pub(crate) grammars: Grammars,
 }
 
 impl Model {
@@ -49,6 +51,7 @@ impl Model {
             byte_tokens: ByteTokens::of(&served.tokenizer),
             fingerprint: format!("fp_{}", &hash.as_str()[..10]),
             metrics: ModelMetrics::default(),
+            grammars: Grammars::default(),
             served,
         }
     }

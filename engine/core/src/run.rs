@@ -10,6 +10,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::oneshot;
 
 use crate::copies::Copies;
+use crate::mask::{MaskThreads, Masked};
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::scheduler::Scheduler;
@@ -26,6 +27,8 @@ pub(crate) enum Message {
     Stop(SequenceId),
     /// Pages came from the store.
     Loaded(Loaded),
+    /// A mask was computed.
+    Masked(Masked),
     /// Tell when the pages of what has finished are with the system; `false` if that takes longer.
     Flush(Duration, oneshot::Sender<bool>),
     /// Finish what was accepted, then end.
@@ -41,6 +44,7 @@ pub(crate) struct Engine {
     pub(crate) counters: Arc<Counters>,
     pub(crate) planner: Planner,
     pub(crate) copies: Copies,
+    pub(crate) masks: MaskThreads,
     /// The store, if there is one.
     pub(crate) tier: Option<Tier>,
 }
@@ -78,6 +82,7 @@ impl Engine {
             stalled = step.chunks.is_empty();
             if !stalled {
                 self.compute(&step, &mut out);
+                self.ask_masks();
                 self.report();
                 self.begin_copies();
             }
@@ -116,7 +121,7 @@ impl Engine {
                     std::thread::sleep(POLL_PAUSE);
                     return true;
                 }
-                Err(TryRecvError::Empty) if *open || self.scheduler.is_loading() => {
+                Err(TryRecvError::Empty) if *open || self.scheduler.is_waiting() => {
                     match self.inbox.blocking_recv() {
                         Some(message) => message,
                         None => return false,
@@ -126,16 +131,31 @@ impl Engine {
             };
             stalled = false;
             match message {
-                Message::Submit(sequence) => self.scheduler.submit(*sequence),
+                Message::Submit(sequence) => {
+                    self.scheduler.submit(*sequence);
+                    self.ask_masks();
+                }
                 Message::Stop(id) => {
                     self.scheduler.stop(id, &mut self.pool);
                     self.begin_copies();
                     self.report();
                 }
                 Message::Loaded(loaded) => self.loaded(loaded),
+                Message::Masked(masked) => {
+                    self.scheduler.masked(masked, &mut self.pool);
+                    self.begin_copies();
+                    self.report();
+                }
                 Message::Flush(patience, reply) => self.flush(patience, reply),
                 Message::Shutdown => *open = false,
             }
+        }
+    }
+
+    /// Has the masks computed that the scheduler asked for.
+    fn ask_masks(&mut self) {
+        for ask in self.scheduler.asks.drain(..) {
+            self.masks.ask(ask);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::constraint_fields::ConstraintField;
 use super::fields::Fields;
 use super::logprobs;
 use super::options::{self, Delivery, GenerationOptions, TOP_LOGPROBS_MAX};
@@ -23,6 +24,7 @@ pub(crate) struct ChatRequest {
     pub(crate) logprobs: Option<usize>,
     pub(crate) delivery: Delivery,
     pub(crate) keep: KeepFields,
+    pub(crate) constraint: Option<ConstraintField>,
 }
 
 impl ChatRequest {
@@ -35,8 +37,9 @@ impl ChatRequest {
         let logprobs = read_logprobs(fields)?;
         let delivery = options::delivery(fields)?;
         let keep = KeepFields::read(fields)?;
+        let constraint = ConstraintField::read(fields)?;
         refuse_in_chat(fields)?;
-        Ok(Self { input, options, max_tokens, logprobs, delivery, keep })
+        Ok(Self { input, options, max_tokens, logprobs, delivery, keep, constraint })
     }
 }
 

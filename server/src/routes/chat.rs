@@ -9,6 +9,7 @@ use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::job::{Continuation, Echo, Job};
 use crate::openai::chat::{ChatRequest, ChatShape};
+use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::fields::Fields;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::{self, Ending};
@@ -33,6 +34,7 @@ pub(super) async fn post(
         let turn = SessionChat { model, tenant, session, request, max_tokens_default, interval, time };
         return turn.answer(sessions).await;
     }
+    let constraint = ConstraintField::compile(request.constraint, &model).await?;
     let continuation = match request.input.ending {
         Ending::OpenMessage => Continuation::OfPrompt,
         Ending::Generation | Ending::Nothing => Continuation::OwnText,
@@ -51,6 +53,7 @@ pub(super) async fn post(
         continuation,
         time,
         keep: request.keep.keep(app.plain_durability()),
+        constraint,
     };
     reply::send(job, ChatShape, request.delivery).await
 }

@@ -16,6 +16,7 @@ use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
+use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::options::Delivery;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::{Ending, Prompt};
@@ -41,7 +42,8 @@ impl SessionChat {
     /// Whatever goes wrong before the first byte of the answer is sent.
     pub(crate) async fn answer(self, sessions: &Sessions) -> Result<Response, ApiError> {
         self.check()?;
-        let ChatRequest { input, options, max_tokens, logprobs, delivery, keep } = self.request;
+        let ChatRequest { input, options, max_tokens, logprobs, delivery, keep, constraint } = self.request;
+        let constraint = ConstraintField::compile(constraint, &self.model).await?;
         let asked = Asked {
             model: self.model.clone(),
             tenant: self.tenant.clone(),
@@ -68,6 +70,7 @@ impl SessionChat {
             continuation: Continuation::OwnText,
             time: self.time,
             keep,
+            constraint,
         };
         let include_usage = delivery == Delivery::Stream { include_usage: true };
         let envelope = Envelope::new::<ChatShape>(&self.model);

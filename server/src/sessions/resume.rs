@@ -17,8 +17,10 @@ use super::options::{self, Recorded};
 use super::record::{SessionRecord, TurnRecord};
 use super::turn::{Claimed, Plan, Turn};
 use super::{Claim, Sessions, shown};
+use crate::choice::Ending;
 use crate::error::ApiError;
 use crate::generate::{Closing, Run};
+use crate::grammar;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::kv::durability_name;
 use crate::openai::chat::ChatShape;
@@ -26,7 +28,7 @@ use crate::openai::session_fields::durability;
 use crate::openai::usage::Usage;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
-use crate::reply::Envelope;
+use crate::reply::{Envelope, finish_reason};
 use crate::sse::{self, StreamOptions};
 
 /// How long a reader waits for a turn that begins or ends just now.
@@ -161,7 +163,11 @@ impl Reader {
         let prompt = [History::of(idle.turns).tokens(plan.kept as usize), sent.to_vec()].concat();
         let envelope = Envelope::of(plan.record.id.clone(), plan.record.created, &model);
         let include_usage = recorded.include_usage;
-        let job = self.job(model, prompt, recorded, keep);
+        let constraint = match recorded.constraint.clone() {
+            Some(constraint) => Some(grammar::compile(constraint, &model).await?),
+            None => None,
+        };
+        let job = Job { constraint, ..self.job(model, prompt, recorded, keep) };
         let live = Arc::new(Live::new(job.clone(), envelope.clone(), include_usage, drawn));
         let claimed = Claimed {
             sessions: self.sessions.clone(),
@@ -190,11 +196,12 @@ impl Reader {
             session: Some(json!({"id": shown(idle.id), "name": name, "turn": turn.number})),
             usage: Usage::of_json(&record.usage),
         };
+        let is_cut = record.finish_reason == finish_reason(&Ending::Length);
         let envelope = Envelope::of(record.id, record.created, &model);
         let include_usage = recorded.include_usage;
         let job = self.job(model, Vec::new(), recorded, Keep::default());
         drop(idle.claim);
-        self.send(Run::of_past(job, &drawn, closing), envelope, (include_usage, idle.id)).await
+        self.send(Run::of_past(job, (&drawn, is_cut), closing), envelope, (include_usage, idle.id)).await
     }
 
     fn job(&self, model: Arc<Model>, prompt: Vec<u32>, recorded: Recorded, keep: Keep) -> Job {
@@ -210,6 +217,7 @@ impl Reader {
             continuation: Continuation::OwnText,
             time: self.time,
             keep,
+            constraint: None,
         }
     }
 

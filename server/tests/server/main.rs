@@ -11,4 +11,5 @@ mod resume;
 mod session_routes;
 mod sessions;
 mod streams;
+mod structured;
 mod testbed;

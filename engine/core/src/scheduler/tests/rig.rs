@@ -275,6 +275,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        grammar: None,
     }
 }
 
