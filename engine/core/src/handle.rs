@@ -133,7 +133,18 @@ impl Handle {
         });
         let pool = KvPool::new(&limits.pages);
         let (scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
-        let engine = Engine { executor, scheduler, pool, inbox, counters, planner, copies, masks, tier };
+        let engine = Engine {
+            executor,
+            scheduler,
+            pool,
+            inbox,
+            counters,
+            planner,
+            copies,
+            masks,
+            put_off: None,
+            tier,
+        };
         std::thread::Builder::new().name("engine".to_owned()).spawn(|| engine.run())?;
         Ok(Self { shared })
     }

@@ -89,7 +89,7 @@ impl Held {
     /// A choice of a request of which these tokens were drawn before.
     pub(crate) fn new(request: &Request, drawn: &[u32]) -> Self {
         let masking = |grammar: &Arc<dyn Grammar>| Self::Unasked(Masking::new(Arc::clone(grammar), drawn));
-        request.grammar.as_ref().map_or(Self::Free, masking)
+        request.grammar.as_ref().filter(|_| request.stop.max_tokens > 0).map_or(Self::Free, masking)
     }
 
     /// What to send where masks are computed, once: its mask holds no longer, or was never computed.

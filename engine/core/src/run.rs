@@ -45,9 +45,18 @@ pub(crate) struct Engine {
     pub(crate) planner: Planner,
     pub(crate) copies: Copies,
     pub(crate) masks: MaskThreads,
+    /// Until when the next step is put off for masks.
+    pub(crate) put_off: Option<Instant>,
     /// The store, if there is one.
     pub(crate) tier: Option<Tier>,
 }
+
+/// For masks, the next step is put off by this part of the time that the last one took, at most: without it, a
+/// choice under a grammar would sit out every other step.
+const MASK_SHARE: u32 = 8;
+
+/// How often it is looked whether they have come.
+const MASK_PAUSE: Duration = Duration::from_micros(20);
 
 /// How often an asynchronous device is asked for its copies while there is nothing to compute.
 const POLL_PAUSE: Duration = Duration::from_micros(100);
@@ -104,7 +113,9 @@ impl Engine {
             Ok(()) => {
                 let rows = (out.tokens.len(), step.outputs.len());
                 assert!(rows.0 == rows.1, "the executor returned {} output rows of {}", rows.0, rows.1);
-                self.planner.has_computed(step.tokens.len(), begun.elapsed());
+                let took = begun.elapsed();
+                self.put_off = Some(Instant::now() + took / MASK_SHARE);
+                self.planner.has_computed(step.tokens.len(), took);
                 self.scheduler.commit(&mut self.pool, out);
             }
             Err(error) => self.scheduler.fail(&mut self.pool, &error),
@@ -116,6 +127,10 @@ impl Engine {
         loop {
             let message = match self.inbox.try_recv() {
                 Ok(message) => message,
+                Err(TryRecvError::Empty) if !stalled && self.is_put_off() => {
+                    std::thread::sleep(MASK_PAUSE);
+                    continue;
+                }
                 Err(TryRecvError::Empty) if !self.scheduler.is_idle() && !stalled => return true,
                 Err(TryRecvError::Empty) if self.copies.is_busy() => {
                     std::thread::sleep(POLL_PAUSE);
@@ -150,6 +165,11 @@ impl Engine {
                 Message::Shutdown => *open = false,
             }
         }
+    }
+
+    /// Whether a mask that is due soon is worth a moment.
+    fn is_put_off(&self) -> bool {
+        self.scheduler.is_masking() && self.put_off.is_some_and(|until| Instant::now() < until)
     }
 
     /// Has the masks computed that the scheduler asked for.

@@ -160,8 +160,8 @@ impl Scheduler {
         }
         let is_over = masking.mask.iter().all(|&word| word == 0);
         sequence.held = if is_over { Held::Ended } else { Held::Ready(masking) };
-        // Before its first token, it ends when its prompt is computed, which may be of use by itself.
-        if is_over && sequence.generated() > 0 {
+        // One that has not begun does so, and ends when its prompt is computed, which may be of use by itself.
+        if is_over && sequence.generated() > 0 && sequence.report.is_none() {
             let removed = match (running, waiting) {
                 (Ok(at), _) => Some(self.running.remove(at)),
                 (_, Ok(at)) => self.waiting.remove(at),
@@ -205,7 +205,12 @@ impl Scheduler {
 
     /// Whether pages or masks are on their way, without which some sequence cannot go on.
     pub(crate) fn is_waiting(&self) -> bool {
-        self.running.iter().any(|s| s.loading.is_some() || !s.may_draw())
+        self.is_loading() || self.is_masking()
+    }
+
+    /// Whether a mask is on its way without which some sequence cannot go on.
+    pub(crate) fn is_masking(&self) -> bool {
+        self.running.iter().any(|s| !s.may_draw())
     }
 
     /// Finds pages for the tokens that were drawn, at the cost of the sequences that came last.
@@ -346,7 +351,7 @@ impl Scheduler {
             let sequence = &mut self.running[at];
             let draws = part.outputs.start + part.scored..part.outputs.end;
             sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
-            if done && first {
+            if done && (first || draws.is_empty()) {
                 self.finish_prompt(at, draws, out, pool);
             } else if done {
                 let sequence = self.running.remove(at);
@@ -358,7 +363,7 @@ impl Scheduler {
         self.planned.clear();
     }
 
-    /// The prompt of a request is computed: its choices part, each with its own first token.
+    /// The prompt of a request is computed: its choices part, each with its own first token, or end without one.
     fn finish_prompt(&mut self, at: usize, draws: Range<usize>, out: &StepOutput, pool: &mut KvPool) {
         let mut sequence = self.running.remove(at);
         let scores = std::mem::take(&mut sequence.scores);

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use llguidance::TokenParser;
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
+use llguidance::{TokenParser, regex_to_lark};
 use serde_json::{Map, Value, json};
 
 use super::masker::{Compiled, shown};
@@ -19,6 +19,9 @@ const STACK_BYTES: usize = 256 << 20;
 /// White space where JSON allows any: a space, or a line break and an indentation. It is bounded, since a model could
 /// go on with it for ever.
 const JSON_SPACE: &str = r"\x20|\n\x20{0,16}";
+
+/// `\d` and `\w` stand for ASCII alone, as in the patterns of JSON schemas.
+const ASCII_CLASSES: &str = "dw";
 
 /// What compiling and one mask may cost. Fuel is spent at about 50,000 a millisecond when a grammar is compiled, and at
 /// 14,000 for a mask; a state of the lexer takes about 2 KB, for each answer by itself.
@@ -90,14 +93,10 @@ fn parser(wanted: &Wanted, vocabulary: &Vocabulary) -> Result<TokenParser, Strin
         };
         all.grammars.insert(0, GrammarWithLexer::from_lark(start));
     }
-    let mut parser =
-        vocabulary.factory.create_parser(all).map_err(|error| explained(&shown_whole(&error)))?;
+    let parser = vocabulary.factory.create_parser(all);
+    let mut parser = parser.map_err(|error| explained(&shown(format!("{error:#}"))))?;
     parser.start_without_prompt();
     Ok(parser)
-}
-
-fn shown_whole(error: &dyn std::fmt::Display) -> String {
-    shown(format!("{error:#}"))
 }
 
 fn grammar(constraint: &Constraint) -> Result<GrammarWithLexer, String> {
@@ -107,7 +106,10 @@ fn grammar(constraint: &Constraint) -> Result<GrammarWithLexer, String> {
         Constraint::Regex(text) if text.is_empty() => {
             return Err("expected an expression, found an empty one".to_owned());
         }
-        Constraint::Regex(text) => GrammarWithLexer::from_regex(unanchored(text)),
+        Constraint::Regex(text) => GrammarWithLexer::from_lark(format!(
+            "start: /{}/",
+            regex_to_lark(unanchored(text), ASCII_CLASSES)
+        )),
         Constraint::Choice(choices) => {
             let choices: Vec<String> = choices.iter().map(|choice| quoted(choice)).collect();
             GrammarWithLexer::from_lark(format!("start: {}\n", choices.join(" | ")))

@@ -106,9 +106,16 @@ impl Answer {
     }
 }
 
-/// What the library says, for a client: its first line, without states and traces.
+/// What the library says, for a client: its first line, without states and traces. One that only announces takes the last
+/// line along, after a drawing of the place.
 pub(crate) fn shown(error: impl std::fmt::Display) -> String {
     let text = error.to_string();
-    let line = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason is known");
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut line = lines.next().unwrap_or("no reason is known").to_owned();
+    if line.ends_with(':')
+        && let Some(last) = lines.next_back()
+    {
+        line = format!("{line} {last}");
+    }
     line.chars().take(MESSAGE_LEN).collect()
 }

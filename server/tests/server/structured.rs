@@ -43,8 +43,8 @@ fn schemas() -> Vec<Value> {
             "$ref": "#/$defs/list"}),
         json!({"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "boolean"}},
             "required": ["b"], "additionalProperties": false}),
-        json!({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2,
-            "propertyOrdering": "a keyword that nobody knows"}),
+        json!({"type": "object", "patternProperties": {"^[a-c]$": {"type": "boolean"}}, "maxProperties": 2,
+            "additionalProperties": false, "propertyOrdering": "a keyword that nobody knows"}),
     ]
 }
 
@@ -83,8 +83,14 @@ fn keyword_holds(
             rule.as_object().unwrap().iter().all(|(name, s)| value.get(name).is_none_or(|v| fits(root, s, v)))
         }
         "additionalProperties" => value.as_object().unwrap().iter().all(|(name, v)| {
-            schema.get("properties").is_some_and(|p| p.get(name).is_some()) || fits(root, rule, v)
+            let named = schema.get("properties").is_some_and(|p| p.get(name).is_some());
+            named || schema.contains_key("patternProperties") || fits(root, rule, v)
         }),
+        "patternProperties" => value
+            .as_object()
+            .unwrap()
+            .iter()
+            .all(|(name, v)| ["a", "b", "c"].contains(&name.as_str()) && fits(root, &rule["^[a-c]$"], v)),
         "maxProperties" => at_most(value.as_object().unwrap().len()),
         "prefixItems" => {
             value.as_array().unwrap().iter().zip(rule.as_array().unwrap()).all(|(v, s)| fits(root, s, v))
@@ -218,7 +224,7 @@ async fn what_is_not_served_is_named_before_anything_is_sent() {
         (schema(json!({"type": "string", "format": "of my own"})), field, "of my own"),
         (schema(json!({"oneOf": [{"type": "integer"}, {"type": "number"}]})), field, "`oneOf`"),
         (schema(json!({"type": "strange"})), field, "strange"),
-        (schema(json!({"type": "string", "pattern": "("})), field, "("),
+        (schema(json!({"type": "string", "pattern": "("})), field, "unclosed"),
         (schema(json!({"$ref": "#/$defs/nobody"})), field, "nobody"),
         (schema(json!({"$ref": "https://example.com/schema"})), field, "example.com"),
         (schema(json!({"type": "integer", "minimum": 3, "maximum": 2})), field, "maximum"),
