@@ -125,7 +125,7 @@ impl ChoiceText {
             grown.ending = Some(match reason {
                 FinishReason::Length => Ending::Length,
                 FinishReason::Stop(token) if options.own_stop_tokens.contains(&token) => Ending::Token(token),
-                FinishReason::Stop(_) | FinishReason::Stopped => Ending::EndOfText,
+                FinishReason::Stop(_) | FinishReason::Stopped | FinishReason::Complete => Ending::EndOfText,
             });
         }
         self.ending.clone_from(&grown.ending);

@@ -41,6 +41,14 @@ impl ApiError {
         if self.status == StatusCode::BAD_REQUEST && self.param.is_none() { self.param(param) } else { self }
     }
 
+    /// The same error of this field, if it is one that the client can act on and names none.
+    pub(crate) fn in_field(self, param: &str) -> Self {
+        if self.status != StatusCode::BAD_REQUEST || self.param.is_some() {
+            return self;
+        }
+        Self { message: format!("{param}: {}", self.message), ..self }.param(param)
+    }
+
     fn retry_after(mut self, seconds: u64) -> Self {
         self.retry_after_s = Some(seconds);
         self
@@ -235,6 +243,7 @@ impl From<RequestError> for ApiError {
                 // The engine's word and the API's.
                 Self::field(if field == "choices" { "n" } else { field }, what)
             }
+            RequestError::Grammar(_) => Self::bad_request(message).code("constraint_failed"),
             RequestError::Device(_) => Self::internal(message),
             RequestError::Shutdown => Self::unavailable(message, "shutting_down"),
         }

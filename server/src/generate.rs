@@ -167,15 +167,16 @@ impl Run {
         run
     }
 
-    /// Reads the tokens of a turn that has ended.
-    pub(crate) fn of_past(job: Job, drawn: &[u32], closing: Closing) -> Self {
+    /// Reads the tokens of a turn that has ended, for want of tokens or not.
+    pub(crate) fn of_past(job: Job, (drawn, is_cut): (&[u32], bool), closing: Closing) -> Self {
         let mut run = Self::new(job);
         run.unsent.clear();
         run.is_counted = false;
         run.read_again(drawn);
         let is_stop = |token: &u32| run.job.options.stop_tokens.contains(token);
         let last = drawn.last().copied().filter(is_stop);
-        run.finished(0, 0, last.map_or(FinishReason::Length, FinishReason::Stop));
+        let undrawn = if is_cut { FinishReason::Length } else { FinishReason::Complete };
+        run.finished(0, 0, last.map_or(undrawn, FinishReason::Stop));
         run.usage = closing.usage;
         run.closing = Some(closing);
         run

@@ -7,6 +7,7 @@ use mainstay_engine::{Keep, Request, StopRule};
 use tokio::time::Instant;
 
 use crate::detokenize::Decoder;
+use crate::grammar::Compiled;
 use crate::openai::options::GenerationOptions;
 use crate::output::Output;
 use crate::prompt::Prompt;
@@ -57,6 +58,8 @@ pub(crate) struct Job {
     pub(crate) time: TimeLimits,
     /// What becomes of its keys and values.
     pub(crate) keep: Keep,
+    /// What every answer is held to.
+    pub(crate) constraint: Option<Arc<Compiled>>,
 }
 
 impl Job {
@@ -79,6 +82,14 @@ impl Job {
         self.max_tokens.unwrap_or(self.max_tokens_default.unwrap_or(room).min(room))
     }
 
+    /// Tokens that may be drawn where the constraint lets the text end: the model's, and what the client adds to them that
+    /// has no text.
+    fn end_tokens(&self) -> Vec<u32> {
+        let served = &self.model.served;
+        let ends = |id: &u32| served.generation.eos.contains(id) || served.tokenizer.is_special(*id);
+        self.options.stop_tokens.iter().copied().filter(ends).collect()
+    }
+
     pub(crate) fn request(&self, prompt: usize) -> Request {
         let max_tokens = self.most_tokens(prompt);
         let prompt = self.prompts[prompt].tokens.clone();
@@ -98,6 +109,7 @@ impl Job {
             prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
             drawn: Vec::new(),
             keep: self.keep.clone(),
+            grammar: self.constraint.as_ref().map(|compiled| compiled.grammar(self.end_tokens())),
         }
     }
 }

@@ -12,6 +12,7 @@ mod choice;
 mod detokenize;
 mod error;
 mod generate;
+mod grammar;
 mod job;
 mod kv;
 mod metrics;

@@ -9,6 +9,7 @@ use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
 
 use crate::detokenize::{ByteTokens, Decoder};
 use crate::error::ApiError;
+use crate::grammar::Grammars;
 use crate::metrics::ModelMetrics;
 use crate::output::{Format, FormatChoice};
 
@@ -43,6 +44,7 @@ pub(crate) struct Model {
     /// Tells clients when the bits of a seeded result may change.
     pub(crate) fingerprint: String,
     pub(crate) metrics: ModelMetrics,
+    pub(crate) grammars: Grammars,
 }
 
 impl Model {
@@ -55,6 +57,7 @@ impl Model {
             format: Format::of(served.template.as_ref(), &served.tokenizer, served.format),
             fingerprint: format!("fp_{}", &hash.as_str()[..10]),
             metrics: ModelMetrics::default(),
+            grammars: Grammars::default(),
             served,
         }
     }

@@ -116,6 +116,7 @@ impl World {
             stop: StopRule { max_tokens: count, ..StopRule::default() },
             logprobs: Some(self.vocab),
             prompt_logprobs: None,
+            grammar: None,
             keep: Keep::default(),
         };
         let mut generation = self.handle.submit(request).unwrap();

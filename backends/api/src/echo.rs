@@ -208,13 +208,28 @@ impl Executor for EchoExecutor {
 }
 
 /// The token that follows `tokens` when a sequence runs alone: what an engine over an [`EchoExecutor`] must draw.
-/// Of `sampling`, `bias` and `history` are ignored: `biases` are those in force, the history is `tokens`.
+/// Of `sampling`, `bias`, `mask` and `history` are ignored: `biases` are those in force, the history is `tokens`.
 ///
 /// # Panics
 /// If biases leave no token to draw.
 pub fn expected(vocab: usize, tokens: &[u32], sampling: &Sampling, biases: &[(u32, f32)]) -> u32 {
-    let sampling = Sampling { bias: 0..biases.len(), history: 0..tokens.len(), ..sampling.clone() };
-    let step = Step { biases: biases.to_vec(), history: tokens.to_vec(), ..Step::default() };
+    expected_of(vocab, tokens, (sampling, None), biases)
+}
+
+/// [`expected`] where only the tokens of a mask may be drawn.
+///
+/// # Panics
+/// If mask and biases leave no token to draw.
+pub fn expected_of(
+    vocab: usize,
+    tokens: &[u32],
+    (sampling, mask): (&Sampling, Option<&[u32]>),
+    biases: &[(u32, f32)],
+) -> u32 {
+    let (bias, history) = (0..biases.len(), 0..tokens.len());
+    let sampling = Sampling { bias, history, mask: mask.map(|mask| 0..mask.len()), ..sampling.clone() };
+    let (biases, history) = (biases.to_vec(), tokens.to_vec());
+    let step = Step { biases, history, masks: mask.unwrap_or_default().to_vec(), ..Step::default() };
     alone(vocab, tokens, Want::Sample(sampling), step).tokens[0]
 }
 
@@ -293,6 +308,7 @@ fn check_outputs(step: &Step) {
         assert_eq!(output.position, chunk.position + output.row - chunk.tokens.start + 1, "{output:?}");
         if let Want::Sample(s) = &output.want {
             assert!(s.bias.end <= step.biases.len() && s.history.end <= step.history.len(), "{s:?}");
+            assert!(s.mask.as_ref().is_none_or(|mask| mask.end <= step.masks.len()), "{s:?}");
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::step::{OutputRow, Sampling, Step, StepOutput, Want};
 /// Memory that [`sample`] reuses between rows; one per thread.
 #[derive(Debug, Default)]
 pub struct SampleScratch {
-    /// Logits after bias and penalties, `[vocab]`.
+    /// Logits after mask, bias and penalties, `[vocab]`.
     adjusted: Vec<f32>,
     /// Unnormalised probabilities after temperature, `[vocab]`.
     weights: Vec<f32>,
@@ -46,7 +46,7 @@ pub struct Drawn {
 /// A NaN counts as an impossible token. Ids outside the vocabulary in biases and history have no effect.
 ///
 /// # Errors
-/// [`StepError::Device`] if a logit is infinite, none is finite, or bias leaves no token.
+/// [`StepError::Device`] if a logit is infinite, none is finite, or mask and bias leave no token.
 ///
 /// # Panics
 /// If the token to score is outside the vocabulary.
@@ -127,9 +127,12 @@ fn draw(logits: &[f32], max: f32, what: &Draw, scratch: &mut SampleScratch) -> R
     let SampleScratch { adjusted, weights, seen, keys } = scratch;
     let s = what.sampling;
     let penalised = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
-    let (logits, max) = if penalised || !s.bias.is_empty() {
+    let (logits, max) = if penalised || !s.bias.is_empty() || s.mask.is_some() {
         adjusted.clear();
         adjusted.extend_from_slice(logits);
+        if let Some(mask) = s.mask.clone() {
+            forbid(adjusted, &what.step.masks[mask]);
+        }
         for &(id, bias) in &what.step.biases[s.bias.clone()] {
             if let Some(l) = adjusted.get_mut(id as usize) {
                 *l += bias;
@@ -158,6 +161,18 @@ fn draw(logits: &[f32], max: f32, what: &Draw, scratch: &mut SampleScratch) -> R
     let total: f64 = keys.iter().map(weight).sum();
     let index = pick(keys.iter().map(weight), random * total).expect("the most probable token is kept");
     Ok(id_of(keys[index]))
+}
+
+/// Makes what is not in the mask impossible: no bias and no penalty brings it back.
+fn forbid(logits: &mut [f32], mask: &[u32]) {
+    let words = mask.iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(u32::BITS as usize).zip(words) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
 }
 
 /// Repetition counts the whole history, presence and frequency what comes after the prompt.

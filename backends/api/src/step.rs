@@ -22,6 +22,8 @@ pub struct Step {
     pub biases: Vec<(u32, f32)>,
     /// Tokens that penalties count, referred to by [`Sampling::history`].
     pub history: Vec<u32>,
+    /// Sets of tokens that may be drawn, referred to by [`Sampling::mask`]: bit `id % 32` of word `id / 32`.
+    pub masks: Vec<u32>,
     /// Also return the raw logits of every output row (tests and parity only).
     pub return_logits: bool,
 }
@@ -36,6 +38,7 @@ impl Step {
         self.outputs.clear();
         self.biases.clear();
         self.history.clear();
+        self.masks.clear();
     }
 
     /// What every executor relies on: the step stays inside the limits and its parts fit each other. Allocates
@@ -115,7 +118,7 @@ pub enum Want {
     Score(u32),
 }
 
-/// How to draw a token. Applied in this order: bias, repetition, presence and frequency penalties, temperature,
+/// How to draw a token. Applied in this order: mask, bias, repetition, presence and frequency penalties, temperature,
 /// top-k, top-p, min-p. The random number is a function of (seed, choice, position), so there is no generator state.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
@@ -139,6 +142,9 @@ pub struct Sampling {
     pub choice: u32,
     /// Biases, in [`Step::biases`].
     pub bias: Range<usize>,
+    /// The only tokens that may be drawn, in [`Step::masks`]; without it, all may. Those past its end may not. Some token
+    /// must be left that no bias makes impossible.
+    pub mask: Option<Range<usize>>,
     /// Prompt and generated tokens so far, in [`Step::history`]; empty if no penalty is set.
     pub history: Range<usize>,
     /// How many tokens of the history are prompt: presence and frequency penalties do not count them.
@@ -159,6 +165,7 @@ impl Sampling {
             seed: 0,
             choice: 0,
             bias: 0..0,
+            mask: None,
             history: 0..0,
             prompt_len: 0,
         }
@@ -170,7 +177,7 @@ impl Sampling {
 pub struct StepOutput {
     /// The drawn token, or the scored one.
     pub tokens: Vec<u32>,
-    /// Natural-log probability of that token under the raw logits (before bias, penalties and temperature); 0 for
+    /// Natural-log probability of that token under the raw logits (before mask, bias, penalties and temperature); 0 for
     /// a drawn token where [`OutputRow::top_logprobs`] is `None`.
     pub logprobs: Vec<f32>,
     /// The most probable tokens under the raw logits, most probable first, lowest id among equals.

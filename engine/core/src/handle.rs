@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 use crate::chain::Chain;
 use crate::copies::Copies;
 use crate::identity::{Identity, ModelIdentity};
+use crate::mask::MaskThreads;
 use crate::planner::{Planner, RestorePolicy};
 use crate::pool::KvPool;
 use crate::request::Bounds;
@@ -63,12 +64,12 @@ pub struct RequestId(pub u64);
 /// Starts engines and talks to them. When the last handle is gone, the engine finishes what it has and ends.
 #[derive(Clone)]
 pub struct Handle {
-    /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
-    inbox: UnboundedSender<Message>,
     shared: Arc<Shared>,
 }
 
 struct Shared {
+    /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
+    inbox: UnboundedSender<Message>,
     /// One permit per sequence that may wait to be started; closed by shutdown.
     seats: Arc<Semaphore>,
     seat_count: usize,
@@ -80,6 +81,13 @@ struct Shared {
     identity: Identity,
     groups: usize,
     store: Option<Arc<Store>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The engine's own threads hold senders too, so that it would not see that nobody is left.
+        let _ = self.inbox.send(Message::Shutdown);
+    }
 }
 
 /// A request under way. Dropping it cancels the request and frees its pages.
@@ -105,7 +113,9 @@ impl Handle {
         let planner = Planner::new(options.restore, page_bytes);
         let tier = options.store.clone().map(|store| Tier::start(store, sender.downgrade())).transpose()?;
         let uses = TierUse { spills: tier.is_some(), is_invariant: class.invariance == Invariance::Full };
+        let masks = MaskThreads::new(sender.clone());
         let shared = Arc::new(Shared {
+            inbox: sender,
             seats: Arc::new(Semaphore::new(seat_count)),
             seat_count,
             next_id: AtomicU64::new(0),
@@ -123,9 +133,20 @@ impl Handle {
         });
         let pool = KvPool::new(&limits.pages);
         let (scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
-        let engine = Engine { executor, scheduler, pool, inbox, counters, planner, copies, tier };
+        let engine = Engine {
+            executor,
+            scheduler,
+            pool,
+            inbox,
+            counters,
+            planner,
+            copies,
+            masks,
+            put_off: None,
+            tier,
+        };
         std::thread::Builder::new().name("engine".to_owned()).spawn(|| engine.run())?;
-        Ok(Self { inbox: sender, shared })
+        Ok(Self { shared })
     }
 
     /// Checks and queues a request; never blocks.
@@ -160,7 +181,7 @@ impl Handle {
         let (sender, events) = unbounded_channel();
         let submission = Submission { prompt_len, chain, request, events: sender };
         let sequence = Sequence::new(id, Arc::new(submission), tokens, seat, stored);
-        let sent = self.inbox.send(Message::Submit(Box::new(sequence)));
+        let sent = shared.inbox.send(Message::Submit(Box::new(sequence)));
         sent.map_err(|_| RequestError::Shutdown)?;
         Ok(Generation { id, events })
     }
@@ -234,7 +255,7 @@ impl Handle {
             return true;
         }
         let (reply, settled) = oneshot::channel();
-        if self.inbox.send(Message::Flush(patience, reply)).is_err() {
+        if self.shared.inbox.send(Message::Flush(patience, reply)).is_err() {
             return false;
         }
         settled.await.unwrap_or(false)
@@ -245,7 +266,7 @@ impl Handle {
     /// is let alone.
     pub fn stop(&self, id: RequestId, choice: u32) {
         // An engine that has ended has stopped everything.
-        let _ = self.inbox.send(Message::Stop(SequenceId { request: id, choice }));
+        let _ = self.shared.inbox.send(Message::Stop(SequenceId { request: id, choice }));
     }
 
     /// The counters as of the last step; requests still on their way count as waiting.
@@ -275,17 +296,17 @@ impl Handle {
     pub fn shutdown(&self) {
         self.shared.seats.close();
         // Sent in vain only to an engine that has ended.
-        let _ = self.inbox.send(Message::Shutdown);
+        let _ = self.shared.inbox.send(Message::Shutdown);
     }
 
     /// Waits until the thread has let go of the executor.
     pub async fn closed(&self) {
-        self.inbox.closed().await;
+        self.shared.inbox.closed().await;
     }
 
     /// Whether the thread is alive and takes requests.
     pub fn is_ready(&self) -> bool {
-        !self.shared.seats.is_closed() && !self.inbox.is_closed()
+        !self.shared.seats.is_closed() && !self.shared.inbox.is_closed()
     }
 }
 

@@ -7,6 +7,7 @@ mod chain;
 mod copies;
 pub mod handle;
 pub mod identity;
+mod mask;
 mod planner;
 mod pool;
 pub mod request;
@@ -20,6 +21,7 @@ pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};
 /// Sessions and their pages on disk, for those above the engine.
 pub use mainstay_store as store;
+pub use mask::{Grammar, Masker};
 pub use planner::RestorePolicy;
 pub use request::{
     Event, FinishReason, Keep, KvReport, KvState, Request, RequestError, Reuse, SamplingRequest, Score,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use mainstay_store::Durability;
 
+use crate::Grammar;
+
 /// One generation request, already tokens.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -28,6 +30,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// What becomes of its keys and values.
     pub keep: Keep,
+    /// What every choice is held to. Prompt log-probabilities and scores are those of the model, as without it.
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 /// What becomes of a request's keys and values.
@@ -156,6 +160,8 @@ pub enum FinishReason {
     Stop(u32),
     /// [`StopRule::max_tokens`] or the context was reached.
     Length,
+    /// [`Request::grammar`] allows no token more.
+    Complete,
     /// The server ended it.
     Stopped,
 }
@@ -228,6 +234,9 @@ pub enum RequestError {
         /// Expected and found.
         what: String,
     },
+    /// The request's grammar failed while its answer was drawn.
+    #[error("the grammar: {0}")]
+    Grammar(String),
     /// The device failed under this request.
     #[error("the device failed: {0}")]
     Device(String),

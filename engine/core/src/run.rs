@@ -10,6 +10,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::oneshot;
 
 use crate::copies::Copies;
+use crate::mask::{MaskThreads, Masked};
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::scheduler::Scheduler;
@@ -26,6 +27,8 @@ pub(crate) enum Message {
     Stop(SequenceId),
     /// Pages came from the store.
     Loaded(Loaded),
+    /// A mask was computed.
+    Masked(Masked),
     /// Tell when the pages of what has finished are with the system; `false` if that takes longer.
     Flush(Duration, oneshot::Sender<bool>),
     /// Finish what was accepted, then end.
@@ -41,9 +44,19 @@ pub(crate) struct Engine {
     pub(crate) counters: Arc<Counters>,
     pub(crate) planner: Planner,
     pub(crate) copies: Copies,
+    pub(crate) masks: MaskThreads,
+    /// Until when the next step is put off for masks.
+    pub(crate) put_off: Option<Instant>,
     /// The store, if there is one.
     pub(crate) tier: Option<Tier>,
 }
+
+/// For masks, the next step is put off by this part of the time that the last one took, at most: without it, a
+/// choice under a grammar would sit out every other step.
+const MASK_SHARE: u32 = 8;
+
+/// How often it is looked whether they have come.
+const MASK_PAUSE: Duration = Duration::from_micros(20);
 
 /// How often an asynchronous device is asked for its copies while there is nothing to compute.
 const POLL_PAUSE: Duration = Duration::from_micros(100);
@@ -78,6 +91,7 @@ impl Engine {
             stalled = step.chunks.is_empty();
             if !stalled {
                 self.compute(&step, &mut out);
+                self.ask_masks();
                 self.report();
                 self.begin_copies();
             }
@@ -99,7 +113,9 @@ impl Engine {
             Ok(()) => {
                 let rows = (out.tokens.len(), step.outputs.len());
                 assert!(rows.0 == rows.1, "the executor returned {} output rows of {}", rows.0, rows.1);
-                self.planner.has_computed(step.tokens.len(), begun.elapsed());
+                let took = begun.elapsed();
+                self.put_off = Some(Instant::now() + took / MASK_SHARE);
+                self.planner.has_computed(step.tokens.len(), took);
                 self.scheduler.commit(&mut self.pool, out);
             }
             Err(error) => self.scheduler.fail(&mut self.pool, &error),
@@ -111,12 +127,16 @@ impl Engine {
         loop {
             let message = match self.inbox.try_recv() {
                 Ok(message) => message,
+                Err(TryRecvError::Empty) if !stalled && self.is_put_off() => {
+                    std::thread::sleep(MASK_PAUSE);
+                    continue;
+                }
                 Err(TryRecvError::Empty) if !self.scheduler.is_idle() && !stalled => return true,
                 Err(TryRecvError::Empty) if self.copies.is_busy() => {
                     std::thread::sleep(POLL_PAUSE);
                     return true;
                 }
-                Err(TryRecvError::Empty) if *open || self.scheduler.is_loading() => {
+                Err(TryRecvError::Empty) if *open || self.scheduler.is_waiting() => {
                     match self.inbox.blocking_recv() {
                         Some(message) => message,
                         None => return false,
@@ -126,16 +146,36 @@ impl Engine {
             };
             stalled = false;
             match message {
-                Message::Submit(sequence) => self.scheduler.submit(*sequence),
+                Message::Submit(sequence) => {
+                    self.scheduler.submit(*sequence);
+                    self.ask_masks();
+                }
                 Message::Stop(id) => {
                     self.scheduler.stop(id, &mut self.pool);
                     self.begin_copies();
                     self.report();
                 }
                 Message::Loaded(loaded) => self.loaded(loaded),
+                Message::Masked(masked) => {
+                    self.scheduler.masked(masked, &mut self.pool);
+                    self.begin_copies();
+                    self.report();
+                }
                 Message::Flush(patience, reply) => self.flush(patience, reply),
                 Message::Shutdown => *open = false,
             }
+        }
+    }
+
+    /// Whether a mask that is due soon is worth a moment.
+    fn is_put_off(&self) -> bool {
+        self.scheduler.is_masking() && self.put_off.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Has the masks computed that the scheduler asked for.
+    fn ask_masks(&mut self) {
+        for ask in self.scheduler.asks.drain(..) {
+            self.masks.ask(ask);
         }
     }
 

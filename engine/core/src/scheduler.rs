@@ -9,6 +9,7 @@ use mainstay_backend_api::{
 };
 use mainstay_store::{Durability, PageHeader};
 
+use crate::mask::{Ask, Held, Masked, forbid};
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::sequence::{LoadId, Sequence, SequenceId, Submission};
@@ -32,6 +33,8 @@ pub(crate) struct Scheduler {
     /// Page copies to begin, taken by the loop.
     pub(crate) loads: Vec<Load>,
     pub(crate) spills: Vec<Spill>,
+    /// Masks to have computed, taken by the loop.
+    pub(crate) asks: Vec<Ask>,
 }
 
 /// What the scheduler knows of the tier below the pool.
@@ -95,11 +98,19 @@ impl Scheduler {
             next_load: 0,
             loads: Vec::new(),
             spills: Vec::new(),
+            asks: Vec::new(),
         }
     }
 
     /// Queues a sequence. Alone it must fit into the limits.
-    pub(crate) fn submit(&mut self, sequence: Sequence) {
+    pub(crate) fn submit(&mut self, mut sequence: Sequence) {
+        if matches!(sequence.held, Held::Unasked(_)) {
+            self.ask(&mut sequence);
+        }
+        self.queue(sequence);
+    }
+
+    fn queue(&mut self, sequence: Sequence) {
         let at = self.waiting.partition_point(|s| s.id < sequence.id);
         self.waiting.insert(at, sequence);
     }
@@ -123,7 +134,46 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Fills the next step; it is empty only if there is nothing to do, or nothing before pages arrive.
+    fn ask(&mut self, sequence: &mut Sequence) {
+        let id = sequence.id;
+        self.asks.extend(sequence.held.ask().map(|masking| Ask { id, masking }));
+    }
+
+    /// Takes in a mask. A choice that is gone does without.
+    pub(crate) fn masked(&mut self, masked: Masked, pool: &mut KvPool) {
+        let Masked { ask: Ask { id, mut masking }, result } = masked;
+        let running = self.running.binary_search_by_key(&id, |s| s.id);
+        let waiting = self.waiting.binary_search_by_key(&id, |s| s.id);
+        let sequence = match (running, waiting) {
+            (Ok(at), _) => &mut self.running[at],
+            (_, Ok(at)) => &mut self.waiting[at],
+            _ => return,
+        };
+        if let Err(what) = result {
+            let event = Event::Failed(RequestError::Grammar(what));
+            self.events.push((Arc::clone(&sequence.submission), event));
+            return self.remove(pool, |s| s.id.request == id.request);
+        }
+        let stop = &sequence.submission.request.stop;
+        if sequence.generated() < stop.min_tokens {
+            forbid(&mut masking.mask, &stop.tokens);
+        }
+        let is_over = masking.mask.iter().all(|&word| word == 0);
+        sequence.held = if is_over { Held::Ended } else { Held::Ready(masking) };
+        // One that has not begun does so, and ends when its prompt is computed, which may be of use by itself.
+        if is_over && sequence.generated() > 0 && sequence.report.is_none() {
+            let removed = match (running, waiting) {
+                (Ok(at), _) => Some(self.running.remove(at)),
+                (_, Ok(at)) => self.waiting.remove(at),
+                _ => None,
+            };
+            if let Some(sequence) = removed {
+                self.finish(sequence, FinishReason::Complete, pool);
+            }
+        }
+    }
+
+    /// Fills the next step; it is empty only if there is nothing to do, or nothing before pages or masks arrive.
     /// [`Scheduler::commit`] or [`Scheduler::fail`] follows.
     pub(crate) fn plan(&mut self, pool: &mut KvPool, step: &mut Step, planner: &mut Planner) {
         assert!(self.planned.is_empty(), "{} chunks are in flight", self.planned.len());
@@ -132,7 +182,7 @@ impl Scheduler {
         self.grow(pool, &mut step.copies);
         let mut room = Room { tokens: self.limits.tokens_per_step, rows: self.limits.output_rows };
         // Whoever is about to draw goes first, so that a long prompt holds nobody up.
-        let ready = |s: &&Sequence| s.loading.is_none();
+        let ready = |s: &&Sequence| s.may_run();
         for sequence in self.running.iter().filter(ready).filter(|s| s.remaining() == 1) {
             let planned = plan_chunk(sequence, step, &mut room);
             self.planned.push(planned.expect("a slot was kept for every running sequence"));
@@ -143,7 +193,7 @@ impl Scheduler {
         self.admit(pool, step, (&mut room, planner));
         let (running, waiting) = (self.running.len(), self.waiting.len());
         assert!(
-            !self.planned.is_empty() || self.is_idle() || self.is_loading(),
+            !self.planned.is_empty() || self.is_idle() || self.is_waiting(),
             "{running} running and {waiting} waiting are stuck"
         );
     }
@@ -153,11 +203,23 @@ impl Scheduler {
         self.running.iter().any(|s| s.loading.is_some())
     }
 
+    /// Whether pages or masks are on their way, without which some sequence cannot go on.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.is_loading() || self.is_masking()
+    }
+
+    /// Whether a mask is on its way without which some sequence cannot go on.
+    pub(crate) fn is_masking(&self) -> bool {
+        self.running.iter().any(|s| !s.may_draw())
+    }
+
     /// Finds pages for the tokens that were drawn, at the cost of the sequences that came last.
     fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) {
         let mut at = 0;
         while at < self.running.len() {
-            if self.running[at].grow(pool, copies) {
+            // One that sits the step out writes nothing, and a copy for it would be of no step.
+            let sits_out = self.running[at].loading.is_none() && !self.running[at].may_run();
+            if sits_out || self.running[at].grow(pool, copies) {
                 at += 1;
                 continue;
             }
@@ -165,7 +227,7 @@ impl Scheduler {
             let mut last = self.running.pop().expect("there are at least two");
             last.release(pool);
             self.totals.preemptions += 1;
-            self.submit(last);
+            self.queue(last);
         }
     }
 
@@ -289,7 +351,7 @@ impl Scheduler {
             let sequence = &mut self.running[at];
             let draws = part.outputs.start + part.scored..part.outputs.end;
             sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
-            if done && first {
+            if done && (first || draws.is_empty()) {
                 self.finish_prompt(at, draws, out, pool);
             } else if done {
                 let sequence = self.running.remove(at);
@@ -301,7 +363,7 @@ impl Scheduler {
         self.planned.clear();
     }
 
-    /// The prompt of a request is computed: its choices part, each with its own first token.
+    /// The prompt of a request is computed: its choices part, each with its own first token, or end without one.
     fn finish_prompt(&mut self, at: usize, draws: Range<usize>, out: &StepOutput, pool: &mut KvPool) {
         let mut sequence = self.running.remove(at);
         let scores = std::mem::take(&mut sequence.scores);
@@ -309,10 +371,12 @@ impl Scheduler {
             self.events.push((Arc::clone(&sequence.submission), Event::Prompt(scores)));
         }
         let choices = sequence.request().choices;
+        let is_over = matches!(sequence.held, Held::Ended);
+        let undrawn = if is_over { FinishReason::Complete } else { FinishReason::Length };
         let forks: Vec<Sequence> = (1..choices).map(|choice| sequence.fork(choice, pool)).collect();
         for (choice, sequence) in (0..).zip(std::iter::once(sequence).chain(forks)) {
             if draws.is_empty() {
-                self.finish(sequence, FinishReason::Length, pool);
+                self.finish(sequence, undrawn, pool);
             } else {
                 self.extend(sequence, draws.start + choice, out, pool);
             }
@@ -340,6 +404,10 @@ impl Scheduler {
         match ends {
             Some(reason) => self.finish(sequence, reason, pool),
             None => {
+                if let Held::Unasked(masking) | Held::Ready(masking) = &mut sequence.held {
+                    masking.drawn.push(token);
+                }
+                self.ask(&mut sequence);
                 self.insert(sequence);
             }
         }
@@ -422,9 +490,10 @@ fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvP
     spill
 }
 
-/// Adds as many of a sequence's next tokens to the step as there is room for.
+/// Adds as many of a sequence's next tokens to the step as there is room for; all but the last one where that cannot
+/// be drawn from yet.
 fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<Planned> {
-    let most = sequence.remaining().min(room.tokens);
+    let most = (sequence.remaining() - usize::from(!sequence.may_draw())).min(room.tokens);
     let tokens = (1..=most).rev().find(|&len| sequence.rows(len) <= room.rows)?;
     let (start, position) = (step.tokens.len(), sequence.computed);
     step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
@@ -468,6 +537,13 @@ fn plan_draws(sequence: &Sequence, step: &mut Step) {
         step.history.extend_from_slice(&sequence.tokens);
     }
     let history = history..step.history.len();
+    let mask = step.masks.len();
+    let mask = if let Held::Ready(masking) = &sequence.held {
+        step.masks.extend_from_slice(&masking.mask);
+        Some(mask..step.masks.len())
+    } else {
+        None
+    };
     let row = step.tokens.len() - 1;
     for choice in sequence.id.choice..sequence.id.choice + sequence.draws() {
         let want = Want::Sample(Sampling {
@@ -481,6 +557,7 @@ fn plan_draws(sequence: &Sequence, step: &mut Step) {
             seed: wanted.seed,
             choice,
             bias: bias.clone(),
+            mask: mask.clone(),
             history: history.clone(),
             prompt_len: sequence.submission.prompt_len,
         });

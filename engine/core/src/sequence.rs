@@ -11,6 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::chain::{Chain, Header, Stored};
+use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::request::{KvReport, KvState};
@@ -78,6 +79,8 @@ pub(crate) struct Sequence {
     pub(crate) loading: Option<Loading>,
     /// What was reused, until its owner is told.
     pub(crate) report: Option<KvReport>,
+    /// How it is held to the request's grammar.
+    pub(crate) held: Held,
     /// Another class computed some of its pages, so that what is computed after them is not this class's either.
     is_mixed: bool,
 }
@@ -91,6 +94,7 @@ impl Sequence {
         seat: OwnedSemaphorePermit,
         (stored, keys): (Stored, Vec<PageKey>),
     ) -> Self {
+        let held = Held::new(&submission.request, &tokens[submission.prompt_len..]);
         Self {
             id: SequenceId { request, choice: 0 },
             submission,
@@ -109,6 +113,7 @@ impl Sequence {
             }),
             stored,
             loading: None,
+            held,
             is_mixed: false,
         }
     }
@@ -130,6 +135,7 @@ impl Sequence {
             stored: self.stored.clone(),
             loading: None,
             report: None,
+            held: Held::new(self.request(), &[]),
             is_mixed: self.is_mixed,
         }
     }
@@ -148,8 +154,21 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Whether its next token can be drawn: that of a choice under a grammar cannot before its mask is there.
+    pub(crate) fn may_draw(&self) -> bool {
+        !matches!(self.held, Held::Unasked(_) | Held::Asked)
+    }
+
+    /// Whether it has something to compute in the next step.
+    pub(crate) fn may_run(&self) -> bool {
+        self.loading.is_none() && (self.may_draw() || self.remaining() > 1)
+    }
+
     /// Tokens that the last row is asked for: one, or the first one of every choice.
     pub(crate) fn draws(&self) -> u32 {
+        if matches!(self.held, Held::Ended) {
+            return 0;
+        }
         match (self.generated(), self.request().stop.max_tokens) {
             (0, 0) => 0,
             (0, _) => self.request().choices,

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 
+use super::constraint_fields::ConstraintField;
 use super::fields::Fields;
 use super::logprobs;
 use super::options::{self, Delivery, GenerationOptions, TOP_LOGPROBS_MAX};
@@ -29,6 +30,7 @@ pub(crate) struct ChatRequest {
     pub(crate) keep: KeepFields,
     pub(crate) tools: Tools,
     show_reasoning: ShowReasoning,
+    pub(crate) constraint: Option<ConstraintField>,
 }
 
 impl ChatRequest {
@@ -42,12 +44,13 @@ impl ChatRequest {
         let logprobs = read_logprobs(fields)?;
         let delivery = options::delivery(fields)?;
         let keep = KeepFields::read(fields)?;
+        let constraint = ConstraintField::read(fields)?;
         refuse_in_chat(fields)?;
         let show_reasoning = match fields.bool("include_reasoning")? {
             Some(false) => ShowReasoning::No,
             _ => ShowReasoning::Yes,
         };
-        Ok(Self { input, options, max_tokens, logprobs, delivery, keep, tools, show_reasoning })
+        Ok(Self { input, options, max_tokens, logprobs, delivery, keep, constraint, tools, show_reasoning })
     }
 
     /// How answers that go on after a rendered prompt are taken apart.

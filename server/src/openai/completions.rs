@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use mainstay_models::tokenizer::AddSpecial;
 use serde_json::{Value, json};
 
+use super::constraint_fields::ConstraintField;
 use super::fields::Fields;
 use super::logprobs;
 use super::options::{self, Delivery, GenerationOptions, PromptInput, TOP_LOGPROBS_MAX};
@@ -32,6 +33,7 @@ pub(crate) struct CompletionRequest {
     pub(crate) echo: Echo,
     pub(crate) delivery: Delivery,
     pub(crate) keep: KeepFields,
+    pub(crate) constraint: Option<ConstraintField>,
 }
 
 impl CompletionRequest {
@@ -47,9 +49,10 @@ impl CompletionRequest {
         let logprobs = fields.count("logprobs", 0..=TOP_LOGPROBS_MAX)?;
         let delivery = options::delivery(fields)?;
         let keep = KeepFields::read(fields)?;
+        let constraint = ConstraintField::read(fields)?;
         refuse_in_completions(fields)?;
         let special = add_special(fields, AddSpecial::Yes)?;
-        Ok(Self { prompts, special, options, max_tokens, logprobs, echo, delivery, keep })
+        Ok(Self { prompts, special, options, max_tokens, logprobs, echo, delivery, keep, constraint })
     }
 }
 

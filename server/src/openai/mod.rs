@@ -2,6 +2,7 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod constraint_fields;
 pub(crate) mod fields;
 pub(crate) mod logprobs;
 pub(crate) mod messages;

@@ -10,12 +10,13 @@ use super::answer::{Answering, Role};
 use super::object::ResponseRecord;
 use super::opening::{self, Planned, Stored};
 use super::past::Past;
-use super::request::{Before, ResponseRequest};
+use super::request::{self, Before, ResponseRequest};
 use super::{ids, now_s};
 use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::ChatRequest;
+use crate::openai::constraint_fields::ConstraintField;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
 use crate::reply::Envelope;
@@ -61,7 +62,7 @@ impl Responder {
             }
             _ => {
                 let begun = Begun { responder: self, tenant, model, asked, time };
-                begun.plain(planned)
+                begun.plain(planned).await
             }
         }
     }
@@ -141,10 +142,13 @@ impl Begun<'_> {
         record
     }
 
-    fn job(&self, chat: ChatRequest, fit: &Fit, durability: Durability) -> Job {
+    async fn job(&self, chat: ChatRequest, fit: &Fit, durability: Durability) -> Result<Job, ApiError> {
+        let constraint = ConstraintField::compile(chat.constraint.clone(), &self.model).await;
+        let constraint = constraint.map_err(request::renamed)?;
         let output = chat.output(&self.model, &fit.text);
-        Job {
+        Ok(Job {
             output,
+            constraint,
             model: Arc::clone(&self.model),
             tenant: Arc::clone(&self.tenant),
             prompts: vec![Prompt::of(fit.tokens.clone())],
@@ -156,14 +160,14 @@ impl Begun<'_> {
             continuation: Continuation::OwnText,
             time: self.time,
             keep: chat.keep.keep(durability),
-        }
+        })
     }
 
     /// A response that is kept nowhere.
-    fn plain(mut self, planned: Planned) -> Result<Answering, ApiError> {
+    async fn plain(mut self, planned: Planned) -> Result<Answering, ApiError> {
         let id = ids::response(mainstay_engine::store::SessionId(0));
         let record = self.record(&id, &planned, false);
-        let job = self.job(planned.chat, &planned.fit, self.responder.durability.1);
+        let job = self.job(planned.chat, &planned.fit, self.responder.durability.1).await?;
         Ok(Answering::new(Run::start(job)?, record, Role::Alone))
     }
 
@@ -183,7 +187,7 @@ impl Begun<'_> {
         let Planned { chat, fit, messages, changed, .. } = planned;
         let asked_durability = chat.keep.durability;
         let seed = chat.options.sampling.seed;
-        let mut job = self.job(chat, &fit, claimed.settings.durability);
+        let mut job = self.job(chat, &fit, claimed.settings.durability).await?;
         if claimed.settings.durability == Durability::Ephemeral {
             job.keep.durability = Durability::Ephemeral;
         }

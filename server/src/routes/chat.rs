@@ -11,6 +11,7 @@ use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
+use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::fields::Fields;
 use crate::openai::session;
 use crate::openai::session_fields::SessionFields;
@@ -71,6 +72,7 @@ impl App {
         (model, request): (Arc<Model>, ChatRequest),
         time: TimeLimits,
     ) -> Result<Job, ApiError> {
+        let constraint = ConstraintField::compile(request.constraint.clone(), &model).await?;
         let continuation = match request.input.ending {
             Ending::OpenMessage => Continuation::OfPrompt,
             Ending::Generation | Ending::Nothing => Continuation::OwnText,
@@ -91,6 +93,7 @@ impl App {
             continuation,
             time,
             keep: request.keep.keep(self.plain_durability()),
+            constraint,
         })
     }
 }

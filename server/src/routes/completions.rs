@@ -9,6 +9,7 @@ use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::job::{Continuation, Job};
 use crate::openai::completions::{CompletionRequest, CompletionShape};
+use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::fields::Fields;
 use crate::output::Output;
 use crate::prompt;
@@ -27,6 +28,7 @@ pub(super) async fn post(
     let fields = Fields::of(&body);
     let model = app.registry.get(fields.required_string("model")?)?;
     let request = CompletionRequest::read(&fields, &model)?;
+    let constraint = ConstraintField::compile(request.constraint, &model).await?;
     let prompts = prompt::plain(&model, request.prompts, request.special).await?;
     for prompt in &prompts {
         prompt::check_length(&model, prompt, request.max_tokens, "prompt")?;
@@ -44,6 +46,7 @@ pub(super) async fn post(
         continuation: Continuation::OfPrompt,
         time,
         keep: request.keep.keep(app.plain_durability()),
+        constraint,
     };
     reply::send(job, CompletionShape::default(), request.delivery).await
 }

@@ -16,6 +16,7 @@ use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
+use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::options::Delivery;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::{Ending, Prompt};
@@ -45,6 +46,7 @@ impl SessionChat {
     pub(crate) async fn answer(self, sessions: &Sessions) -> Result<Response, ApiError> {
         self.check()?;
         let request = self.request;
+        let constraint = ConstraintField::compile(request.constraint.clone(), &self.model).await?;
         let asked = Asked {
             model: self.model.clone(),
             tenant: self.tenant.clone(),
@@ -74,6 +76,7 @@ impl SessionChat {
             continuation: Continuation::OwnText,
             time: self.time,
             keep,
+            constraint,
         };
         let include_usage = delivery == Delivery::Stream { include_usage: true };
         let envelope = match self.id {

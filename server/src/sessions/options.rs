@@ -4,6 +4,7 @@ use mainstay_engine::SamplingRequest;
 use mainstay_models::tokenizer::ShowSpecial;
 use serde_json::{Value, json};
 
+use crate::grammar::Wanted;
 use crate::job::Job;
 use crate::openai::options::{GenerationOptions, ShowStop};
 use crate::output::Output;
@@ -17,6 +18,8 @@ pub(crate) struct Recorded {
     pub(crate) max_tokens: usize,
     pub(crate) logprobs: Option<usize>,
     pub(crate) include_usage: bool,
+    /// What the answer is held to.
+    pub(crate) constraint: Option<Wanted>,
 }
 
 /// Resolved: the seed and the model's defaults of that time are in it.
@@ -44,6 +47,7 @@ pub(crate) fn write(job: &Job, include_usage: bool) -> Value {
         "logprobs": job.logprobs,
         "include_usage": include_usage,
         "output": job.output.to_json(),
+        "constraint": job.constraint.as_ref().map(|compiled| compiled.wanted().to_json()),
     })
 }
 
@@ -75,7 +79,12 @@ pub(crate) fn read(value: &Value) -> Option<Recorded> {
         show_stop: if flag("show_stop")? { ShowStop::Yes } else { ShowStop::No },
         return_token_ids: flag("return_token_ids")?,
     };
+    let constraint = match &value["constraint"] {
+        Value::Null => None,
+        constraint => Some(Wanted::of_json(constraint)?),
+    };
     let (max_tokens, logprobs) = (count("max_tokens")?, count("logprobs"));
     let output = Output::of_json(&value["output"])?;
-    Some(Recorded { options, output, max_tokens, logprobs, include_usage: flag("include_usage")? })
+    let include_usage = flag("include_usage")?;
+    Some(Recorded { options, output, max_tokens, logprobs, include_usage, constraint })
 }

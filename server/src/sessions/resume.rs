@@ -19,6 +19,7 @@ use super::turn::{Claimed, Plan, Turn};
 use super::{Claim, Sessions, shown};
 use crate::error::ApiError;
 use crate::generate::{Closing, Run};
+use crate::grammar;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::kv::durability_name;
 use crate::openai::chat::ChatShape;
@@ -160,7 +161,7 @@ impl Reader {
         meta: (Meta, SessionRecord),
     ) -> Result<Response, ApiError> {
         let id = idle.id;
-        let (run, live) = self.take_up(idle, found, meta)?;
+        let (run, live) = self.take_up(idle, found, meta).await?;
         self.send(run, live.envelope.clone(), (live.include_usage, id)).await
     }
 
@@ -180,10 +181,10 @@ impl Reader {
         let (info, turns, in_flight) = self.sessions.call(read).await?;
         let found = in_flight.ok_or_else(ApiError::no_turns)?;
         let meta = Meta::read(&found.meta).ok_or_else(ApiError::no_turns)?;
-        self.take_up(Idle { claim, tenant, id, info, turns }, found, meta)
+        self.take_up(Idle { claim, tenant, id, info, turns }, found, meta).await
     }
 
-    fn take_up(
+    async fn take_up(
         &self,
         idle: Idle,
         found: InFlight,
@@ -200,7 +201,11 @@ impl Reader {
         let prompt = [History::of(idle.turns).tokens(plan.kept as usize), sent.to_vec()].concat();
         let envelope = Envelope::of(plan.record.id.clone(), plan.record.created, &model);
         let include_usage = recorded.include_usage;
-        let job = self.job(model, prompt, recorded, keep);
+        let constraint = match recorded.constraint.clone() {
+            Some(constraint) => Some(grammar::compile(constraint, &model).await?),
+            None => None,
+        };
+        let job = Job { constraint, ..self.job(model, prompt, recorded, keep) };
         let response = plan.record.response.clone();
         let live = Live::new(job.clone(), envelope, include_usage, drawn).of_response(response);
         let live = Arc::new(live);
@@ -243,8 +248,9 @@ impl Reader {
             session: Some(json!({"id": shown(info.id), "name": name, "turn": turn.number})),
             usage: Usage::of_json(&record.usage),
         };
+        let is_cut = record.finish_reason == "length";
         let job = self.job(model, Vec::new(), recorded, Keep::default());
-        Ok(Run::of_past(job, &drawn, closing))
+        Ok(Run::of_past(job, (&drawn, is_cut), closing))
     }
 
     fn job(&self, model: Arc<Model>, prompt: Vec<u32>, recorded: Recorded, keep: Keep) -> Job {
@@ -261,6 +267,7 @@ impl Reader {
             continuation: Continuation::OwnText,
             time: self.time,
             keep,
+            constraint: None,
         }
     }
 

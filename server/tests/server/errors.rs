@@ -69,8 +69,16 @@ async fn fields_that_both_endpoints_share() {
         (json!({"model": null}), "model"),
         (json!({"response_format": {"type": "nope"}}), "response_format.type"),
         (json!({"response_format": {}}), "response_format.type"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
-        (json!({"guided_json": {}}), "guided_json"),
+        (json!({"response_format": {"type": "json_object"}, "guided_regex": "a"}), "guided_regex"),
+        (json!({"guided_json": 3}), "guided_json"),
+        (json!({"guided_json": "{"}), "guided_json"),
+        (json!({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice"),
+        (json!({"guided_choice": []}), "guided_choice"),
+        (json!({"guided_choice": ["a", ""]}), "guided_choice[1]"),
+        (json!({"structured_outputs": {}}), "structured_outputs"),
+        (json!({"structured_outputs": {"regex": 3}}), "structured_outputs.regex"),
+        (json!({"structured_outputs": {"regex": "a", "json_object": true}}), "structured_outputs"),
+        (json!({"structured_outputs": {"structural_tag": "x"}}), "structured_outputs.structural_tag"),
     ];
     refused(CHAT, chat, &cases).await;
     refused(COMPLETIONS, completion, &cases).await;
@@ -98,6 +106,10 @@ async fn fields_of_chat() {
         (json!({"function_call": {"name": "f"}}), "function_call.name"),
         (json!({"include_reasoning": 1}), "include_reasoning"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {}}}),
+            "response_format.json_schema.name",
+        ),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"modalities": ["text", "audio"]}), "modalities"),
         (json!({"web_search_options": {}}), "web_search_options"),

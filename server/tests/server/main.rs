@@ -11,5 +11,6 @@ mod resume;
 mod session_routes;
 mod sessions;
 mod streams;
+mod structured;
 mod testbed;
 mod tools;

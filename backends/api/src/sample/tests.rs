@@ -331,3 +331,37 @@ fn rows_fill_an_output() {
         assert_eq!(out.logits, logits);
     }
 }
+
+#[test]
+fn what_a_mask_lacks_is_never_drawn_and_its_probability_is_told() {
+    let logits: Vec<f32> = (0..70).map(|id| (id * 37 % 70) as f32 / 9.0).collect();
+    let mask = vec![1 << 3 | 1 << 31, 1 << 2];
+    let biases = vec![(3, -5.0), (50, 100.0)];
+    let step = Step { masks: mask, biases, history: vec![3, 3, 34], ..Step::default() };
+    let mut seen = [0; 70];
+    for seed in 0..400 {
+        let s = Sampling {
+            temperature: 1.5,
+            seed,
+            mask: Some(0..2),
+            bias: 0..2,
+            history: 0..3,
+            frequency_penalty: 0.5,
+            ..Sampling::greedy()
+        };
+        let mut row = row(s.clone());
+        row.top_logprobs = Some(70);
+        let (drawn, top) = run(&logits, &row, &step);
+        seen[drawn.token as usize] += 1;
+        assert!(top.contains(&(drawn.token, drawn.logprob)) && top.len() == 70);
+        row.want = Want::Sample(Sampling { top_k: 2, top_p: 0.9, ..s.clone() });
+        assert!([3, 31, 34].contains(&run(&logits, &row, &step).0.token));
+        row.want = Want::Sample(Sampling { mask: Some(1..2), ..s });
+        assert_eq!(run(&logits, &row, &step).0.token, 2, "the second word alone begins at token 0");
+    }
+    assert_eq!(seen.iter().sum::<i32>(), seen[3] + seen[31] + seen[34], "{seen:?}");
+    assert!(seen[31] > 0 && seen[34] > 0, "{seen:?}");
+    let nothing = row(Sampling { mask: Some(0..0), ..Sampling::greedy() });
+    let mut scratch = SampleScratch::new(70);
+    assert!(sample(&logits, &nothing, &step, &mut scratch, &mut Vec::new()).is_err());
+}

@@ -5,7 +5,7 @@ use mainstay_backend_api::KvDType;
 use mainstay_backend_api::echo::{EchoExecutor, expected_logprob};
 
 use super::super::*;
-use super::rig::{Client, Rig, VOCAB, alone, request};
+use super::rig::{Client, Hashed, Rig, VOCAB, alone, request};
 use crate::{Request, StopRule};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
@@ -39,6 +39,7 @@ struct Watched {
     stopped: Vec<bool>,
     failed: bool,
     stores: bool,
+    completed: usize,
 }
 
 impl Watched {
@@ -54,6 +55,7 @@ impl Watched {
             stopped: vec![false; n],
             failed: false,
             stores,
+            completed: 0,
         }
     }
 
@@ -98,6 +100,7 @@ impl Watched {
             Event::Finished { choice, reason } => {
                 assert!(self.started && self.reasons[choice as usize].is_none());
                 self.reasons[choice as usize] = Some(reason);
+                self.completed += usize::from(reason == FinishReason::Complete);
             }
             Event::Failed(error) => {
                 assert!(matches!(error, RequestError::Device(_)), "{error}");
@@ -135,6 +138,7 @@ struct World {
     choices_max: usize,
     started: Option<RequestId>,
     finished: usize,
+    completed: usize,
     copies: usize,
 }
 
@@ -153,6 +157,7 @@ impl World {
             bases,
             started: None,
             finished: 0,
+            completed: 0,
             copies: 0,
         }
     }
@@ -182,6 +187,9 @@ impl World {
         }
         let tokens = (0..r.below(3)).map(|_| r.below(VOCAB) as u32).collect();
         wanted.stop = StopRule { tokens, min_tokens: r.pick(&[0, 0, 6]), ..wanted.stop };
+        if r.one_in(3) {
+            wanted.grammar = Some(Arc::new(Hashed { len: r.below(30) }));
+        }
         wanted.logprobs = r.pick(&[None, None, Some(2)]);
         wanted.prompt_logprobs = r.pick(&[None, None, None, None, Some(1)]);
         wanted
@@ -196,6 +204,11 @@ impl World {
         if !self.rig.pending.is_empty() && self.random.one_in(2) {
             let (at, pages) = (self.random.below(self.rig.pending.len()), 1 + self.random.below(3));
             self.rig.deliver(at, pages);
+        }
+        // Some come at once, most a few steps late.
+        while !self.rig.asked.is_empty() && self.random.one_in(2) {
+            let at = self.random.below(self.rig.asked.len());
+            self.rig.mask(at);
         }
         if !self.watched.is_empty() && self.random.one_in(40) {
             let gone = self.random.below(self.watched.len());
@@ -221,6 +234,7 @@ impl World {
         for watched in self.watched.extract_if(.., |w| w.is_over()) {
             watched.check(self.context);
             self.finished += 1;
+            self.completed += watched.completed;
         }
     }
 
@@ -253,7 +267,7 @@ fn a_hundred_thousand_steps_keep_the_books() {
         tiny(&[30, 14], 100, 5, 12),
     ];
     let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
-    let mut restored = 0;
+    let (mut restored, mut completed) = (0, 0);
     for seed in 0..20 {
         let limits = shapes[seed as usize % shapes.len()].clone();
         let fail_every = (seed % 3 == 2).then_some(23 + seed);
@@ -264,14 +278,16 @@ fn a_hundred_thousand_steps_keep_the_books() {
         restored += stats.restored_tokens;
         copies += world.copies;
         finished += world.finished;
+        completed += world.completed;
         steps += stats.steps;
         preemptions += stats.preemptions;
         cached += stats.cached_tokens;
     }
     // The seeds must reach what they are there for.
-    let reached = (steps, finished, preemptions, cached, copies, restored);
+    let reached = (steps, finished, preemptions, cached, copies, restored, completed);
     assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
     assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
+    assert!(completed > 300, "{reached:?}");
 }
 
 #[test]

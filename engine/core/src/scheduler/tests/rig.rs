@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use mainstay_backend_api::echo::{EchoExecutor, expected};
+use mainstay_backend_api::echo::{EchoExecutor, expected_of};
 use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, StoredPage, Ticket};
 use mainstay_store::sim::{SimClock, SimDisk, SimEntropy};
 use mainstay_store::{KeyChain, Options, Quota, Store, Tenant, TenantId, TenantSecret};
@@ -12,8 +12,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::super::*;
 use crate::chain::Chain;
 use crate::identity::{Identity, ModelIdentity};
+use crate::mask::forbid;
 use crate::planner::RestorePolicy;
-use crate::{Keep, Request, SamplingRequest, StopRule};
+use crate::{Grammar, Keep, Masker, Request, SamplingRequest, StopRule};
 
 pub(super) const VOCAB: usize = 40;
 
@@ -30,6 +31,8 @@ pub(super) struct Rig {
     owners: HashMap<(usize, PageId), Arc<str>>,
     planner: Planner,
     pub(super) store: Option<Store>,
+    /// Masks that the scheduler asked for.
+    pub(super) asked: Vec<Ask>,
     /// Loads that the scheduler asked for, and how many pages of each were delivered.
     pub(super) pending: Vec<(Load, usize)>,
 }
@@ -67,6 +70,7 @@ impl Rig {
             owners: HashMap::new(),
             planner: Planner::new(RestorePolicy::Always, 1),
             store: None,
+            asked: Vec::new(),
             pending: Vec::new(),
         }
     }
@@ -144,8 +148,18 @@ impl Rig {
             store.step();
             spill.reads.iter().for_each(|r| self.pool.release(r.page.group as usize, r.page.page));
         }
+        self.asked.append(&mut self.scheduler.asks);
         let loads = std::mem::take(&mut self.scheduler.loads);
         self.pending.extend(loads.into_iter().map(|load| (load, 0)));
+    }
+
+    /// Computes a mask and hands it in.
+    pub(super) fn mask(&mut self, at: usize) {
+        let mut ask = self.asked.swap_remove(at);
+        let result = ask.masking.compute();
+        self.scheduler.masked(Masked { ask, result }, &mut self.pool);
+        self.transfer();
+        self.scheduler.send_events();
     }
 
     /// Delivers up to `most` more pages of a load; `true` when it is over.
@@ -198,6 +212,9 @@ impl Rig {
             self.turn();
             if self.step.chunks.is_empty() && !self.pending.is_empty() {
                 while !self.deliver(0, 2) {}
+            }
+            if self.step.chunks.is_empty() && !self.asked.is_empty() {
+                self.mask(0);
             }
         }
         panic!("no end: {:?}", self.scheduler.stats(&self.pool));
@@ -275,6 +292,40 @@ pub(super) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        grammar: None,
+    }
+}
+
+/// Allows tokens by a hash of those before, and so many of them.
+#[derive(Debug)]
+pub(super) struct Hashed {
+    pub(super) len: usize,
+}
+
+struct HashedChoice {
+    left: usize,
+    hash: u32,
+}
+
+impl Grammar for Hashed {
+    fn start(&self) -> Box<dyn Masker> {
+        Box::new(HashedChoice { left: self.len, hash: 7 })
+    }
+}
+
+impl Masker for HashedChoice {
+    fn advance(&mut self, drawn: &[u32], mask: &mut Vec<u32>) -> Result<(), String> {
+        for token in drawn {
+            self.left = self.left.checked_sub(1).ok_or("it was told of a token after its end")?;
+            self.hash = self.hash.wrapping_mul(31).wrapping_add(*token);
+        }
+        mask.clear();
+        if self.left > 0 {
+            mask.resize(VOCAB.div_ceil(32), 0);
+            let allowed = (0..VOCAB as u32).filter(|token| (token + self.hash) % 5 == 0);
+            allowed.for_each(|token| mask[token as usize / 32] |= 1 << (token % 32));
+        }
+        Ok(())
     }
 }
 
@@ -295,6 +346,8 @@ pub(super) fn alone(request: &Request, choice: u32, context: usize) -> (Vec<u32>
         ..Sampling::greedy()
     };
     let mut tokens = request.prompt.clone();
+    let mut masker = request.grammar.as_ref().map(|grammar| grammar.start());
+    let (mut mask, mut told) = (Vec::new(), tokens.len());
     let reason = loop {
         let generated = tokens.len() - request.prompt.len();
         if generated == request.stop.max_tokens || tokens.len() == context {
@@ -303,7 +356,15 @@ pub(super) fn alone(request: &Request, choice: u32, context: usize) -> (Vec<u32>
         let may_stop = generated >= request.stop.min_tokens;
         let banned = request.stop.tokens.iter().filter(|_| !may_stop).map(|&t| (t, f32::NEG_INFINITY));
         let biases: Vec<(u32, f32)> = s.logit_bias.iter().copied().chain(banned).collect();
-        let token = expected(VOCAB, &tokens, &sampling, &biases);
+        if let Some(masker) = &mut masker {
+            masker.advance(&tokens[told..], &mut mask).unwrap();
+            told = tokens.len();
+            forbid(&mut mask, if may_stop { &[] } else { &request.stop.tokens });
+            if mask.iter().all(|word| *word == 0) {
+                break FinishReason::Complete;
+            }
+        }
+        let token = expected_of(VOCAB, &tokens, (&sampling, masker.as_ref().map(|_| &mask[..])), &biases);
         tokens.push(token);
         if request.stop.tokens.contains(&token) {
             break FinishReason::Stop(token);
