@@ -96,7 +96,7 @@ impl ChatInput {
         Ok(Self {
             messages,
             tools: tools.shown().into(),
-            kwargs: fields.object("chat_template_kwargs")?.cloned(),
+            kwargs: kwargs(fields, model)?,
             ending,
             special: add_special(fields, AddSpecial::No)?,
         })
@@ -159,6 +159,19 @@ impl ChatInput {
         text.truncate(end + kept);
         Ok(text)
     }
+}
+
+/// The variables of the template that a request sets: `chat_template_kwargs`, and what the API has a field for.
+fn kwargs(fields: &Fields<'_, '_>, model: &Model) -> Result<Option<Map<String, Value>>, ApiError> {
+    const EFFORT: &str = "reasoning_effort";
+    let mut kwargs = fields.object("chat_template_kwargs")?.cloned();
+    let knows = || model.served.template.as_ref().is_some_and(|template| template.mentions(EFFORT));
+    if let Some(effort) = fields.string(EFFORT)?
+        && knows()
+    {
+        kwargs.get_or_insert_default().entry(EFFORT).or_insert_with(|| effort.into());
+    }
+    Ok(kwargs)
 }
 
 /// The field `add_special_tokens`.

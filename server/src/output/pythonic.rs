@@ -190,21 +190,22 @@ impl<'a> Reader<'a> {
     }
 
     fn escape(&mut self, text: &mut String) -> Option<()> {
-        let digits = match self.next()? {
-            'n' => return Some(text.push('\n')),
-            't' => return Some(text.push('\t')),
-            'r' => return Some(text.push('\r')),
-            '\n' => return Some(()),
-            'x' => 2,
-            'u' => 4,
-            'U' => 8,
-            c @ ('\\' | '\'' | '"') => return Some(text.push(c)),
-            other => {
-                // Python leaves what it does not know as it is.
-                text.push('\\');
-                return Some(text.push(other));
-            }
-        };
+        let mut digits = 0;
+        match self.next()? {
+            'n' => text.push('\n'),
+            't' => text.push('\t'),
+            'r' => text.push('\r'),
+            '\n' => {}
+            'x' => digits = 2,
+            'u' => digits = 4,
+            'U' => digits = 8,
+            c @ ('\\' | '\'' | '"') => text.push(c),
+            // Python leaves what it does not know as it is.
+            other => text.extend(['\\', other]),
+        }
+        if digits == 0 {
+            return Some(());
+        }
         let number = self.rest.get(..digits).and_then(|hex| u32::from_str_radix(hex, 16).ok())?;
         self.rest = &self.rest[digits..];
         text.push(char::from_u32(number)?);
