@@ -32,7 +32,7 @@ const OWN: [(&str, &[&str]); 10] = [
 ];
 
 /// Crates of others (a trailing `*` stands for any ending) that only these of ours may import.
-const FOREIGN: [(&str, &[&str]); 8] = [
+const FOREIGN: [(&str, &[&str]); 9] = [
     ("candle-*", &["mainstay-backend-candle"]),
     ("cudarc", &[]),
     ("axum", &["mainstay-server", "mainstay-bench", "mainstay"]),
@@ -40,6 +40,7 @@ const FOREIGN: [(&str, &[&str]); 8] = [
     ("tokio", &["mainstay-store", "mainstay-engine", "mainstay-server", "mainstay-bench", "mainstay"]),
     ("tokenizers", &["mainstay-models"]),
     ("hf-hub", &["mainstay"]),
+    ("llguidance", &["mainstay-server"]),
     ("anyhow", &["mainstay"]),
 ];
 
@@ -146,6 +147,7 @@ fn fabricated_arrows_are_found() {
         ("mainstay-engine", "axum"),
         ("mainstay-server", "tokenizers"),
         ("mainstay-bench", "hf-hub"),
+        ("mainstay-engine", "llguidance"),
         ("mainstay-backend-cpu", "tokio"),
         ("mainstay-server", "anyhow"),
     ];

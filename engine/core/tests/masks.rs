@@ -35,8 +35,8 @@ enum Fault {
     Panic,
 }
 
-/// Allows the tokens that are one more than a multiple of three, ten times as many as there are tokens already, and so
-/// many tokens in all. Each mask waits for a message, if it has a gate.
+/// Allows every third token from the number drawn on, more of them each time, for so many tokens in all. Each mask waits
+/// for a message, if it has a gate.
 #[derive(Debug)]
 struct Counting {
     len: usize,

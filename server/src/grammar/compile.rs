@@ -16,6 +16,8 @@ const SOURCE_LEN_MAX: usize = 256 << 10;
 const DEPTH_MAX: usize = 200;
 /// The compiler follows references and rules recursively.
 const STACK_BYTES: usize = 256 << 20;
+/// The name of a constraint that begins after a marker.
+const BODY: &str = "body";
 /// White space where JSON allows any: a space, or a line break and an indentation. It is bounded, since a model could
 /// go on with it for ever.
 const JSON_SPACE: &str = r"\x20|\n\x20{0,16}";
@@ -78,25 +80,23 @@ fn depth(text: &str) -> usize {
 }
 
 fn parser(wanted: &Wanted, vocabulary: &Vocabulary) -> Result<TokenParser, String> {
-    let body = grammar(&wanted.constraint)?;
-    let mut all = TopLevelGrammar::from_grammar(body);
+    let mut all = TopLevelGrammar::from_grammar(grammar(&wanted.constraint)?);
     if let Some(marker) = &wanted.after {
-        const BODY: &str = "body";
         all.grammars[0].name = Some(BODY.to_owned());
-        let marker = match vocabulary.special(marker) {
-            Some(id) => format!("/(.|\\n)*/ <[{id}]>"),
-            None => format!("before\nbefore[suffix={}]: /(.|\\n)*/", quoted(marker)),
-        };
-        let start = match marker.split_once('\n') {
-            Some((start, rules)) => format!("start: {start} @{BODY}\n{rules}\n"),
-            None => format!("start: {marker} @{BODY}\n"),
-        };
-        all.grammars.insert(0, GrammarWithLexer::from_lark(start));
+        all.grammars.insert(0, GrammarWithLexer::from_lark(preamble(marker, vocabulary)));
     }
     let parser = vocabulary.factory.create_parser(all);
     let mut parser = parser.map_err(|error| explained(&shown(format!("{error:#}"))))?;
     parser.start_without_prompt();
     Ok(parser)
+}
+
+/// Any text up to the first marker, and then the body. A marker may be a token of its own, which is no text.
+fn preamble(marker: &str, vocabulary: &Vocabulary) -> String {
+    match vocabulary.special(marker) {
+        Some(id) => format!("start: /(.|\\n)*/ <[{id}]> @{BODY}\n"),
+        None => format!("start: before @{BODY}\nbefore[suffix={}]: /(.|\\n)*/\n", quoted(marker)),
+    }
 }
 
 fn grammar(constraint: &Constraint) -> Result<GrammarWithLexer, String> {

@@ -4,6 +4,8 @@
 mod compile;
 mod masker;
 mod source;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 
 use std::collections::VecDeque;

@@ -109,7 +109,9 @@ fn both(mut first: Vec<Event>, second: Vec<Event>, after: usize) -> Vec<Event> {
 #[tokio::test]
 async fn an_answer_that_lost_its_client_goes_on_as_if_it_had_not() {
     let mut stopped = 0;
-    for (seed, patch) in [(1, json!({})), (2, json!({"stop": ["e", "qq"]})), (3, json!({"min_tokens": 9}))] {
+    let held = json!({"guided_regex": "[a-z]{2,5}( [a-z]{1,4}){3,6}"});
+    let cases = [(1, json!({})), (2, json!({"stop": ["e", "qq"]})), (3, json!({"min_tokens": 9})), (4, held)];
+    for (seed, patch) in cases {
         let (expected, tokens) = unbroken(|session| random(session, seed, patch.clone())).await;
         stopped += usize::from(expected.last().unwrap().1[0]["finish_reason"] == "stop");
         let drawn = expected.last().unwrap().0;
@@ -157,13 +159,19 @@ async fn an_answer_that_lost_its_client_goes_on_as_if_it_had_not() {
 
 #[tokio::test]
 async fn an_answer_goes_on_after_a_crash() {
-    let (expected, tokens) = unbroken(|session| random(session, 5, json!({}))).await;
+    for patch in [json!({}), json!({"guided_regex": "[a-z]{200,400}"})] {
+        goes_on_after_a_crash(&patch).await;
+    }
+}
+
+async fn goes_on_after_a_crash(patch: &Value) {
+    let (expected, tokens) = unbroken(|session| random(session, 5, patch.clone())).await;
     for (steps, is_written) in [(3, true), (8, false), (14, true), (20, false)] {
         let directory = Directory::new();
         let interval = if is_written { Duration::ZERO } else { Duration::from_secs(3600) };
         let (server, gate) = gated(&directory, Some(interval), steps).await;
         let session = server.session(Settings::default());
-        let mut stream = server.stream(CHAT, &random(&session, 5, json!({}))).await;
+        let mut stream = server.stream(CHAT, &random(&session, 5, patch.clone())).await;
         let visible = expected.iter().filter(|(number, _)| *number <= steps).count();
         let mut first = Vec::new();
         while first.len() < visible {
@@ -236,8 +244,9 @@ async fn all_drawn(mut body: Value) -> Vec<u32> {
 async fn the_last_answer_is_repeated() {
     let directory = Directory::new();
     let server = start(with_store(&directory)).await;
-    for (seed, patch) in [json!({}), json!({"stop": "e"}), json!({"logprobs": false})].into_iter().enumerate()
-    {
+    let held = json!({"guided_regex": "[a-z]{20}", "ignore_eos": true});
+    let patches = [json!({}), json!({"stop": "e"}), json!({"logprobs": false}), held];
+    for (seed, patch) in patches.into_iter().enumerate() {
         let session = server.session(Settings::default());
         assert_eq!(refused(&server, &session, 0).await.error(404)["code"], "no_turns");
         let body = random(&session, seed as u64, patch);
