@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use mainstay_engine::store::Store;
-use mainstay_server::{ApiKey, Registry, ServedModel, ServerOptions, ShutdownTrigger, shutdown_channel};
+use mainstay_server::{
+    ApiKey, PooledShape, Registry, ServedModel, ServerOptions, ShutdownTrigger, shutdown_channel,
+};
 use tokio::net::TcpListener;
 
 use crate::exit::Usage;
@@ -155,6 +157,8 @@ pub(crate) async fn load(source: Source, args: EngineArgs, store: Option<Arc<Sto
 pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
     let created =
         SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs();
+    let pooled = started.model.graph.pooled.as_ref();
+    let pooled = pooled.map(|pooled| PooledShape { kind: pooled.kind, width: pooled.width });
     Ok(ServedModel {
         id,
         created,
@@ -163,6 +167,8 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
         generation: started.model.generation,
         vocab: started.model.graph.vocab,
         context: started.limits.context,
+        generates: started.model.graph.generates(),
+        pooled,
         engine: started.handle,
     })
 }

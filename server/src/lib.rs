@@ -15,6 +15,7 @@ mod job;
 mod kv;
 mod metrics;
 mod openai;
+mod pooling;
 mod prompt;
 mod random;
 mod registry;
@@ -27,6 +28,6 @@ mod sse;
 mod stop;
 
 pub use auth::{ApiKey, ApiKeyError};
-pub use registry::{Registry, ServedModel};
+pub use registry::{PooledShape, Registry, ServedModel};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

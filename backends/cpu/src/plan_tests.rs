@@ -1,7 +1,7 @@
 //! What is fused, and that values that live together lie apart.
 
 use mainstay_backend_api::KvDType;
-use mainstay_models::graph::{Attend, KvSpec, Layer};
+use mainstay_models::graph::{Attend, KvSpec, Layer, PooledKind};
 
 use super::*;
 use crate::plan::Access;
@@ -28,13 +28,14 @@ fn linear(input: Value, rows: usize, cols: usize) -> Op {
 }
 
 fn graph(block: Block) -> Graph {
-    let embed = Op::Embed { weight: Matrix::one("e", 50, HIDDEN) };
+    let embed = Op::Embed { ids: Ids::Token, weight: Matrix::one("e", 50, HIDDEN) };
     Graph {
         family: "test",
         prologue: Block { ops: vec![embed] },
         blocks: vec![block],
         layers: vec![Layer { block: 0, prefix: String::new() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }, linear(1, 50, HIDDEN)] },
+        pooled: None,
         kv: vec![KvSpec { heads: 1, head_dim: 16, window: None }],
         hidden: HIDDEN,
         vocab: 50,
@@ -56,7 +57,17 @@ fn llama() -> Block {
     let k = b.push(Op::Rope { input: k, rope });
     let v = b.push(Op::Slice { input: qkv, start: 48, width: 16 });
     let (heads, kv_heads, head_dim) = (2, 1, 16);
-    let attend = Attend { q, k, v, heads, kv_heads, head_dim, scale: 0.25, window: None, softcap: None };
+    let attend = Attend {
+        q,
+        k,
+        v,
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.25,
+        mask: Mask::Causal { window: None },
+        softcap: None,
+    };
     let a = b.push(Op::Attend(attend));
     let o = b.push(linear(a, HIDDEN, 32));
     let r = b.push(Op::Add { a: x, b: o });
@@ -72,6 +83,9 @@ fn kinds(program: &Program) -> Vec<&'static str> {
     let kind = |call: &Call<Slot>| match call {
         Call::Embed { .. } => "embed",
         Call::Select { .. } => "select",
+        Call::Pool { .. } => "pool",
+        Call::LayerNorm { .. } => "layer norm",
+        Call::Normalize { .. } => "normalize",
         Call::Copy { .. } => "copy",
         Call::Linear { after: After::Store, .. } => "linear",
         Call::Linear { after: After::Accumulate, .. } => "linear+add",

@@ -22,7 +22,7 @@ pub use identity::{Identity, ModelIdentity, probe};
 pub use mainstay_store as store;
 pub use planner::RestorePolicy;
 pub use request::{
-    Event, FinishReason, Keep, KvReport, KvState, Request, RequestError, Reuse, SamplingRequest, Score,
-    StopRule,
+    Event, FinishReason, Keep, KvReport, KvState, PoolRequest, Request, RequestError, Reuse, SamplingRequest,
+    Score, StopRule,
 };
 pub use stats::Stats;

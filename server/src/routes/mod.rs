@@ -2,9 +2,11 @@
 
 mod chat;
 mod completions;
+mod embeddings;
 mod health;
 mod metrics;
 mod models;
+mod rerank;
 mod sessions;
 mod stream;
 mod tokenize;
@@ -56,6 +58,9 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::post))
         .route("/v1/completions", post(completions::post))
+        .route("/v1/embeddings", post(embeddings::post))
+        .route("/v1/rerank", post(rerank::post))
+        .route("/rerank", post(rerank::post))
         .merge(sessions::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))

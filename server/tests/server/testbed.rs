@@ -11,14 +11,17 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use mainstay_backend_api::echo::EchoExecutor;
+use mainstay_backend_api::echo::{EchoExecutor, POOLED_WIDTH};
 use mainstay_backend_api::{KvDType, Limits};
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
 use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
+use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::Tokenizer;
-use mainstay_server::{Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel};
+use mainstay_server::{
+    PooledShape, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
+};
 use serde_json::{Map, Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -53,6 +56,8 @@ pub(crate) struct Setup {
     pub(crate) store: Option<Arc<Store>>,
     /// The weights, as far as a fake has some.
     pub(crate) weights: u8,
+    /// What a whole text becomes.
+    pub(crate) pooled: Option<PooledShape>,
 }
 
 impl Default for Setup {
@@ -69,6 +74,7 @@ impl Default for Setup {
             directory: None,
             store: None,
             weights: 0,
+            pooled: Some(PooledShape { kind: PooledKind::Embedding, width: POOLED_WIDTH }),
         }
     }
 }
@@ -138,7 +144,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         tokens_per_step: 256,
         chunks: setup.chunks,
         output_rows: 256,
-        pages: vec![setup.pages],
+        // A model without pages keeps nothing: it computes a text whole.
+        pages: if setup.pages > 0 { vec![setup.pages] } else { Vec::new() },
         kv_dtype: KvDType::F32,
     };
     let vocab = tokenizer.vocab_len();
@@ -151,6 +158,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
     }
     let mut options = EngineOptions::new(limits, setup.waiting, vocab);
     let store = setup.store.or_else(|| setup.directory.as_deref().map(open_store));
+    options.pooled_width = setup.pooled.map(|pooled| pooled.width);
     options.store = store.clone();
     options.restore = RestorePolicy::Always;
     let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
@@ -169,6 +177,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         generation: setup.generation,
         vocab,
         context: engine.limits().context,
+        generates: setup.pages > 0,
+        pooled: setup.pooled,
         engine: engine.clone(),
     });
     let mut options = setup.options;

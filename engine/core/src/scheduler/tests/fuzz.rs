@@ -99,6 +99,7 @@ impl Watched {
                 assert!(self.started && self.reasons[choice as usize].is_none());
                 self.reasons[choice as usize] = Some(reason);
             }
+            Event::Pooled(row) => panic!("nobody asked for {row:?}"),
             Event::Failed(error) => {
                 assert!(matches!(error, RequestError::Device(_)), "{error}");
                 self.failed = true;
