@@ -534,6 +534,7 @@ impl Graph {
         for (i, block) in self.blocks.iter().enumerate() {
             ends(block, &format!("block {i}"), self.hidden, self.hidden)?;
         }
+        self.check_positions()?;
         let kept = if self.is_whole() { 0 } else { self.layers.len() };
         if self.kv.len() != kept {
             return Err(wrong(format!("expected {kept} KV descriptions, found {}", self.kv.len())));
@@ -566,6 +567,19 @@ impl Graph {
             }
             _ => Err(wrong(format!("expected one Pool, found {}", kinds.len()))),
         }
+    }
+
+    /// Every position of the context has a row in a table that is read at positions.
+    fn check_positions(&self) -> Result<(), LoadError> {
+        for (op, at) in self.prologue.ops.iter().zip(0..) {
+            if let Op::Embed { ids: Ids::Position, weight } = op
+                && weight.rows() < self.context
+            {
+                let what = format!("expected rows for {} positions, found {}", self.context, weight.rows());
+                return Err(LoadError::Graph { op: at, name: op.name(), what });
+            }
+        }
+        Ok(())
     }
 
     /// Whether it turns rows into logits.

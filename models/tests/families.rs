@@ -173,7 +173,10 @@ fn activations_are_mapped() {
 #[test]
 fn absurd_and_unsupported_configurations_are_refused() {
     for (patch, expected) in [
-        (json!({"model_type": "gpt9"}), "unknown model_type `gpt9` (known: llama, mistral, qwen2, qwen3)"),
+        (
+            json!({"model_type": "gpt9"}),
+            "unknown model_type `gpt9` (known: bert, llama, mistral, qwen2, qwen3)",
+        ),
         (json!({"model_type": null}), "unknown model_type ``"),
         (json!({"model_type": 3}), "model_type: expected a text, found 3"),
         (json!({"hidden_size": 0}), "hidden_size: expected a whole number from 1 to 131072, found 0"),

@@ -14,6 +14,9 @@ use crate::openai::options::PromptInput;
 use crate::prompt::off_thread;
 use crate::registry::Model;
 
+/// Texts of one request that the engine has at a time: enough to fill steps, and room is left in its queue for others.
+const UNDER_WAY_MAX: usize = 64;
+
 /// What is to be pooled.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Texts {
@@ -133,7 +136,9 @@ impl Pool<'_> {
         let mut running: VecDeque<Generation> = VecDeque::new();
         let mut texts = texts.into_iter().peekable();
         loop {
-            while let Some(text) = texts.peek() {
+            while running.len() < UNDER_WAY_MAX
+                && let Some(text) = texts.peek()
+            {
                 let request = PoolRequest {
                     tenant: self.tenant.clone(),
                     tokens: text.tokens.clone(),

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use mainstay_backend_api::KvDType;
 use mainstay_models::Model;
 use mainstay_models::graph::{Op, PoolKind};
+use mainstay_models::tokenizer::Encoded;
 use safetensors::SafeTensors;
 
 use crate::harness::{Named, Rig, Rule, assert_same, backends};
 use crate::open;
-use crate::reference::{fixture, shared};
+use crate::reference::fixture;
 
 /// Largest difference of a number of a vector of length 1 from transformers' f32, whose own noise is 1e-6.
 const SEEDED: f32 = 2e-5;
@@ -82,6 +83,38 @@ fn the_seeded_encoder_agrees() {
     }
 }
 
+#[test]
+fn the_seeded_cross_encoder_agrees() {
+    let dir = fixture("bert_cross");
+    let mut model = open(&dir);
+    let expected = json(&dir.join("expected.json"));
+    let expected = expected.as_array().unwrap();
+    let pairs: Vec<Encoded> = expected
+        .iter()
+        .map(|entry| {
+            let text = |name: &str| entry[name].as_str().unwrap();
+            let pair = model.tokenizer.encode_within(text("query"), Some(text("document")), None).unwrap();
+            assert_eq!(serde_json::json!(pair.tokens), entry["ids"]);
+            assert_eq!(serde_json::json!(pair.second), entry["second"]);
+            pair
+        })
+        .collect();
+    for name in ["score", "logit"] {
+        let wanted: Vec<Vec<f32>> =
+            expected.iter().map(|entry| vec![entry[name].as_f64().unwrap() as f32]).collect();
+        for Named { name: backend_name, backend } in backends() {
+            let mut rig = Rig::new(&*backend, &model.graph, &model.weights, KvDType::F32);
+            let mut sequences: Vec<_> = pairs.iter().map(|_| rig.open()).collect();
+            sequences.iter_mut().zip(&pairs).for_each(|(sequence, pair)| sequence.second = pair.second);
+            let tokens = pairs.iter().map(|pair| &pair.tokens[..]);
+            let found = rig.pool(&mut sequences.iter_mut().zip(tokens).collect::<Vec<_>>());
+            assert_same(&found, &wanted, Rule::Within(SEEDED), &format!("{name} on {backend_name}"));
+        }
+        // What the sigmoid is made of.
+        model.graph.pooled.as_mut().unwrap().block.ops.pop();
+    }
+}
+
 /// The directory of all-MiniLM-L6-v2, which is too large to be part of the repository.
 #[expect(clippy::print_stderr, reason = "a skipped test says why")]
 fn minilm() -> Option<PathBuf> {
@@ -96,10 +129,10 @@ fn minilm() -> Option<PathBuf> {
 
 #[test]
 fn a_trained_encoder_agrees() {
-    let (Some(dir), Some(real)) = (minilm(), shared("real")) else { return };
-    let model = open(&dir);
+    let Some(dir) = minilm() else { return };
+    let (model, stored) = (open(&dir), fixture("minilm"));
     assert_eq!(model.graph.context, 256, "as sentence_bert_config.json says");
-    let reference = json(&real.join("minilm_reference.json"));
+    let reference = json(&stored.join("reference.json"));
     let published = reference["texts"].as_array().unwrap();
     let texts: Vec<Vec<u32>> = published
         .iter()
@@ -110,7 +143,7 @@ fn a_trained_encoder_agrees() {
             tokens
         })
         .collect();
-    let file = bytes(&real.join("minilm_reference.safetensors"));
+    let file = bytes(&stored.join("reference.safetensors"));
     let file = SafeTensors::deserialize(&file).unwrap();
     let all = floats(&file, "embeddings");
     let expected: Vec<Vec<f32>> = all.chunks(all.len() / texts.len()).map(<[f32]>::to_vec).collect();
