@@ -10,8 +10,8 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use mainstay_engine::store::Store;
 use mainstay_server::{
-    ApiKey, FormatChoice, ReasoningFormat, Registry, ServedModel, ServerOptions, ShutdownTrigger, ToolFormat,
-    shutdown_channel,
+    ApiKey, FormatChoice, PooledShape, ReasoningFormat, Registry, ServedModel, ServerOptions,
+    ShutdownTrigger, ToolFormat, shutdown_channel,
 };
 use tokio::net::TcpListener;
 
@@ -172,6 +172,8 @@ pub(crate) async fn load(source: Source, args: EngineArgs, store: Option<Arc<Sto
 pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
     let created =
         SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs();
+    let pooled = started.model.graph.pooled.as_ref();
+    let pooled = pooled.map(|pooled| PooledShape { kind: pooled.kind, width: pooled.width });
     Ok(ServedModel {
         id,
         created,
@@ -181,6 +183,8 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
         generation: started.model.generation,
         vocab: started.model.graph.vocab,
         context: started.limits.context,
+        generates: started.model.graph.generates(),
+        pooled,
         engine: started.handle,
     })
 }

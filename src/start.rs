@@ -105,6 +105,9 @@ pub(crate) fn engine(
         backend.load(&model.graph, &model.weights, &limits)?
     };
     let mut options = EngineOptions::new(limits.clone(), args.max_waiting, model.graph.vocab);
+    options.pooled_width = model.graph.pooled.as_ref().map(|pooled| pooled.width);
+    // A model that keeps no keys and values has nothing to store.
+    let store = store.filter(|_| !model.graph.is_whole());
     if store.is_some() {
         options.model = identity(&model, args.verify_weights);
         options.model.probe = mainstay_engine::probe(&mut *executor, &limits, model.graph.vocab)?;
@@ -176,16 +179,15 @@ fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) ->
             args.tokens_per_step, args.max_sequences
         ));
     }
+    if graph.is_whole() {
+        return whole_limits(graph, kv_dtype, args);
+    }
     let layout = KvLayout::of(graph, kv_dtype);
     let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
     // one page is never given out
     let pages = (kv_bytes / page_bytes.max(1) as u64).min(u64::from(u32::MAX)) as usize;
     let holds = pages.saturating_sub(1) * PAGE_TOKENS;
-    let wanted = args.context.unwrap_or(graph.context);
-    if wanted == 0 || wanted > graph.context {
-        let made_for = graph.context;
-        return refuse(format!("--context {wanted}: expected 1 to {made_for}, what the model was made for"));
-    }
+    let wanted = context(graph, args)?;
     if holds == 0 || (args.context.is_some() && holds < wanted) {
         let context = wanted.max(PAGE_TOKENS);
         let needed = ((context.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
@@ -203,6 +205,29 @@ fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) ->
         chunks: args.max_sequences,
         output_rows: args.max_sequences,
         pages: vec![pages.min(useful); layout.groups.len()],
+        kv_dtype,
+    })
+}
+
+/// The context that was asked for, else what the model was made for.
+fn context(graph: &Graph, args: &EngineArgs) -> Result<usize, Usage> {
+    let (wanted, made_for) = (args.context.unwrap_or(graph.context), graph.context);
+    if wanted == 0 || wanted > made_for {
+        let what = format!("--context {wanted}: expected 1 to {made_for}, what the model was made for");
+        return Err(Usage(what));
+    }
+    Ok(wanted)
+}
+
+/// The limits of a model that computes every text whole, in one step, and keeps nothing of it.
+fn whole_limits(graph: &Graph, kv_dtype: KvDType, args: &EngineArgs) -> Result<Limits, Usage> {
+    let context = context(graph, args)?;
+    Ok(Limits {
+        context,
+        tokens_per_step: args.tokens_per_step.max(context),
+        chunks: args.max_sequences,
+        output_rows: args.max_sequences,
+        pages: Vec::new(),
         kv_dtype,
     })
 }
@@ -227,7 +252,7 @@ fn warm(weights: &Weights, weight_bytes: u64) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use mainstay_models::graph::{Block, KvSpec};
+    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op};
 
     use super::*;
 
@@ -249,6 +274,7 @@ mod tests {
             blocks: vec![],
             layers: vec![],
             epilogue: Block::default(),
+            pooled: None,
             kv: vec![KvSpec { heads: 4, head_dim: 8, window: None }; 2],
             hidden: 32,
             vocab: 100,
@@ -279,6 +305,30 @@ mod tests {
         );
         let refused = plan(1 << 14, &[]).unwrap_err();
         assert!(refused.contains("hold 0 tokens"), "{refused}");
+    }
+
+    #[test]
+    fn a_model_that_keeps_nothing_has_room_for_a_whole_text_in_a_step() {
+        let attend = Attend {
+            q: 0,
+            k: 0,
+            v: 0,
+            heads: 4,
+            kv_heads: 4,
+            head_dim: 8,
+            scale: 1.0,
+            mask: Mask::Full,
+            softcap: None,
+        };
+        let block = Block { ops: vec![Op::Input, Op::Attend(attend)] };
+        let graph = Graph { blocks: vec![block], kv: vec![], ..graph() };
+        let limits =
+            |words: &[&str]| super::limits(&graph, KvDType::F32, 0, &args(words)).map_err(|e| e.to_string());
+        let found = limits(&[]).unwrap();
+        assert_eq!((found.context, found.tokens_per_step, found.pages), (1000, 1000, vec![]));
+        let found = limits(&["--context", "100"]).unwrap();
+        assert_eq!((found.context, found.tokens_per_step), (100, 256));
+        assert!(limits(&["--context", "1001"]).unwrap_err().contains("1000"));
     }
 
     #[test]

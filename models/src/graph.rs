@@ -13,7 +13,8 @@ use crate::weights::Weights;
 /// The index of an op in its block; each op yields exactly one value.
 pub type Value = usize;
 
-/// A whole model. Its program is `prologue`, then every layer's block in order, then `epilogue`.
+/// A whole model. Its program is `prologue`, then every layer's block in order, then `epilogue` for the rows that
+/// become logits and `pooled` for the sequences that become one row.
 #[derive(Clone, Debug)]
 pub struct Graph {
     /// The `model_type` of the checkpoint, for messages and metrics.
@@ -25,15 +26,39 @@ pub struct Graph {
     /// The layers in order.
     pub layers: Vec<Layer>,
     /// Hidden rows to logits: begins with [`Op::Input`], holds one [`Op::SelectRows`], yields `[outputs, vocab]`.
+    /// Without ops the model generates nothing.
     pub epilogue: Block,
-    /// What each layer keeps per token, by layer index.
+    /// Hidden rows to one row for each pooled sequence; `None` where the model cannot.
+    pub pooled: Option<Pooled>,
+    /// What each layer keeps per token, by layer index; empty where every row attends to its whole sequence, since
+    /// then nothing can be kept.
     pub kv: Vec<KvSpec>,
     /// Width of the rows between blocks.
     pub hidden: usize,
-    /// Width of the logits.
+    /// Rows of the embedding table, and width of the logits.
     pub vocab: usize,
     /// Longest sequence, in tokens, that the model was made for.
     pub context: usize,
+}
+
+/// How a sequence becomes one row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pooled {
+    /// What the row is.
+    pub kind: PooledKind,
+    /// Begins with [`Op::Input`], holds one [`Op::Pool`], yields `[pooled sequences, width]`.
+    pub block: Block,
+    /// Width of the row.
+    pub width: usize,
+}
+
+/// What the row of a pooled sequence is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PooledKind {
+    /// A vector whose direction is the meaning of the text.
+    Embedding,
+    /// How well the second text answers the first, one number.
+    Score,
 }
 
 /// A straight line of ops. An op reads only values of lower index; the last op's value is the block's.
@@ -127,6 +152,42 @@ pub enum Activation {
     Relu,
     /// tanh(x)
     Tanh,
+    /// 1 / (1 + exp(-x))
+    Sigmoid,
+}
+
+/// Which number of a token an embedding table is read at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// Its id.
+    Token,
+    /// Its position in the sequence.
+    Position,
+    /// 0 in the first text of a pair (or a lone text), 1 in the second.
+    Segment,
+}
+
+/// Which positions of its sequence a row attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// Those up to itself.
+    Causal {
+        /// How many of these, itself included; `None` is all.
+        window: Option<usize>,
+    },
+    /// All. The sequence has to be computed whole, in one step.
+    Full,
+}
+
+/// Which rows of a sequence its one row is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolKind {
+    /// The average of all. The sequence has to be computed whole, in one step.
+    Mean,
+    /// The first. The sequence has to be computed whole, in one step.
+    First,
+    /// The last.
+    Last,
 }
 
 /// Which pairs of a head are rotated together.
@@ -154,8 +215,8 @@ pub struct Rope {
     pub scale: f32,
 }
 
-/// Causal attention over a layer's pages: K and V of this step's rows are appended first, then every row attends
-/// to its own sequence up to itself.
+/// Attention. Under a causal mask K and V of this step's rows are appended to the layer's pages first, then every row
+/// attends to its own sequence up to itself. Under a full mask nothing is kept.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attend {
     /// Queries `[tokens, heads * head_dim]`.
@@ -172,19 +233,21 @@ pub struct Attend {
     pub head_dim: usize,
     /// Multiplies q . k.
     pub scale: f32,
-    /// Positions visible to a row, itself included; `None` is unlimited.
-    pub window: Option<usize>,
+    /// What a row sees.
+    pub mask: Mask,
     /// Scores pass through `cap * tanh(score / cap)` (Gemma 2).
     pub softcap: Option<f32>,
 }
 
-/// One operation. Shapes: `T` rows are the tokens of the step, `O` rows are its output rows.
+/// One operation. Shapes: `T` rows are the tokens of the step, `O` rows are its output rows, `P` its pooled sequences.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// The rows entering the block, `[T, hidden]`.
     Input,
-    /// Rows of the embedding table for the step's token ids, `[T, cols]`.
+    /// Rows of an embedding table, `[T, cols]`.
     Embed {
+        /// What selects the rows.
+        ids: Ids,
         /// `[vocab, hidden]`
         weight: Matrix,
     },
@@ -204,6 +267,17 @@ pub enum Op {
         /// Multiplies the normalised group.
         weight: Vector,
         /// Added to the mean square.
+        eps: f32,
+    },
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the whole row.
+    LayerNorm {
+        /// The value to normalise, as wide as the weight.
+        input: Value,
+        /// Multiplies the normalised row.
+        weight: Vector,
+        /// Added in the end.
+        bias: Vector,
+        /// Added to the variance.
         eps: f32,
     },
     /// `a + b`, same shapes.
@@ -264,6 +338,18 @@ pub enum Op {
         /// `[T, width]`
         input: Value,
     },
+    /// One row for each pooled sequence, `[P, width]`.
+    Pool {
+        /// `[T, width]`
+        input: Value,
+        /// Which rows it is made of.
+        kind: PoolKind,
+    },
+    /// `x / max(|x|, 1e-12)`, the length of a row made 1.
+    Normalize {
+        /// The value to normalise.
+        input: Value,
+    },
 }
 
 impl Op {
@@ -274,6 +360,7 @@ impl Op {
             Op::Embed { .. } => "Embed",
             Op::Linear { .. } => "Linear",
             Op::RmsNorm { .. } => "RmsNorm",
+            Op::LayerNorm { .. } => "LayerNorm",
             Op::Add { .. } => "Add",
             Op::Scale { .. } => "Scale",
             Op::Softcap { .. } => "Softcap",
@@ -283,6 +370,8 @@ impl Op {
             Op::Rope { .. } => "Rope",
             Op::Attend(_) => "Attend",
             Op::SelectRows { .. } => "SelectRows",
+            Op::Pool { .. } => "Pool",
+            Op::Normalize { .. } => "Normalize",
         }
     }
 
@@ -292,13 +381,16 @@ impl Op {
             Op::Input | Op::Embed { .. } => vec![],
             Op::Linear { input, .. }
             | Op::RmsNorm { input, .. }
+            | Op::LayerNorm { input, .. }
             | Op::Scale { input, .. }
             | Op::Softcap { input, .. }
             | Op::Slice { input, .. }
             | Op::Activate { input, .. }
             | Op::GatedActivate { input, .. }
             | Op::Rope { input, .. }
-            | Op::SelectRows { input } => vec![*input],
+            | Op::SelectRows { input }
+            | Op::Pool { input, .. }
+            | Op::Normalize { input } => vec![*input],
             Op::Add { a, b } => vec![*a, *b],
             Op::Attend(a) => vec![a.q, a.k, a.v],
         }
@@ -326,7 +418,7 @@ impl Block {
             let fit = |ok: bool, what: &dyn Fn() -> String| if ok { Ok(()) } else { Err(wrong(what())) };
             let width = match op {
                 Op::Input => input_width,
-                Op::Embed { weight } => weight.cols,
+                Op::Embed { weight, .. } => weight.cols,
                 Op::Linear { input, weight, bias } => {
                     let w = widths[*input];
                     fit(w == weight.cols, &|| format!("expected input width {}, found {w}", weight.cols))?;
@@ -340,6 +432,11 @@ impl Block {
                 Op::RmsNorm { input, weight, .. } => {
                     let (w, n) = (widths[*input], weight.width());
                     fit(n > 0 && w % n == 0, &|| format!("width {w} is no multiple of the weight's {n}"))?;
+                    w
+                }
+                Op::LayerNorm { input, weight, bias, .. } => {
+                    let (w, n, b) = (widths[*input], weight.width(), bias.width());
+                    fit(w == n && w == b, &|| format!("width {w}, but {n} weights and {b} biases"))?;
                     w
                 }
                 Op::Add { a, b } => {
@@ -382,7 +479,9 @@ impl Block {
                 Op::Scale { input, .. }
                 | Op::Softcap { input, .. }
                 | Op::Activate { input, .. }
-                | Op::SelectRows { input } => widths[*input],
+                | Op::SelectRows { input }
+                | Op::Pool { input, .. }
+                | Op::Normalize { input } => widths[*input],
             };
             widths.push(width);
         }
@@ -392,13 +491,15 @@ impl Block {
     /// The matrices and vectors that the block names.
     fn weights(&self) -> impl Iterator<Item = WeightUse<'_>> {
         self.ops.iter().flat_map(|op| {
-            let (matrix, vector) = match op {
-                Op::Embed { weight } => (Some(weight), None),
-                Op::Linear { weight, bias, .. } => (Some(weight), bias.as_ref()),
-                Op::RmsNorm { weight, .. } => (None, Some(weight)),
-                _ => (None, None),
+            let (matrix, vectors) = match op {
+                Op::Embed { weight, .. } => (Some(weight), [None, None]),
+                Op::Linear { weight, bias, .. } => (Some(weight), [bias.as_ref(), None]),
+                Op::RmsNorm { weight, .. } => (None, [Some(weight), None]),
+                Op::LayerNorm { weight, bias, .. } => (None, [Some(weight), Some(bias)]),
+                _ => (None, [None, None]),
             };
-            matrix.map(WeightUse::Matrix).into_iter().chain(vector.map(WeightUse::Vector))
+            let vectors = vectors.into_iter().flatten().map(WeightUse::Vector);
+            matrix.map(WeightUse::Matrix).into_iter().chain(vectors)
         })
     }
 }
@@ -421,15 +522,28 @@ impl Graph {
             found => Err(wrong(format!("{name} should yield width {want}, found {found:?}"))),
         };
         ends(&self.prologue, "prologue", 0, self.hidden)?;
-        ends(&self.epilogue, "epilogue", self.hidden, self.vocab)?;
+        if self.generates() {
+            ends(&self.epilogue, "epilogue", self.hidden, self.vocab)?;
+        }
+        if let Some(pooled) = &self.pooled {
+            ends(&pooled.block, "pooled block", self.hidden, pooled.width)?;
+            self.check_pooled(pooled)?;
+        } else if !self.generates() {
+            return Err(wrong("it neither generates nor pools".to_owned()));
+        }
         for (i, block) in self.blocks.iter().enumerate() {
             ends(block, &format!("block {i}"), self.hidden, self.hidden)?;
         }
-        if self.kv.len() != self.layers.len() {
-            return Err(wrong(format!("{} layers but {} KV descriptions", self.layers.len(), self.kv.len())));
+        self.check_positions()?;
+        let kept = if self.is_whole() { 0 } else { self.layers.len() };
+        if self.kv.len() != kept {
+            return Err(wrong(format!("expected {kept} KV descriptions, found {}", self.kv.len())));
         }
         check_weights(&self.prologue, "", weights)?;
         check_weights(&self.epilogue, "", weights)?;
+        if let Some(pooled) = &self.pooled {
+            check_weights(&pooled.block, "", weights)?;
+        }
         for layer in &self.layers {
             let block = self
                 .blocks
@@ -438,6 +552,45 @@ impl Graph {
             check_weights(block, &layer.prefix, weights)?;
         }
         Ok(())
+    }
+
+    /// What no backend needs to look out for: pooling of rows that are not all there, masks of two kinds.
+    fn check_pooled(&self, pooled: &Pooled) -> Result<(), LoadError> {
+        let wrong = |what: String| LoadError::Graph { op: 0, name: "Pooled", what };
+        let pools = |op: &Op| if let Op::Pool { kind, .. } = op { Some(*kind) } else { None };
+        let kinds: Vec<PoolKind> = pooled.block.ops.iter().filter_map(pools).collect();
+        match kinds[..] {
+            [PoolKind::Last] => Ok(()),
+            [_] if self.is_whole() => Ok(()),
+            [kind] => {
+                Err(wrong(format!("expected the last row, since sequences come in pieces, found {kind:?}")))
+            }
+            _ => Err(wrong(format!("expected one Pool, found {}", kinds.len()))),
+        }
+    }
+
+    /// Every position of the context has a row in a table that is read at positions.
+    fn check_positions(&self) -> Result<(), LoadError> {
+        for (op, at) in self.prologue.ops.iter().zip(0..) {
+            if let Op::Embed { ids: Ids::Position, weight } = op
+                && weight.rows() < self.context
+            {
+                let what = format!("expected rows for {} positions, found {}", self.context, weight.rows());
+                return Err(LoadError::Graph { op: at, name: op.name(), what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it turns rows into logits.
+    pub fn generates(&self) -> bool {
+        !self.epilogue.ops.is_empty()
+    }
+
+    /// Whether a sequence has to be computed whole, in one step: some layer attends to all of it.
+    pub fn is_whole(&self) -> bool {
+        let is_full = |op: &Op| matches!(op, Op::Attend(a) if a.mask == Mask::Full);
+        self.blocks.iter().flat_map(|b| &b.ops).any(is_full)
     }
 
     /// Bytes of all weights as they are stored, each tensor counted once.

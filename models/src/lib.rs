@@ -6,6 +6,7 @@ pub mod families;
 mod file;
 pub mod graph;
 pub mod model;
+mod sentence;
 pub mod template;
 pub mod tokenizer;
 pub mod weights;

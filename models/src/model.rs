@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::families;
 use crate::file;
 use crate::graph::Graph;
+use crate::sentence;
 use crate::template::{ChatTemplate, Sources};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -77,7 +78,7 @@ impl Hashes {
 
 impl Model {
     /// Opens a directory with config.json, safetensors, tokenizer.json and, where present, tokenizer_config.json,
-    /// chat_template.jinja and generation_config.json.
+    /// chat_template.jinja, generation_config.json and the files of sentence-transformers.
     ///
     /// # Errors
     /// [`LoadError`], naming the file and what in it is at fault.
@@ -85,7 +86,8 @@ impl Model {
         let files = Files::read(dir)?;
         // The configuration first: its errors are cheaper to find than those of gigabytes of weights.
         let config = Config::from_bytes(&files.path("config.json"), &files.config)?;
-        let graph = families::graph(&config)?;
+        let mut graph = families::graph(&config)?;
+        sentence::apply(dir, &mut graph)?;
         Self::assemble(name(dir), files, config, graph, Weights::open_dir(dir)?)
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, PostProcessor, TruncationDirection};
 
 use crate::LoadError;
 
@@ -30,6 +30,15 @@ pub enum ShowSpecial {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the text cannot be tokenized: {0}")]
 pub struct TokenizerError(pub String);
+
+/// A text, or a pair of texts, as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// The tokens of all of it.
+    pub tokens: Vec<u32>,
+    /// Where the second text begins, special tokens of its own included.
+    pub second: Option<usize>,
+}
 
 /// A loaded tokenizer. Truncation and padding that a `tokenizer.json` may carry are ignored.
 pub struct Tokenizer {
@@ -92,6 +101,40 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: AddSpecial) -> Result<Vec<u32>, TokenizerError> {
         let encoding = guarded(|| self.inner.encode_fast(text, special == AddSpecial::Yes));
         Ok(encoding.map_err(TokenizerError)?.get_ids().to_vec())
+    }
+
+    /// Token ids of a text, or of a pair of texts, with special tokens, cut to at most `most` tokens: a lone text at its
+    /// end, a pair at the end of the second.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_within(
+        &self,
+        text: &str,
+        second: Option<&str>,
+        most: Option<usize>,
+    ) -> Result<Encoded, TokenizerError> {
+        let encoding = guarded(|| {
+            let mut first = self.inner.encode_fast(text, false)?;
+            let mut second = second.map(|text| self.inner.encode_fast(text, false)).transpose()?;
+            if let Some(second) = &mut second {
+                second.set_type_ids(vec![1; second.len()]);
+            }
+            if let Some(most) = most {
+                let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(second.is_some()));
+                let most = most.saturating_sub(special);
+                match &mut second {
+                    None => first.truncate(most, 0, TruncationDirection::Right),
+                    Some(second) => {
+                        second.truncate(most.saturating_sub(first.len()), 0, TruncationDirection::Right);
+                    }
+                }
+            }
+            self.inner.post_process(first, second, true)
+        });
+        let encoding = encoding.map_err(TokenizerError)?;
+        let second = encoding.get_type_ids().iter().position(|&id| id == 1).filter(|_| second.is_some());
+        Ok(Encoded { tokens: encoding.get_ids().to_vec(), second })
     }
 
     /// The text of token ids; bytes that form no character become U+FFFD, ids outside the vocabulary nothing.

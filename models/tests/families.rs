@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::graph::{Activation, Graph, Op, Rope};
+use mainstay_models::graph::{Activation, Attend, Graph, Mask, Op, Rope};
 use serde_json::{Value, json};
 
 fn fixture(family: &str, name: &str) -> Value {
@@ -27,7 +27,7 @@ fn changed(family: &str, patch: &Value) -> Result<Graph, String> {
 fn windows(graph: &Graph) -> Vec<Option<usize>> {
     let of_layer = |layer: usize| {
         graph.blocks[graph.layers[layer].block].ops.iter().find_map(|op| match op {
-            Op::Attend(attend) => Some(attend.window),
+            Op::Attend(Attend { mask: Mask::Causal { window }, .. }) => Some(*window),
             _ => None,
         })
     };
@@ -74,6 +74,8 @@ fn a_layer_is_sixteen_ops_with_stacked_products() {
     assert_eq!((weight.rows(), weight.cols, weight.parts.len()), (64 + 32 + 32, 64, 3));
     let names: Vec<_> = graph.epilogue.ops.iter().map(Op::name).collect();
     assert_eq!(names, ["Input", "SelectRows", "RmsNorm", "Linear"]);
+    let pooled: Vec<_> = graph.pooled.unwrap().block.ops.iter().map(Op::name).collect();
+    assert_eq!(pooled, ["Input", "Pool", "RmsNorm", "Normalize"]);
     let normed = changed("qwen3", &json!({})).unwrap();
     let names: Vec<_> = normed.blocks[0].ops.iter().map(Op::name).collect();
     assert_eq!(names[5..10], ["Slice", "RmsNorm", "RmsNorm", "Rope", "Rope"]);
@@ -171,7 +173,10 @@ fn activations_are_mapped() {
 #[test]
 fn absurd_and_unsupported_configurations_are_refused() {
     for (patch, expected) in [
-        (json!({"model_type": "gpt9"}), "unknown model_type `gpt9` (known: llama, mistral, qwen2, qwen3)"),
+        (
+            json!({"model_type": "gpt9"}),
+            "unknown model_type `gpt9` (known: bert, llama, mistral, qwen2, qwen3)",
+        ),
         (json!({"model_type": null}), "unknown model_type ``"),
         (json!({"model_type": 3}), "model_type: expected a text, found 3"),
         (json!({"hidden_size": 0}), "hidden_size: expected a whole number from 1 to 131072, found 0"),

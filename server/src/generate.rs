@@ -393,6 +393,8 @@ impl Run {
                 }
                 self.finished(at, choice as usize, reason);
             }
+            // Only what asks for a row hears of one.
+            Some(Event::Pooled(_)) => {}
             Some(Event::Failed(error)) => return Err(error.into()),
             None => {
                 self.lanes[at].generation = None;

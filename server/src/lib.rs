@@ -18,6 +18,7 @@ mod kv;
 mod metrics;
 mod openai;
 mod output;
+mod pooling;
 mod prompt;
 mod random;
 mod registry;
@@ -33,6 +34,6 @@ mod tool_prompt;
 
 pub use auth::{ApiKey, ApiKeyError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
-pub use registry::{Registry, ServedModel};
+pub use registry::{PooledShape, Registry, ServedModel};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

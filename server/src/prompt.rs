@@ -124,6 +124,7 @@ impl ChatInput {
     }
 
     pub(crate) fn render(&self, model: &Model) -> Result<String, ApiError> {
+        model.check_generates()?;
         let Some(template) = &model.served.template else {
             let message = format!(
                 "the model `{}` has no chat template, so it takes no messages; use /v1/completions",

@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use mainstay_engine::Handle;
 use mainstay_models::Generation;
+use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
 
@@ -12,6 +13,15 @@ use crate::error::ApiError;
 use crate::grammar::Grammars;
 use crate::metrics::ModelMetrics;
 use crate::output::{Format, FormatChoice};
+
+/// The row that a text becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PooledShape {
+    /// What it is.
+    pub kind: PooledKind,
+    /// Its width.
+    pub width: usize,
+}
 
 /// A model that can serve requests.
 pub struct ServedModel {
@@ -31,6 +41,10 @@ pub struct ServedModel {
     pub vocab: usize,
     /// Longest sequence, tokens.
     pub context: usize,
+    /// Whether it generates text.
+    pub generates: bool,
+    /// What it makes of a whole text, if it can.
+    pub pooled: Option<PooledShape>,
     /// Its engine.
     pub engine: Handle,
 }

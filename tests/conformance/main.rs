@@ -3,6 +3,7 @@
 
 #[path = "../harness/mod.rs"]
 mod harness;
+mod pooled;
 mod random;
 mod scalar;
 mod tiny;

@@ -69,6 +69,9 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
         add(&graph.blocks[layer.block], &layer.prefix, &mut tensors, random);
     }
     add(&graph.epilogue, "", &mut tensors, random);
+    if let Some(pooled) = &graph.pooled {
+        add(&pooled.block, "", &mut tensors, random);
+    }
     let stored: BTreeMap<String, (Vec<usize>, Vec<u8>)> =
         tensors.into_iter().map(|(name, (shape, values))| (name, (shape, store(&values, dtype)))).collect();
     let kind = match dtype {
@@ -100,7 +103,7 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
     };
     for op in &block.ops {
         match op {
-            Op::Embed { weight } => matrix(weight, 1.7),
+            Op::Embed { weight, .. } => matrix(weight, 1.7),
             // Uniform numbers in [-s, s) have the variance s^2 / 3.
             Op::Linear { weight, .. } => matrix(weight, (3.0 / weight.cols as f32).sqrt()),
             _ => {}
@@ -116,6 +119,10 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
         match op {
             Op::Linear { bias: Some(bias), .. } => vector(bias, 0.0, 0.5),
             Op::RmsNorm { weight, .. } => vector(weight, 1.0, 0.5),
+            Op::LayerNorm { weight, bias, .. } => {
+                vector(weight, 1.0, 0.5);
+                vector(bias, 0.0, 0.5);
+            }
             _ => {}
         }
     }

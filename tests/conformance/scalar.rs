@@ -1,28 +1,44 @@
 //! The meaning of every op, spelled out for one whole sequence in f64: what the reference backend is held to.
 
 use mainstay_models::Weights;
-use mainstay_models::graph::{Activation, Attend, Block, Graph, Matrix, Op, Rope, RopeLayout, Vector};
+use mainstay_models::graph::{
+    Activation, Attend, Block, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Vector,
+};
 
 type Row = Vec<f64>;
 
 /// The logits of every row.
 pub(crate) fn logits(graph: &Graph, weights: &Weights, tokens: &[u32], rope_table: usize) -> Vec<Vec<f32>> {
-    let sequence = Sequence { weights, tokens, rope_table };
-    let mut rows = sequence.block(&graph.prologue, "", vec![Row::new(); tokens.len()]);
-    for layer in &graph.layers {
-        rows = sequence.block(&graph.blocks[layer.block], &layer.prefix, rows);
-    }
-    rows = sequence.block(&graph.epilogue, "", rows);
+    let sequence = Sequence { weights, tokens, rope_table, second: None };
+    let rows = sequence.block(&graph.epilogue, "", sequence.hidden(graph));
     rows.iter().map(|r| r.iter().map(|&v| v as f32).collect()).collect()
+}
+
+/// The one row that a sequence becomes; its second text begins at `second`.
+pub(crate) fn pooled(graph: &Graph, weights: &Weights, tokens: &[u32], second: Option<usize>) -> Vec<f32> {
+    let sequence = Sequence { weights, tokens, rope_table: 0, second };
+    let block = &graph.pooled.as_ref().expect("the graph pools").block;
+    let rows = sequence.block(block, "", sequence.hidden(graph));
+    rows[0].iter().map(|&v| v as f32).collect()
 }
 
 struct Sequence<'a> {
     weights: &'a Weights,
     tokens: &'a [u32],
     rope_table: usize,
+    second: Option<usize>,
 }
 
 impl Sequence<'_> {
+    /// The rows behind the last layer.
+    fn hidden(&self, graph: &Graph) -> Vec<Row> {
+        let mut rows = self.block(&graph.prologue, "", vec![Row::new(); self.tokens.len()]);
+        for layer in &graph.layers {
+            rows = self.block(&graph.blocks[layer.block], &layer.prefix, rows);
+        }
+        rows
+    }
+
     fn block(&self, block: &Block, prefix: &str, input: Vec<Row>) -> Vec<Row> {
         let mut values: Vec<Vec<Row>> = Vec::new();
         for op in &block.ops {
@@ -36,9 +52,14 @@ impl Sequence<'_> {
         let each = |v: usize, f: &dyn Fn(&[f64]) -> Row| values[v].iter().map(|r| f(r)).collect();
         match op {
             Op::Input => entering.to_vec(),
-            Op::Embed { weight } => {
+            Op::Embed { ids, weight } => {
                 let table = self.matrix(weight, prefix);
-                self.tokens.iter().map(|&t| table[t as usize].clone()).collect()
+                let id = |(position, &token): (usize, &u32)| match ids {
+                    Ids::Token => token as usize,
+                    Ids::Position => position,
+                    Ids::Segment => usize::from(self.second.is_some_and(|second| position >= second)),
+                };
+                self.tokens.iter().enumerate().map(|at| table[id(at)].clone()).collect()
             }
             Op::Linear { input, weight, bias } => {
                 let matrix = self.matrix(weight, prefix);
@@ -52,6 +73,28 @@ impl Sequence<'_> {
                     group.iter().zip(&weight).map(|(x, w)| x / root * w).collect()
                 };
                 each(*input, &|row| row.chunks(weight.len()).flat_map(norm).collect())
+            }
+            Op::LayerNorm { input, weight, bias, eps } => {
+                let (weight, bias) = (self.vector(weight, prefix), self.vector(bias, prefix));
+                let norm = |row: &[f64]| -> Row {
+                    let mean = row.iter().sum::<f64>() / row.len() as f64;
+                    let apart: Row = row.iter().map(|x| x - mean).collect();
+                    let root = (dot(&apart, &apart) / row.len() as f64 + f64::from(*eps)).sqrt();
+                    apart.iter().zip(&weight).zip(&bias).map(|((x, w), b)| x / root * w + b).collect()
+                };
+                each(*input, &norm)
+            }
+            Op::Normalize { input } => {
+                each(*input, &|row| row.iter().map(|x| x / dot(row, row).sqrt().max(1e-12)).collect())
+            }
+            Op::Pool { input, kind } => {
+                let rows = &values[*input];
+                let mean = |i: usize| rows.iter().map(|row| row[i]).sum::<f64>() / rows.len() as f64;
+                vec![match kind {
+                    PoolKind::Mean => (0..rows[0].len()).map(mean).collect(),
+                    PoolKind::First => rows[0].clone(),
+                    PoolKind::Last => rows[rows.len() - 1].clone(),
+                }]
             }
             Op::Add { a, b } => {
                 let add = |(a, b): (&Row, &Row)| a.iter().zip(b).map(|(a, b)| a + b).collect();
@@ -130,6 +173,7 @@ fn activate(x: f64, f: Activation) -> f64 {
         Activation::GeluErf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
         Activation::Relu => x.max(0.0),
         Activation::Tanh => x.tanh(),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
     }
 }
 
@@ -147,17 +191,20 @@ fn attend(a: &Attend, values: &[Vec<Row>]) -> Vec<Row> {
     let head = |row: &[f64], h: usize| row[h * a.head_dim..(h + 1) * a.head_dim].to_vec();
     let one = |row: usize, h: usize| -> Row {
         let (query, kv) = (head(&q[row], h), h / (a.heads / a.kv_heads));
-        let first = a.window.map_or(0, |w| (row + 1).saturating_sub(w));
+        let seen = match a.mask {
+            Mask::Causal { window } => window.map_or(0, |w| (row + 1).saturating_sub(w))..row + 1,
+            Mask::Full => 0..q.len(),
+        };
         let score = |p: usize| {
             let score = dot(&query, &head(&k[p], kv)) * f64::from(a.scale);
             a.softcap.map_or(score, |cap| softcap(score, cap))
         };
-        let scores: Row = (first..=row).map(score).collect();
+        let scores: Row = seen.clone().map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Row = scores.iter().map(|s| (s - max).exp()).collect();
         let total: f64 = weights.iter().sum();
         let mut out = vec![0.0; a.head_dim];
-        for (p, w) in (first..=row).zip(&weights) {
+        for (p, w) in seen.zip(&weights) {
             out.iter_mut().zip(head(&v[p], kv)).for_each(|(o, v)| *o += w / total * v);
         }
         out

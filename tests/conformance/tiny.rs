@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, KvSpec, Layer, Matrix, Op, Rope, RopeLayout, Value, Vector,
+    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
+    Rope, RopeLayout, Value, Vector,
 };
 
 use crate::random::Random;
@@ -11,8 +12,14 @@ use crate::random::Random;
 /// Longest sequence of every graph here.
 const CONTEXT: usize = 512;
 
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::Silu, Activation::GeluTanh, Activation::GeluErf, Activation::Relu, Activation::Tanh];
+const ACTIVATIONS: [Activation; 6] = [
+    Activation::Silu,
+    Activation::GeluTanh,
+    Activation::GeluErf,
+    Activation::Relu,
+    Activation::Tanh,
+    Activation::Sigmoid,
+];
 const LAYOUTS: [RopeLayout; 2] = [RopeLayout::Half, RopeLayout::Interleaved];
 
 /// One layer between an embedding and rows that are logits as they are, so that every output of the op is seen.
@@ -21,15 +28,20 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
     let input = block.push(Op::Input);
     build(&mut block, input);
     let kv = block.ops.iter().find_map(|op| match op {
-        Op::Attend(a) => Some(KvSpec { heads: a.kv_heads, head_dim: a.head_dim, window: a.window }),
+        Op::Attend(Attend { kv_heads: heads, head_dim, mask: Mask::Causal { window }, .. }) => {
+            Some(KvSpec { heads: *heads, head_dim: *head_dim, window: *window })
+        }
         _ => None,
     });
     Graph {
         family: "seeded",
-        prologue: Block { ops: vec![Op::Embed { weight: Matrix::one("embed", hidden, hidden) }] },
+        prologue: Block {
+            ops: vec![Op::Embed { ids: Ids::Token, weight: Matrix::one("embed", hidden, hidden) }],
+        },
         blocks: vec![block],
         layers: vec![Layer { block: 0, prefix: "layer.".into() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }] },
+        pooled: None,
         kv: vec![kv.unwrap_or(KvSpec { heads: 1, head_dim: 8, window: None })],
         hidden,
         vocab: hidden,
@@ -83,6 +95,19 @@ fn element_wise() -> Vec<(String, Graph)> {
             "RmsNorm".into(),
             one(hidden, |b, input| {
                 b.push(Op::RmsNorm { input, weight: Vector::one("n", hidden), eps: 1e-5 });
+            }),
+        );
+        add(
+            "LayerNorm".into(),
+            one(hidden, |b, input| {
+                let [weight, bias] = ["n", "n.bias"].map(|name| Vector::one(name, hidden));
+                b.push(Op::LayerNorm { input, weight, bias, eps: 1e-5 });
+            }),
+        );
+        add(
+            "Normalize".into(),
+            one(hidden, |b, input| {
+                b.push(Op::Normalize { input });
             }),
         );
         for f in ACTIVATIONS {
@@ -180,7 +205,7 @@ fn attentions(random: &mut Random) -> Vec<(String, Graph)> {
                         kv_heads,
                         head_dim,
                         scale,
-                        window,
+                        mask: Mask::Causal { window },
                         softcap,
                     }));
                     linear(b, y, "o", 64, wide);
@@ -276,8 +301,8 @@ impl Recipe {
         let (q, k) = (self.turned(b, q, "q", wide), self.turned(b, k, "k", narrow));
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
         let scale = (head_dim as f32).sqrt().recip();
-        let (window, softcap) = (self.window, self.softcap);
-        let rows = b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, window, softcap }));
+        let (mask, softcap) = (Mask::Causal { window: self.window }, self.softcap);
+        let rows = b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, mask, softcap }));
         linear(b, rows, "o", hidden, wide)
     }
 
@@ -319,7 +344,8 @@ pub(crate) fn model(random: &mut Random) -> Graph {
     let vocab = random.pick(&[64, 101, 200]);
     let recipes = [Recipe::random(random), Recipe::random(random)];
     let kinds: Vec<usize> = (0..1 + random.below(3)).map(|_| random.below(2)).collect();
-    let mut prologue = Block { ops: vec![Op::Embed { weight: Matrix::one("embed", vocab, hidden) }] };
+    let mut prologue =
+        Block { ops: vec![Op::Embed { ids: Ids::Token, weight: Matrix::one("embed", vocab, hidden) }] };
     if random.coin() {
         prologue.push(Op::Scale { input: 0, factor: (hidden as f32).sqrt() });
     }
@@ -346,7 +372,97 @@ pub(crate) fn model(random: &mut Random) -> Graph {
             .map(|(i, &block)| Layer { block, prefix: format!("layers.{i}.") })
             .collect(),
         epilogue,
+        pooled: None,
         kv: kinds.iter().map(|&k| spec(k)).collect(),
+        hidden,
+        vocab,
+        context: CONTEXT,
+    }
+}
+
+/// A model of [`model`] whose last rows are embeddings.
+pub(crate) fn model_that_pools(random: &mut Random) -> Graph {
+    let mut graph = model(random);
+    let mut block = Block::default();
+    let rows = block.push(Op::Input);
+    let rows = block.push(Op::Pool { input: rows, kind: PoolKind::Last });
+    let rows = norm(&mut block, rows, "norm", graph.hidden);
+    block.push(Op::Normalize { input: rows });
+    graph.pooled = Some(Pooled { kind: PooledKind::Embedding, block, width: graph.hidden });
+    graph
+}
+
+/// Pools otherwise.
+pub(crate) fn repool(graph: &mut Graph, kind: PoolKind) {
+    for op in graph.pooled.iter_mut().flat_map(|pooled| &mut pooled.block.ops) {
+        if let Op::Pool { kind: found, .. } = op {
+            *found = kind;
+        }
+    }
+}
+
+fn layer_norm(b: &mut Block, input: Value, name: &str, width: usize) -> Value {
+    let [weight, bias] = [name.to_owned(), format!("{name}.bias")].map(|name| Vector::one(name, width));
+    b.push(Op::LayerNorm { input, weight, bias, eps: 1e-12 })
+}
+
+/// A layer that attends to all of its sequence, with its norms after the sums.
+fn whole_layer(random: &mut Random, hidden: usize) -> Block {
+    let recipe = Recipe { bias: true, ..Recipe::random(random) };
+    let mut b = Block::default();
+    let input = b.push(Op::Input);
+    let rows = recipe.attention(&mut b, input, hidden);
+    for op in &mut b.ops {
+        if let Op::Attend(attend) = op {
+            attend.mask = Mask::Full;
+        }
+    }
+    let rows = b.push(Op::Add { a: input, b: rows });
+    let input = layer_norm(&mut b, rows, "norm1", hidden);
+    let rows = recipe.mlp(&mut b, input, hidden);
+    let rows = b.push(Op::Add { a: input, b: rows });
+    layer_norm(&mut b, rows, "norm2", hidden);
+    b
+}
+
+/// An encoder: an embedding, or a classifier over pairs.
+pub(crate) fn encoder(random: &mut Random) -> Graph {
+    let hidden = random.pick(&[32, 48, 72, 100]);
+    let vocab = random.pick(&[64, 101]);
+    let mut prologue = Block::default();
+    let tables =
+        [(Ids::Token, "words", vocab), (Ids::Segment, "segments", 2), (Ids::Position, "places", CONTEXT)];
+    let [words, segments, places] = tables
+        .map(|(ids, name, rows)| prologue.push(Op::Embed { ids, weight: Matrix::one(name, rows, hidden) }));
+    let rows = prologue.push(Op::Add { a: words, b: segments });
+    let rows = prologue.push(Op::Add { a: rows, b: places });
+    layer_norm(&mut prologue, rows, "norm", hidden);
+    let mut block = Block::default();
+    let rows = block.push(Op::Input);
+    let kind = random.pick(&[PoolKind::Mean, PoolKind::First, PoolKind::Last]);
+    let rows = block.push(Op::Pool { input: rows, kind });
+    let (kind, width) = if random.coin() {
+        block.push(Op::Normalize { input: rows });
+        (PooledKind::Embedding, hidden)
+    } else {
+        let weight = Matrix::one("pooler", hidden, hidden);
+        let rows =
+            block.push(Op::Linear { input: rows, weight, bias: Some(Vector::one("pooler.bias", hidden)) });
+        let rows = block.push(Op::Activate { input: rows, f: Activation::Tanh });
+        let rows = linear(&mut block, rows, "classifier", 1, hidden);
+        block.push(Op::Activate { input: rows, f: Activation::Sigmoid });
+        (PooledKind::Score, 1)
+    };
+    let blocks = vec![whole_layer(random, hidden), whole_layer(random, hidden)];
+    let layer = |i| Layer { block: random.below(2), prefix: format!("layers.{i}.") };
+    Graph {
+        family: "seeded",
+        prologue,
+        blocks,
+        layers: (0..2).map(layer).collect(),
+        epilogue: Block::default(),
+        pooled: Some(Pooled { kind, block, width }),
+        kv: Vec::new(),
         hidden,
         vocab,
         context: CONTEXT,

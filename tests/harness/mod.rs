@@ -51,6 +51,8 @@ pub(crate) struct Sequence {
     pub(crate) computed: usize,
     /// Which rope table it uses.
     pub(crate) rope_table: usize,
+    /// Where the second text of a pair begins.
+    pub(crate) second: Option<usize>,
     /// Pages by group.
     tables: Vec<Vec<PageId>>,
 }
@@ -143,6 +145,19 @@ impl Rig {
         chunks.iter().map(|(_, tokens)| take(tokens.len())).collect()
     }
 
+    /// The one row that each sequence becomes with its next tokens, all in one step.
+    pub(crate) fn pool(&mut self, chunks: &mut [(&mut Sequence, &[u32])]) -> Vec<Vec<f32>> {
+        let mut step = Step { pooled: (0..chunks.len()).collect(), ..Step::default() };
+        for (sequence, tokens) in chunks.iter_mut() {
+            self.append(&mut step, sequence, tokens);
+        }
+        step.outputs.clear();
+        self.executor.submit(&step).expect("a step is computed");
+        self.executor.finish(&mut self.out).expect("a step is finished");
+        let width = self.out.pooled.len() / chunks.len();
+        self.out.pooled.chunks_exact(width).map(<[f32]>::to_vec).collect()
+    }
+
     fn append(&mut self, step: &mut Step, sequence: &mut Sequence, tokens: &[u32]) {
         let (start, first_page, position) = (step.tokens.len(), step.page_table.len(), sequence.computed);
         sequence.computed += tokens.len();
@@ -158,6 +173,7 @@ impl Rig {
             position,
             pages: first_page..step.page_table.len(),
             rope_table: sequence.rope_table,
+            second: sequence.second,
         });
         step.outputs.extend((0..tokens.len()).map(|i| OutputRow {
             row: start + i,
@@ -225,7 +241,7 @@ impl Rig {
     pub(crate) fn restore(&mut self, computed: usize, rope_table: usize, bytes: Vec<PageBytes>) -> Sequence {
         let count = computed.div_ceil(PAGE_TOKENS);
         let tables = self.free.iter_mut().map(|free| free.split_off(free.len() - count)).collect();
-        let restored = Sequence { computed, rope_table, tables };
+        let restored = Sequence { computed, rope_table, second: None, tables };
         let bytes = bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
         let pages = self.pages_of(&restored).into_iter().zip(bytes).collect();
         self.executor.start_write(pages, Ticket(2));

@@ -130,7 +130,7 @@ impl World {
                     answer.scores.push(top.into_iter().map(|(t, p)| (t, p.to_bits())).collect());
                 }
                 Event::Failed(error) => panic!("{error}"),
-                Event::Prompt(_) | Event::Finished { .. } => {}
+                Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
             }
         }
         assert!(block_on(self.handle.settle(Duration::from_secs(20))), "pages are written");

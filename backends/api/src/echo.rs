@@ -108,6 +108,23 @@ impl EchoExecutor {
         }
     }
 
+    /// A hash of all tokens of a sequence up to the chunk's end, as they are read back; of the chunk's own where there
+    /// are no pages.
+    fn pooled_state(&self, step: &Step, chunk: &Chunk) -> u64 {
+        let own = &step.tokens[chunk.tokens.clone()];
+        let read = |position: usize| {
+            let page = chunk.table(step, 0)[position / PAGE_TOKENS];
+            self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
+        };
+        let end = chunk.position + own.len();
+        let state = if self.slots.is_empty() {
+            (0..).zip(own).fold(SEED, |state, (position, &token)| absorb(state, token, position))
+        } else {
+            (0..end).map(read).fold(SEED, |state, (token, at)| absorb(state, token, at))
+        };
+        with_second(state, chunk.second)
+    }
+
     /// Appends the logits of the chunk's output rows.
     fn read(&self, step: &Step, chunk: &Chunk, logits: &mut Vec<f32>) {
         let wanted = |row: usize| step.outputs.iter().filter(move |o| o.row == row);
@@ -143,11 +160,14 @@ impl EchoExecutor {
             return Err(StepError::Device { device: "echo", what: format!("step {} fails", self.steps) });
         }
         let mut logits = Vec::with_capacity(step.outputs.len() * self.vocab);
-        for chunk in &step.chunks {
+        for chunk in step.chunks.iter().filter(|_| !step.outputs.is_empty()) {
             self.read(step, chunk, &mut logits);
         }
         let mut out = StepOutput::default();
         sample_rows(&logits, step, &mut self.scratch, &mut out)?;
+        for &chunk in &step.pooled {
+            out.pooled.extend(row(self.pooled_state(step, &step.chunks[chunk])));
+        }
         Ok(out)
     }
 }
@@ -257,6 +277,28 @@ pub fn expected_run(vocab: usize, prompt: &[u32], count: usize, sampling: &Sampl
     tokens.split_off(prompt.len())
 }
 
+/// Width of the row that a sequence becomes.
+pub const POOLED_WIDTH: usize = 8;
+
+/// The row that a sequence becomes when it runs alone.
+pub fn expected_row(tokens: &[u32], second: Option<usize>) -> Vec<f32> {
+    let state = (0..).zip(tokens).fold(SEED, |state, (position, &token)| absorb(state, token, position));
+    row(with_second(state, second))
+}
+
+fn with_second(state: u64, second: Option<usize>) -> u64 {
+    second.map_or(state, |second| absorb(state, second as u32, u32::MAX))
+}
+
+/// A row of length 1.
+fn row(state: u64) -> Vec<f32> {
+    let mut row = Vec::with_capacity(POOLED_WIDTH);
+    push_logits(state, POOLED_WIDTH, &mut row);
+    let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+    row.iter_mut().for_each(|x| *x /= length);
+    row
+}
+
 const SEED: u64 = 0x6d61_696e_7374_6179;
 
 fn absorb(state: u64, token: u32, position: u32) -> u64 {
@@ -296,6 +338,7 @@ fn check(step: &Step, limits: &Limits, vocab: usize) {
         next = (chunk.tokens.end, chunk.pages.end);
     }
     assert_eq!(next, (step.tokens.len(), step.page_table.len()), "chunks do not cover the step");
+    assert!(step.pooled.iter().all(|&chunk| chunk < step.chunks.len()), "pooled chunks {:?}", step.pooled);
     check_outputs(step);
     check_pages(step, limits);
 }
@@ -362,7 +405,13 @@ mod tests {
         let rows = tokens.len() - position;
         Step {
             tokens: tokens[position..].to_vec(),
-            chunks: vec![Chunk { tokens: 0..rows, position, pages: 0..2 * pages.len(), rope_table: 0 }],
+            chunks: vec![Chunk {
+                tokens: 0..rows,
+                position,
+                pages: 0..2 * pages.len(),
+                rope_table: 0,
+                second: None,
+            }],
             page_table: table.clone().chain(table).collect(),
             outputs: vec![OutputRow { row: rows - 1, position: tokens.len(), want, top_logprobs: None }],
             ..Step::default()
@@ -450,7 +499,7 @@ mod tests {
     fn two_writers_of_a_page_are_refused() {
         let mut step = one_chunk(&[1], 0, &[1]);
         step.tokens.push(2);
-        step.chunks.push(Chunk { tokens: 1..2, position: 0, pages: 2..4, rope_table: 0 });
+        step.chunks.push(Chunk { tokens: 1..2, position: 0, pages: 2..4, rope_table: 0, second: None });
         step.page_table.extend([PageId(1), PageId(1)]);
         check(&step, &limits(), VOCAB);
     }

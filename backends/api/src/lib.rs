@@ -24,7 +24,8 @@ pub struct Limits {
     pub chunks: usize,
     /// Most output rows in one step.
     pub output_rows: usize,
-    /// Pages of each group, by group index; page 0 of each is never given out: padding points at it.
+    /// Pages of each group, by group index; page 0 of each is never given out: padding points at it. Without groups the
+    /// model keeps no keys and values, and every sequence is computed whole, in one step.
     pub pages: Vec<usize>,
     /// Element type of stored keys and values.
     pub kv_dtype: KvDType,

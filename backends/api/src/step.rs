@@ -18,6 +18,8 @@ pub struct Step {
     pub copies: Vec<(PageRef, PageRef)>,
     /// Rows whose output is wanted, ascending by `row`; `O` of them.
     pub outputs: Vec<OutputRow>,
+    /// Chunks whose sequence ends with them and becomes one row, by index, ascending; `P` of them.
+    pub pooled: Vec<usize>,
     /// Additive biases on logits, referred to by [`Sampling::bias`].
     pub biases: Vec<(u32, f32)>,
     /// Tokens that penalties count, referred to by [`Sampling::history`].
@@ -36,6 +38,7 @@ impl Step {
         self.page_table.clear();
         self.copies.clear();
         self.outputs.clear();
+        self.pooled.clear();
         self.biases.clear();
         self.history.clear();
         self.masks.clear();
@@ -67,6 +70,9 @@ impl Step {
         assert_eq!(end, self.tokens.len(), "tokens of all chunks");
         let rows = || self.outputs.iter().map(|o| o.row);
         assert!(rows().is_sorted() && rows().all(|r| r < end), "output rows do not ascend below {end}");
+        let ascend = self.pooled.is_sorted_by(|a, b| a < b);
+        let known = self.pooled.iter().all(|&chunk| chunk < self.chunks.len());
+        assert!(ascend && known, "pooled chunks {:?} of {}", self.pooled, self.chunks.len());
     }
 }
 
@@ -81,9 +87,16 @@ pub struct Chunk {
     pub pages: Range<usize>,
     /// Which of [`mainstay_models::graph::Rope::tables`] its sequence uses.
     pub rope_table: usize,
+    /// Position in the sequence where the second text of a pair begins.
+    pub second: Option<usize>,
 }
 
 impl Chunk {
+    /// Which text of a pair the token at a position of the sequence belongs to: 0 or 1.
+    pub fn segment(&self, position: usize) -> usize {
+        usize::from(self.second.is_some_and(|second| position >= second))
+    }
+
     /// Pages per group: enough for all tokens up to the end of the chunk.
     pub fn page_count(&self) -> usize {
         (self.position + self.tokens.len()).div_ceil(PAGE_TOKENS)
@@ -172,7 +185,7 @@ impl Sampling {
     }
 }
 
-/// The result of a step, one entry per output row in the order of [`Step::outputs`].
+/// The result of a step: one entry per output row in the order of [`Step::outputs`], and the pooled rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutput {
     /// The drawn token, or the scored one.
@@ -182,6 +195,8 @@ pub struct StepOutput {
     pub logprobs: Vec<f32>,
     /// The most probable tokens under the raw logits, most probable first, lowest id among equals.
     pub top_logprobs: Vec<Vec<(u32, f32)>>,
+    /// The rows of the pooled sequences, `[P, width]`, in the order of [`Step::pooled`]: embeddings, or scores.
+    pub pooled: Vec<f32>,
     /// Raw logits `[O, vocab]` if [`Step::return_logits`], else empty.
     pub logits: Vec<f32>,
 }
@@ -196,6 +211,7 @@ impl StepOutput {
         self.logprobs.resize(rows, 0.0);
         self.top_logprobs.resize_with(rows, Vec::new);
         self.top_logprobs.iter_mut().for_each(Vec::clear);
+        self.pooled.clear();
         self.logits.clear();
     }
 
@@ -204,6 +220,7 @@ impl StepOutput {
         self.tokens.clear();
         self.logprobs.clear();
         self.top_logprobs.clear();
+        self.pooled.clear();
         self.logits.clear();
     }
 }

@@ -13,6 +13,8 @@ pub(crate) struct Plan {
     /// One per layer: blocks are shared by graphs, weights are not.
     pub(crate) layers: Vec<Program>,
     pub(crate) epilogue: Program,
+    /// Empty where the model does not pool.
+    pub(crate) pooled: Program,
     pub(crate) layout: KvLayout,
     pub(crate) device: Device,
 }
@@ -42,6 +44,10 @@ impl Plan {
             prologue: source.program(&graph.prologue, "")?,
             layers: layers.collect::<Result<_, _>>()?,
             epilogue: source.program(&graph.epilogue, "")?,
+            pooled: match &graph.pooled {
+                Some(pooled) => source.program(&pooled.block, "")?,
+                None => Program::new(),
+            },
             layout: KvLayout::of(graph, limits.kv_dtype),
             device: device.clone(),
         })
@@ -61,12 +67,15 @@ impl Source<'_> {
 
     fn instruction(&self, op: &Op, prefix: &str) -> Result<Instruction, LoadError> {
         let (weight, bias) = match op {
-            Op::Embed { weight } => (Some(self.matrix(weight, prefix)?), None),
+            Op::Embed { weight, .. } => (Some(self.matrix(weight, prefix)?), None),
             Op::Linear { weight, bias, .. } => {
                 let bias = bias.as_ref().map(|b| self.vector(b, prefix)).transpose()?;
                 (Some(self.matrix(weight, prefix)?), bias)
             }
             Op::RmsNorm { weight, .. } => (Some(self.vector(weight, prefix)?), None),
+            Op::LayerNorm { weight, bias, .. } => {
+                (Some(self.vector(weight, prefix)?), Some(self.vector(bias, prefix)?))
+            }
             Op::Input
             | Op::Add { .. }
             | Op::Scale { .. }
@@ -76,7 +85,9 @@ impl Source<'_> {
             | Op::GatedActivate { .. }
             | Op::Rope { .. }
             | Op::Attend(_)
-            | Op::SelectRows { .. } => (None, None),
+            | Op::SelectRows { .. }
+            | Op::Pool { .. }
+            | Op::Normalize { .. } => (None, None),
         };
         Ok(Instruction { op: op.clone(), weight, bias })
     }

@@ -1,6 +1,7 @@
 //! One step: programs over rows, attention over pages, tokens from logits.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::ops;
@@ -10,7 +11,7 @@ use mainstay_backend_api::{
     CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError, StoredPage,
     Ticket,
 };
-use mainstay_models::graph::{Activation, Attend, Op, Rope, RopeLayout};
+use mainstay_models::graph::{Activation, Attend, Ids, Mask, Op, PoolKind, Rope, RopeLayout};
 
 use crate::pages::{Pages, PartIndex, Slot};
 use crate::plan::{Instruction, Plan, Program};
@@ -36,19 +37,23 @@ impl CandleExecutor {
         Self { plan, pages, limits, scratch, finished, copied }
     }
 
-    /// The logits `[outputs, vocab]` of a step.
-    fn run(&mut self, step: &Step) -> Result<Vec<f32>> {
+    /// The logits `[outputs, vocab]` of a step, and its pooled rows.
+    fn run(&mut self, step: &Step) -> Result<(Vec<f32>, Vec<f32>)> {
         let empty = Tensor::zeros((step.tokens.len(), 0), DType::F32, &self.plan.device)?;
         let mut rows =
             evaluate(&self.plan.prologue, empty, &mut Scope { layer: 0, step, pages: &mut self.pages })?;
         for (layer, program) in self.plan.layers.iter().enumerate() {
             rows = evaluate(program, rows, &mut Scope { layer, step, pages: &mut self.pages })?;
         }
-        if step.outputs.is_empty() {
-            return Ok(Vec::new());
-        }
         let mut scope = Scope { layer: 0, step, pages: &mut self.pages };
-        evaluate(&self.plan.epilogue, rows, &mut scope)?.flatten_all()?.to_vec1()
+        let mut finish = |program: &Program, wanted: usize| -> Result<Vec<f32>> {
+            if wanted == 0 {
+                return Ok(Vec::new());
+            }
+            evaluate(program, rows.clone(), &mut scope)?.flatten_all()?.to_vec1()
+        };
+        let logits = finish(&self.plan.epilogue, step.outputs.len())?;
+        Ok((logits, finish(&self.plan.pooled, step.pooled.len())?))
     }
 }
 
@@ -67,9 +72,10 @@ impl Executor for CandleExecutor {
         for &(from, to) in &step.copies {
             self.pages.copy_page(from, to);
         }
-        let logits = self.run(step).map_err(step_error)?;
+        let (logits, pooled) = self.run(step).map_err(step_error)?;
         let mut out = StepOutput::default();
         sample_rows(&logits, step, &mut self.scratch, &mut out)?;
+        out.pooled = pooled;
         self.finished.push_back(out);
         Ok(())
     }
@@ -114,8 +120,8 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
     let weight = || instruction.weight.as_ref().expect("the plan loads the weight of every op that has one");
     match &instruction.op {
         Op::Input => Ok(input.clone()),
-        Op::Embed { .. } => {
-            let ids = Tensor::from_slice(&scope.step.tokens, scope.step.tokens.len(), input.device())?;
+        Op::Embed { ids, .. } => {
+            let ids = Tensor::from_vec(row_ids(*ids, scope.step), scope.step.tokens.len(), input.device())?;
             weight().index_select(&ids, 0)?.to_dtype(DType::F32)
         }
         Op::Linear { input, .. } => {
@@ -129,6 +135,10 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
             let x = &values[*input];
             let groups = x.contiguous()?.reshape(((), vector.width()))?;
             ops::rms_norm(&groups, weight(), *eps)?.reshape(x.shape())
+        }
+        Op::LayerNorm { input, eps, .. } => {
+            let bias = instruction.bias.as_ref().expect("the plan loads the bias of every layer norm");
+            ops::layer_norm(&values[*input].contiguous()?, weight(), bias, *eps)
         }
         Op::Add { a, b } => &values[*a] + &values[*b],
         Op::Scale { input, factor } => &values[*input] * f64::from(*factor),
@@ -147,7 +157,40 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
             let rows = Tensor::from_slice(&rows, rows.len(), values[*input].device())?;
             values[*input].contiguous()?.index_select(&rows, 0)
         }
+        Op::Pool { input, kind } => pool(&values[*input], *kind, scope.step),
+        Op::Normalize { input } => {
+            let x = &values[*input];
+            let length = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
+            x.broadcast_div(&length)
+        }
     }
+}
+
+/// What selects each row of an embedding table.
+fn row_ids(ids: Ids, step: &Step) -> Vec<u32> {
+    if ids == Ids::Token {
+        return step.tokens.clone();
+    }
+    let of_chunk = |chunk: &Chunk| {
+        let chunk = chunk.clone();
+        (chunk.position..chunk.position + chunk.tokens.len()).map(move |position| match ids {
+            Ids::Segment => chunk.segment(position) as u32,
+            Ids::Token | Ids::Position => position as u32,
+        })
+    };
+    step.chunks.iter().flat_map(of_chunk).collect()
+}
+
+fn pool(rows: &Tensor, kind: PoolKind, step: &Step) -> Result<Tensor> {
+    let one = |&chunk: &usize| {
+        let range = &step.chunks[chunk].tokens;
+        match kind {
+            PoolKind::Mean => rows.narrow(0, range.start, range.len())?.mean_keepdim(0),
+            PoolKind::First => rows.narrow(0, range.start, 1),
+            PoolKind::Last => rows.narrow(0, range.end - 1, 1),
+        }
+    };
+    Tensor::cat(&step.pooled.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
 }
 
 fn softcap(x: &Tensor, cap: f32) -> Result<Tensor> {
@@ -162,6 +205,7 @@ fn activate(x: &Tensor, f: Activation) -> Result<Tensor> {
         Activation::GeluErf => x.gelu_erf(),
         Activation::Relu => x.relu(),
         Activation::Tanh => x.tanh(),
+        Activation::Sigmoid => ops::sigmoid(&x),
     }
 }
 
@@ -209,6 +253,26 @@ fn angles(rope: &Rope, step: &Step, like: &Tensor) -> Result<(Tensor, Tensor)> {
 }
 
 fn attend(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
+    match a.mask {
+        Mask::Causal { .. } => attend_causally(a, values, scope),
+        Mask::Full => attend_fully(a, values, scope.step),
+    }
+}
+
+/// Every row of a sequence sees all of it, and nothing is kept.
+fn attend_fully(a: &Attend, values: &[Tensor], step: &Step) -> Result<Tensor> {
+    let by_head = |v: usize, range: &Range<usize>| {
+        let rows = values[v].narrow(0, range.start, range.len())?;
+        rows.reshape((range.len(), a.kv_heads, a.head_dim))?.transpose(0, 1)?.contiguous()
+    };
+    let one = |chunk: &Chunk| {
+        let kv = (by_head(a.k, &chunk.tokens)?, by_head(a.v, &chunk.tokens)?);
+        attend_chunk(a, chunk, &values[a.q], &kv)
+    };
+    Tensor::cat(&step.chunks.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
+}
+
+fn attend_causally(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
     let group = scope.pages.group_of(scope.layer);
     let (keys, rows) =
         (values[a.k].flatten_all()?.to_vec1::<f32>()?, values[a.v].flatten_all()?.to_vec1::<f32>()?);
@@ -249,9 +313,11 @@ fn attend_chunk(a: &Attend, chunk: &Chunk, q: &Tensor, (k, v): &(Tensor, Tensor)
         if let Some(cap) = a.softcap {
             scores = softcap(&scores, cap)?;
         }
-        let mask = mask(chunk.position + first - chunk.tokens.start, rows, end, a.window);
-        let mask = Tensor::from_vec(mask, (rows, end), scores.device())?;
-        let scores = scores.reshape((a.heads, rows, end))?.broadcast_add(&mask)?;
+        let mut scores = scores.reshape((a.heads, rows, end))?;
+        if let Mask::Causal { window } = a.mask {
+            let mask = mask(chunk.position + first - chunk.tokens.start, rows, end, window);
+            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, end), scores.device())?)?;
+        }
         let weights = ops::softmax_last_dim(&scores)?.reshape((a.kv_heads, per_kv * rows, end))?;
         let mixed = weights.matmul(v)?.reshape((a.heads, rows, a.head_dim))?;
         outputs.push(mixed.transpose(0, 1)?.contiguous()?.reshape((rows, a.heads * a.head_dim))?);

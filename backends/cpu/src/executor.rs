@@ -17,6 +17,7 @@ use crate::pages::Pages;
 use crate::plan::Plan;
 use crate::pool::Pool;
 use crate::run::{Core, PART_ROWS_MAX, TASK_TOKENS, Work};
+use crate::whole::StepKv;
 
 /// The arithmetic that all instruction sets share: chains of fused multiply-adds over sixteen-row panels. It changes
 /// when any kernel's sequence of roundings does.
@@ -64,7 +65,7 @@ impl CpuExecutor {
                 plan.arena_len, limits.tokens_per_step, limits.output_rows
             ),
         })?;
-        let ModelWeights { prologue, layers, epilogue } = load::load(graph, &plan, weights, threads)?;
+        let ModelWeights { prologue, layers, epilogue, pooled } = load::load(graph, &plan, weights, threads)?;
         let scratch = |_| {
             Mutex::new(Scratch {
                 floats: vec![0.0; scratch_len(PART_ROWS_MAX, kernels.tile_rows()).max(plan.head_dim)],
@@ -72,6 +73,9 @@ impl CpuExecutor {
                 sampling: SampleScratch::new(graph.vocab),
             })
         };
+        let step_kv = (plan.whole_heads > 0)
+            .then(|| StepKv::new(limits, plan.whole_heads, plan.head_dim))
+            .transpose()?;
         let layers = graph.layers.iter().map(|l| l.block).zip(layers).collect();
         let core = Core {
             kernels,
@@ -84,6 +88,8 @@ impl CpuExecutor {
             prologue,
             layers,
             epilogue,
+            pooled,
+            step_kv,
             arena,
             pages,
             work: Work::new(limits),
@@ -108,6 +114,7 @@ impl CpuExecutor {
         assert!(tokens <= l.tokens_per_step, "{tokens} tokens in a step, limit {}", l.tokens_per_step);
         assert!(chunks <= l.chunks, "{chunks} chunks in a step, limit {}", l.chunks);
         assert!(rows <= l.output_rows, "{rows} output rows in a step, limit {}", l.output_rows);
+        assert!(step.pooled.iter().all(|&i| i < chunks), "pooled chunks {:?} of {chunks}", step.pooled);
         for chunk in &step.chunks {
             let end = chunk.position + chunk.tokens.len();
             assert!(end <= l.context, "a chunk ends at {end}, the context is {}", l.context);
@@ -131,6 +138,7 @@ impl CpuExecutor {
                 None => unreachable!("row {i} was not computed"),
             }
         }
+        self.core.read_pooled(step.pooled.len(), &mut out.pooled);
         if step.return_logits {
             self.core.read_logits(step.outputs.len(), &mut out.logits);
         }
@@ -157,6 +165,9 @@ impl Executor for CpuExecutor {
             self.core.pages.copy(from, to);
         }
         self.core.work.prepare(step);
+        if let Some(kv) = &mut self.core.step_kv {
+            kv.prepare(step);
+        }
         let core = &self.core;
         self.pool.run(&|worker| core.step(worker, step));
         let result = self.collect(step);

@@ -13,6 +13,7 @@ mod place;
 mod plan;
 mod pool;
 mod run;
+mod whole;
 
 use mainstay_backend_api::{Backend, DeviceInfo, Executor, Limits};
 use mainstay_kernels_cpu::{Isa, Kernels};

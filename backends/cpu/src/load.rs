@@ -22,6 +22,7 @@ pub(crate) struct ModelWeights {
     pub(crate) prologue: BlockWeights,
     pub(crate) layers: Vec<BlockWeights>,
     pub(crate) epilogue: BlockWeights,
+    pub(crate) pooled: BlockWeights,
 }
 
 /// Panels that a thread packs at a time.
@@ -58,6 +59,7 @@ pub(crate) fn load(
             .map(|layer| loader.block(&plan.blocks[layer.block], &layer.prefix))
             .collect::<Result<_, _>>()?,
         epilogue: loader.block(&plan.epilogue, "")?,
+        pooled: loader.block(&plan.pooled, "")?,
     })
 }
 

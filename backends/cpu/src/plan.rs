@@ -3,7 +3,9 @@
 use mainstay_backend_api::Limits;
 use mainstay_kernels_cpu::{After, Function, LANES, Pairing};
 use mainstay_models::LoadError;
-use mainstay_models::graph::{self, Activation, Block, Graph, Matrix, Op, Rope, RopeLayout, Value, Vector};
+use mainstay_models::graph::{
+    self, Activation, Block, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Value, Vector,
+};
 
 use crate::arena::Slot;
 use crate::place::{Draft, Places};
@@ -57,11 +59,18 @@ pub(crate) struct HeadPath<P> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Call<P> {
     Embed {
+        ids: Ids,
         weight: WeightIndex,
         out: P,
     },
     /// The step's output rows of a value.
     Select {
+        input: P,
+        out: P,
+    },
+    /// One row for each pooled sequence.
+    Pool {
+        kind: PoolKind,
         input: P,
         out: P,
     },
@@ -79,6 +88,17 @@ pub(crate) enum Call<P> {
     Norm {
         weight: WeightIndex,
         eps: f32,
+        input: P,
+        out: P,
+    },
+    LayerNorm {
+        weight: WeightIndex,
+        bias: WeightIndex,
+        eps: f32,
+        input: P,
+        out: P,
+    },
+    Normalize {
         input: P,
         out: P,
     },
@@ -125,7 +145,7 @@ pub(crate) struct Heads {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) scale: f32,
-    pub(crate) window: Option<usize>,
+    pub(crate) mask: Mask,
     pub(crate) softcap: Option<f32>,
 }
 
@@ -143,6 +163,7 @@ pub(crate) struct Plan {
     pub(crate) prologue: Program,
     pub(crate) blocks: Vec<Program>,
     pub(crate) epilogue: Program,
+    pub(crate) pooled: Program,
     /// Distinct rotations, and where their angles are, `[tokens, dim]`.
     pub(crate) ropes: Vec<Rope>,
     pub(crate) angles: Vec<Slot>,
@@ -150,8 +171,12 @@ pub(crate) struct Plan {
     pub(crate) packed: Slot,
     /// `[outputs, vocab]`
     pub(crate) logits: Slot,
+    /// `[pooled sequences, width]`
+    pub(crate) pooled_rows: Slot,
     /// Floats of all slots.
     pub(crate) arena_len: usize,
+    /// Most key heads of a layer that keeps nothing; 0 where there is none.
+    pub(crate) whole_heads: usize,
     /// Widest head, and most query heads over one key head.
     pub(crate) head_dim: usize,
     pub(crate) group: usize,
@@ -163,6 +188,7 @@ enum Role {
     Prologue,
     Layer,
     Epilogue,
+    Pooled,
 }
 
 impl Plan {
@@ -176,13 +202,21 @@ impl Plan {
         let hidden = places.fixed(limits.tokens_per_step, graph.hidden);
         let mut packed_len = 0;
         let mut plan_block = |block: &Block, role: Role, places: &mut Places| {
+            if block.ops.is_empty() {
+                let (calls, matrices, vectors) = Default::default();
+                return Ok((Program { calls, matrices, vectors }, places.fixed(0, 0)));
+            }
             let widths = block.widths(graph.hidden)?;
             let mut draft = Fuse::new(block, &widths, role, &mut ropes).run()?;
-            let rows = if role == Role::Epilogue { limits.output_rows } else { limits.tokens_per_step };
+            let rows = match role {
+                Role::Prologue | Role::Layer => limits.tokens_per_step,
+                Role::Epilogue => limits.output_rows,
+                Role::Pooled => limits.chunks,
+            };
             let widest = draft.matrices.iter().map(|m| m.matrix.cols).max().unwrap_or(0);
             packed_len = packed_len.max(rows.saturating_mul(widest));
             let entry = (role != Role::Prologue).then_some(hidden);
-            let exit = (role != Role::Epilogue).then_some(hidden);
+            let exit = matches!(role, Role::Prologue | Role::Layer).then_some(hidden);
             let (calls, result) = places.assign(&mut draft, rows, entry, exit);
             Ok::<_, LoadError>((Program { calls, matrices: draft.matrices, vectors: draft.vectors }, result))
         };
@@ -192,13 +226,30 @@ impl Plan {
             blocks.push(plan_block(block, Role::Layer, &mut places)?.0);
         }
         let (epilogue, logits) = plan_block(&graph.epilogue, Role::Epilogue, &mut places)?;
+        let none = Block::default();
+        let block = graph.pooled.as_ref().map_or(&none, |pooled| &pooled.block);
+        let (pooled, pooled_rows) = plan_block(block, Role::Pooled, &mut places)?;
         let packed = places.fixed(1, packed_len);
         let angles = ropes.iter().map(|r| places.fixed(limits.tokens_per_step, r.dim)).collect();
         let shapes = || blocks.iter().flat_map(|b| &b.calls).filter_map(Call::heads);
         let head_dim = shapes().map(|h| h.head_dim).max().unwrap_or(1);
         let group = shapes().map(|h| h.heads / h.kv_heads).max().unwrap_or(1);
-        let arena_len = places.len();
-        Ok(Self { prologue, blocks, epilogue, ropes, angles, packed, logits, arena_len, head_dim, group })
+        let whole_heads = shapes().filter(|h| h.mask == Mask::Full).map(|h| h.kv_heads).max().unwrap_or(0);
+        Ok(Self {
+            arena_len: places.len(),
+            prologue,
+            blocks,
+            epilogue,
+            pooled,
+            ropes,
+            angles,
+            packed,
+            logits,
+            pooled_rows,
+            whole_heads,
+            head_dim,
+            group,
+        })
     }
 }
 
@@ -214,8 +265,9 @@ impl<P: Copy> Call<P> {
     pub(crate) fn map<Q>(self, mut f: impl FnMut(P, Access) -> Q) -> Call<Q> {
         use Access::{Read, Write};
         match self {
-            Call::Embed { weight, out } => Call::Embed { weight, out: f(out, Write) },
+            Call::Embed { ids, weight, out } => Call::Embed { ids, weight, out: f(out, Write) },
             Call::Select { input, out } => Call::Select { input: f(input, Read), out: f(out, Write) },
+            Call::Pool { kind, input, out } => Call::Pool { kind, input: f(input, Read), out: f(out, Write) },
             Call::Copy { input, out } => Call::Copy { input: f(input, Read), out: f(out, Write) },
             Call::Linear { weight, bias, input, after, out } => {
                 Call::Linear { weight, bias, input: f(input, Read), after, out: f(out, Write) }
@@ -223,6 +275,10 @@ impl<P: Copy> Call<P> {
             Call::Norm { weight, eps, input, out } => {
                 Call::Norm { weight, eps, input: f(input, Read), out: f(out, Write) }
             }
+            Call::LayerNorm { weight, bias, eps, input, out } => {
+                Call::LayerNorm { weight, bias, eps, input: f(input, Read), out: f(out, Write) }
+            }
+            Call::Normalize { input, out } => Call::Normalize { input: f(input, Read), out: f(out, Write) },
             Call::Add { a, b, out } => Call::Add { a: f(a, Read), b: f(b, Read), out: f(out, Write) },
             Call::Map { f: function, out } => Call::Map { f: function, out: f(out, Write) },
             Call::Rope { rope, head_dim, out } => Call::Rope { rope, head_dim, out: f(out, Write) },
@@ -332,7 +388,7 @@ impl<'a> Fuse<'a> {
 
     /// For the sum `v`: the product to add, and the value that dies here and takes it.
     fn residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
-        if self.role == Role::Epilogue {
+        if matches!(self.role, Role::Epilogue | Role::Pooled) {
             return None;
         }
         [(b, a), (a, b)].into_iter().find(|&(linear, rest)| {
@@ -360,6 +416,9 @@ impl<'a> Fuse<'a> {
             Op::SelectRows { .. } => self.role == Role::Epilogue,
             Op::Attend(_) | Op::Rope { .. } => self.role == Role::Layer,
             Op::Embed { .. } => self.role == Role::Prologue,
+            // Its other ops have one row for each pooled sequence.
+            Op::Pool { input, .. } => self.role == Role::Pooled && matches!(ops[*input], Op::Input),
+            op if self.role == Role::Pooled => op.inputs().iter().all(|&i| !matches!(ops[i], Op::Input)),
             _ => true,
         };
         if !allowed {
@@ -371,9 +430,18 @@ impl<'a> Fuse<'a> {
                 self.view(v);
                 return Ok(None);
             }
-            Op::Embed { weight } => {
-                Call::Embed { weight: self.draft.matrix(weight, RowOrder::Plain), out: v }
+            Op::Embed { ids, weight } => {
+                Call::Embed { ids: *ids, weight: self.draft.matrix(weight, RowOrder::Plain), out: v }
             }
+            Op::Pool { input, kind } => Call::Pool { kind: *kind, input: *input, out: v },
+            Op::LayerNorm { input, weight, bias, eps } => Call::LayerNorm {
+                weight: self.draft.vector(weight, RowOrder::Plain),
+                bias: self.draft.vector(bias, RowOrder::Plain),
+                eps: *eps,
+                input: *input,
+                out: v,
+            },
+            Op::Normalize { input } => Call::Normalize { input: *input, out: v },
             Op::Linear { .. } => self.linear(v, v, After::Store),
             Op::RmsNorm { input, weight, eps } => Call::Norm {
                 weight: self.draft.vector(weight, RowOrder::Plain),
@@ -467,7 +535,7 @@ impl<'a> Fuse<'a> {
             kv_heads: a.kv_heads,
             head_dim: a.head_dim,
             scale: a.scale,
-            window: a.window,
+            mask: a.mask,
             softcap: a.softcap,
         };
         let (q, k) = (self.head(a.q), self.head(a.k));
@@ -489,6 +557,7 @@ pub(crate) fn function(f: Activation) -> Function {
         Activation::GeluErf => Function::GeluErf,
         Activation::Relu => Function::Relu,
         Activation::Tanh => Function::Tanh,
+        Activation::Sigmoid => Function::Sigmoid,
     }
 }
 

@@ -1,7 +1,7 @@
 //! What is fused, and that values that live together lie apart.
 
 use mainstay_backend_api::KvDType;
-use mainstay_models::graph::{Attend, KvSpec, Layer};
+use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind};
 
 use super::*;
 use crate::plan::Access;
@@ -28,13 +28,14 @@ fn linear(input: Value, rows: usize, cols: usize) -> Op {
 }
 
 fn graph(block: Block) -> Graph {
-    let embed = Op::Embed { weight: Matrix::one("e", 50, HIDDEN) };
+    let embed = Op::Embed { ids: Ids::Token, weight: Matrix::one("e", 50, HIDDEN) };
     Graph {
         family: "test",
         prologue: Block { ops: vec![embed] },
         blocks: vec![block],
         layers: vec![Layer { block: 0, prefix: String::new() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }, linear(1, 50, HIDDEN)] },
+        pooled: None,
         kv: vec![KvSpec { heads: 1, head_dim: 16, window: None }],
         hidden: HIDDEN,
         vocab: 50,
@@ -56,7 +57,17 @@ fn llama() -> Block {
     let k = b.push(Op::Rope { input: k, rope });
     let v = b.push(Op::Slice { input: qkv, start: 48, width: 16 });
     let (heads, kv_heads, head_dim) = (2, 1, 16);
-    let attend = Attend { q, k, v, heads, kv_heads, head_dim, scale: 0.25, window: None, softcap: None };
+    let attend = Attend {
+        q,
+        k,
+        v,
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.25,
+        mask: Mask::Causal { window: None },
+        softcap: None,
+    };
     let a = b.push(Op::Attend(attend));
     let o = b.push(linear(a, HIDDEN, 32));
     let r = b.push(Op::Add { a: x, b: o });
@@ -72,6 +83,9 @@ fn kinds(program: &Program) -> Vec<&'static str> {
     let kind = |call: &Call<Slot>| match call {
         Call::Embed { .. } => "embed",
         Call::Select { .. } => "select",
+        Call::Pool { .. } => "pool",
+        Call::LayerNorm { .. } => "layer norm",
+        Call::Normalize { .. } => "normalize",
         Call::Copy { .. } => "copy",
         Call::Linear { after: After::Store, .. } => "linear",
         Call::Linear { after: After::Accumulate, .. } => "linear+add",
@@ -183,4 +197,79 @@ fn ops_in_the_wrong_place_are_refused_at_load() {
     let mut wrong = graph(llama());
     wrong.blocks[0].ops.push(Op::SelectRows { input: 0 });
     assert!(matches!(Plan::new(&wrong, &limits()), Err(LoadError::Unsupported { backend: "cpu", .. })));
+}
+
+fn pooled(width: usize, build: impl FnOnce(&mut Block, Value)) -> Option<Pooled> {
+    let mut block = Block::default();
+    let rows = block.push(Op::Input);
+    build(&mut block, rows);
+    Some(Pooled { kind: PooledKind::Embedding, block, width })
+}
+
+#[test]
+fn a_bert_layer_adds_into_its_products_and_normalizes_behind_them() {
+    let layer_norm = |input| {
+        let [weight, bias] = ["n", "b"].map(|name| Vector::one(name, HIDDEN));
+        Op::LayerNorm { input, weight, bias, eps: 1e-12 }
+    };
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let qkv = b.push(linear(x, 3 * HIDDEN, HIDDEN));
+    let [q, k, v] = [0, 1, 2].map(|i| b.push(Op::Slice { input: qkv, start: i * HIDDEN, width: HIDDEN }));
+    let (heads, kv_heads, head_dim) = (2, 2, 16);
+    let mask = Mask::Full;
+    let a =
+        b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale: 0.25, mask, softcap: None }));
+    let o = b.push(linear(a, HIDDEN, HIDDEN));
+    let sum = b.push(Op::Add { a: x, b: o });
+    let n = b.push(layer_norm(sum));
+    let up = b.push(linear(n, 48, HIDDEN));
+    let up = b.push(Op::Activate { input: up, f: Activation::GeluErf });
+    let down = b.push(linear(up, HIDDEN, 48));
+    let sum = b.push(Op::Add { a: n, b: down });
+    b.push(layer_norm(sum));
+    let graph = Graph {
+        kv: Vec::new(),
+        epilogue: Block::default(),
+        pooled: pooled(HIDDEN, |b, input| {
+            let input = b.push(Op::Pool { input, kind: PoolKind::Mean });
+            b.push(Op::Normalize { input });
+        }),
+        ..graph(b)
+    };
+    let plan = Plan::new(&graph, &Limits { pages: Vec::new(), ..limits() }).unwrap();
+    let wanted = [
+        "linear",
+        "append",
+        "attend",
+        "linear+add",
+        "layer norm",
+        "linear+activate",
+        "linear+add",
+        "layer norm",
+        "copy",
+    ];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    assert_eq!(kinds(&plan.pooled), ["pool", "normalize"]);
+    assert!(plan.epilogue.calls.is_empty());
+    assert_eq!((plan.whole_heads, plan.pooled_rows.rows, plan.pooled_rows.width), (2, 2, HIDDEN));
+    [&plan.blocks[0], &plan.pooled].into_iter().for_each(check_places);
+}
+
+#[test]
+fn rows_are_pooled_before_anything_else_is_made_of_them() {
+    let refused = |build: fn(&mut Block, Value)| {
+        let graph = Graph { pooled: pooled(HIDDEN, build), ..graph(llama()) };
+        Plan::new(&graph, &limits()).unwrap_err().to_string()
+    };
+    let found = refused(|b, x| {
+        let input = b.push(norm(x, HIDDEN));
+        b.push(Op::Pool { input, kind: PoolKind::Last });
+    });
+    assert!(found.contains("does not support rmsnorm in the pooled of a graph"), "{found}");
+    let found = refused(|b, x| {
+        let last = b.push(Op::Pool { input: x, kind: PoolKind::Last });
+        b.push(Op::Add { a: last, b: x });
+    });
+    assert!(found.contains("does not support add in the pooled of a graph"), "{found}");
 }

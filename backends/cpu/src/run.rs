@@ -6,12 +6,13 @@ use std::sync::{Mutex, PoisonError};
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
 use mainstay_backend_api::{Limits, Step};
-use mainstay_kernels_cpu::attend::AttendShape;
+use mainstay_kernels_cpu::attend::{AttendShape, Sight};
 use mainstay_kernels_cpu::kv::KvPart;
 use mainstay_kernels_cpu::{
-    After, Kernels, LANES, PART_ROWS, Part, Product, pack_tile, rms_norm, rms_norm_in_place, rope,
-    rope_angles,
+    After, Kernels, LANES, PART_ROWS, Part, Product, layer_norm, mean, normalize, pack_tile, rms_norm,
+    rms_norm_in_place, rope, rope_angles,
 };
+use mainstay_models::graph::{Ids, Mask, PoolKind};
 
 use crate::arena::{Arena, Slot};
 use crate::executor::{RowResult, Scratch};
@@ -19,6 +20,7 @@ use crate::load::BlockWeights;
 use crate::pages::Pages;
 use crate::plan::{Call, HeadPath, Heads, Map, Plan, Program, pairing};
 use crate::pool::{Job, Worker};
+use crate::whole::{Kv, StepKv};
 
 /// Consecutive tokens of a chunk whose attention is one job: they share loads of keys and values.
 pub(crate) const TASK_TOKENS: usize = 16;
@@ -41,6 +43,9 @@ pub(crate) struct Core {
     /// Block and weights of each layer.
     pub(crate) layers: Vec<(usize, BlockWeights)>,
     pub(crate) epilogue: BlockWeights,
+    pub(crate) pooled: BlockWeights,
+    /// Keys and values of layers that keep none, if there are such.
+    pub(crate) step_kv: Option<StepKv>,
     pub(crate) arena: Arena,
     pub(crate) pages: Pages,
     pub(crate) work: Work,
@@ -140,13 +145,31 @@ impl Core {
             runner.weights = weights;
             runner.program(&self.plan.blocks[*block]);
         }
-        if step.outputs.is_empty() {
-            return;
+        if !step.pooled.is_empty() {
+            runner.rows = step.pooled.len();
+            runner.weights = &self.pooled;
+            runner.program(&self.plan.pooled);
         }
-        runner.rows = step.outputs.len();
-        runner.weights = &self.epilogue;
-        runner.program(&self.plan.epilogue);
-        runner.sample();
+        if !step.outputs.is_empty() {
+            runner.rows = step.outputs.len();
+            runner.weights = &self.epilogue;
+            runner.program(&self.plan.epilogue);
+            runner.sample();
+        }
+    }
+
+    /// Where a layer's keys and values are.
+    fn kv(&self, layer: usize, mask: Mask) -> Kv<'_> {
+        match (mask, &self.step_kv) {
+            (Mask::Full, Some(kv)) => Kv::Step(kv),
+            _ => Kv::Pages(self.pages.layer(layer)),
+        }
+    }
+
+    /// Appends the last step's pooled rows.
+    pub(crate) fn read_pooled(&self, rows: usize, out: &mut Vec<f32>) {
+        let pooled = self.arena.read(self.plan.pooled_rows, 0..rows);
+        (0..rows).for_each(|row| out.extend_from_slice(pooled.row(row)));
     }
 
     /// Appends the logits of the last step's output rows.
@@ -160,8 +183,9 @@ impl Runner<'_> {
     fn program(&mut self, program: &Program) {
         for call in &program.calls {
             match *call {
-                Call::Embed { weight, out } => self.embed(weight, out),
+                Call::Embed { ids, weight, out } => self.embed(ids, weight, out),
                 Call::Select { input, out } => self.select(input, out),
+                Call::Pool { kind, input, out } => self.pool(kind, input, out),
                 Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
                 Call::Linear { weight, bias, input, after, out } => {
                     self.linear((weight, bias), input, after, out)
@@ -171,6 +195,12 @@ impl Runner<'_> {
                     let weight = &self.weights.vectors[weight][..width];
                     self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
                 }
+                Call::LayerNorm { weight, bias, eps, input, out } => {
+                    let width = self.vector_width(program, weight);
+                    let [weight, bias] = [weight, bias].map(|index| &self.weights.vectors[index][..width]);
+                    self.row_wise(input, out, |x, o| layer_norm(x, (weight, bias), eps, o));
+                }
+                Call::Normalize { input, out } => self.row_wise(input, out, normalize),
                 Call::Add { a, b, out } => self.add(a, b, out),
                 Call::Map { f, out } => self.map(f, out),
                 Call::Rope { rope, head_dim, out } => self.rope(rope, head_dim, out),
@@ -220,11 +250,34 @@ impl Runner<'_> {
         }
     }
 
-    fn embed(&self, weight: usize, out: Slot) {
+    fn embed(&self, ids: Ids, weight: usize, out: Slot) {
         let table = &self.weights.matrices[weight];
+        let id = |run: &Self, row: usize| {
+            let (position, chunk) = run.core.work.tokens[row];
+            match ids {
+                Ids::Token => run.step.tokens[row] as usize,
+                Ids::Position => position,
+                Ids::Segment => run.step.chunks[chunk].segment(position),
+            }
+        };
         self.in_rows(|run, rows, job| {
             let mut out = run.core.arena.write(out, rows.clone(), job);
-            rows.enumerate().for_each(|(r, row)| table.gather(run.step.tokens[row] as usize, out.row(r)));
+            rows.enumerate().for_each(|(r, row)| table.gather(id(run, row), out.row(r)));
+        });
+    }
+
+    fn pool(&self, kind: PoolKind, input: Slot, out: Slot) {
+        self.in_rows(|run, rows, job| {
+            let mut out = run.core.arena.write(out, rows.clone(), job);
+            for (r, pooled) in rows.enumerate() {
+                let tokens = run.step.chunks[run.step.pooled[pooled]].tokens.clone();
+                let own = run.core.arena.read(input, tokens.clone());
+                match kind {
+                    PoolKind::Mean => mean(own, out.row(r)),
+                    PoolKind::First => out.row(r).copy_from_slice(own.row(0)),
+                    PoolKind::Last => out.row(r).copy_from_slice(own.row(tokens.len() - 1)),
+                }
+            }
         });
     }
 
@@ -337,14 +390,13 @@ impl Runner<'_> {
         let core = self.core;
         let Heads { kv_heads, head_dim: dim, .. } = shape;
         let group = shape.heads / kv_heads;
-        let pages = core.pages.layer(self.layer);
+        let kv = core.kv(self.layer, shape.mask);
         let mut floats = std::mem::take(&mut self.scratch.floats);
         let row_of_head = &mut floats[..dim];
         self.worker.each(core.work.runs.len() * kv_heads, |job| {
             let (run, head) = (&core.work.runs[job.index() / kv_heads], job.index() % kv_heads);
-            let table = self.step.chunks[run.chunk].table(self.step, pages.group);
-            let page = table[run.position / PAGE_TOKENS];
-            let mut block = pages.blocks().write(pages.block(page, head), &job);
+            let block = kv.block(self.step, (run.chunk, run.position / PAGE_TOKENS), head);
+            let mut block = kv.blocks().write(block, &job);
             let own = queries.columns(head * group * dim..(head + 1) * group * dim);
             let mut turned = core.arena.write(own, run.rows.clone(), &job);
             for (i, row) in run.rows.clone().enumerate() {
@@ -366,23 +418,20 @@ impl Runner<'_> {
         let core = self.core;
         let Heads { kv_heads, head_dim: dim, .. } = shape;
         let group = shape.heads / kv_heads;
-        let pages = core.pages.layer(self.layer);
-        let window = shape.window.unwrap_or(usize::MAX);
-        let one = AttendShape { group, head_dim: dim, scale: shape.scale, window, softcap: shape.softcap };
+        let kv = core.kv(self.layer, shape.mask);
         let attention = &mut self.scratch.attention;
         let tasks = &core.work.tasks;
         self.worker.each(tasks.len() * kv_heads, |job| {
             // The last tokens of a prompt see most and come first, so that no thread is left with a long job.
             let (task, head) = (&tasks[tasks.len() - 1 - job.index() / kv_heads], job.index() % kv_heads);
-            let table = self.step.chunks[task.chunk].table(self.step, pages.group);
+            let (sight, seen) = sight(shape.mask, task, self.step);
+            let one = AttendShape { group, head_dim: dim, scale: shape.scale, sight, softcap: shape.softcap };
             let columns = head * group * dim..(head + 1) * group * dim;
             let query = core.arena.read(queries.columns(columns.clone()), task.rows.clone());
             core.kernels.attend_start(attention, one, query, task.position);
-            let oldest = (task.position + 1).saturating_sub(window) / PAGE_TOKENS;
-            let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
-            for (i, &page) in table.iter().enumerate().take(newest + 1).skip(oldest) {
-                let block = pages.blocks().read(pages.block(page, head));
-                core.kernels.attend_block(attention, block, i * PAGE_TOKENS);
+            for run in seen {
+                let block = kv.blocks().read(kv.block(self.step, (task.chunk, run), head));
+                core.kernels.attend_block(attention, block, run * PAGE_TOKENS);
             }
             let mut out = core.arena.write(out.columns(columns), task.rows.clone(), &job);
             core.kernels.attend_finish(attention, &mut out);
@@ -399,5 +448,21 @@ impl Runner<'_> {
             let RowResult { drawn, top } = &mut *result;
             *drawn = Some(sample(logits.row(0), &self.step.outputs[row], self.step, sampling, top));
         });
+    }
+}
+
+/// What the rows of a task see, and the runs of 32 tokens that hold it.
+fn sight(mask: Mask, task: &Piece, step: &Step) -> (Sight, Range<usize>) {
+    match mask {
+        Mask::Causal { window } => {
+            let window = window.unwrap_or(usize::MAX);
+            let oldest = (task.position + 1).saturating_sub(window) / PAGE_TOKENS;
+            let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
+            (Sight::Window(window), oldest..newest + 1)
+        }
+        Mask::Full => {
+            let len = step.chunks[task.chunk].tokens.len();
+            (Sight::Whole(len), 0..len.div_ceil(PAGE_TOKENS))
+        }
     }
 }

@@ -284,7 +284,13 @@ impl<'a> Bed<'a> {
                 want: Want::Sample(Sampling::greedy()),
                 top_logprobs: None,
             });
-            step.chunks.push(Chunk { tokens, position, pages: page..step.page_table.len(), rope_table: 0 });
+            step.chunks.push(Chunk {
+                tokens,
+                position,
+                pages: page..step.page_table.len(),
+                rope_table: 0,
+                second: None,
+            });
         }
         self.executor.submit(&step)?;
         self.executor.finish(&mut self.out)

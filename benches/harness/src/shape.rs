@@ -138,6 +138,9 @@ pub(crate) fn tensors(graph: &Graph) -> Vec<(String, Vec<usize>)> {
         collect(&graph.blocks[layer.block], &layer.prefix, &mut found);
     }
     collect(&graph.epilogue, "", &mut found);
+    if let Some(pooled) = &graph.pooled {
+        collect(&pooled.block, "", &mut found);
+    }
     let mut seen = std::collections::HashSet::new();
     found.retain(|(name, _)| seen.insert(name.clone()));
     found
@@ -145,18 +148,19 @@ pub(crate) fn tensors(graph: &Graph) -> Vec<(String, Vec<usize>)> {
 
 fn collect(block: &Block, prefix: &str, found: &mut Vec<(String, Vec<usize>)>) {
     for op in &block.ops {
-        let (matrix, vector) = match op {
-            Op::Embed { weight } => (Some(weight), None),
-            Op::Linear { weight, bias, .. } => (Some(weight), bias.as_ref()),
-            Op::RmsNorm { weight, .. } => (None, Some(weight)),
-            _ => (None, None),
+        let (matrix, vectors) = match op {
+            Op::Embed { weight, .. } => (Some(weight), [None, None]),
+            Op::Linear { weight, bias, .. } => (Some(weight), [bias.as_ref(), None]),
+            Op::RmsNorm { weight, .. } => (None, [Some(weight), None]),
+            Op::LayerNorm { weight, bias, .. } => (None, [Some(weight), Some(bias)]),
+            _ => (None, [None, None]),
         };
         if let Some(matrix) = matrix {
             found.extend(
                 matrix.parts.iter().map(|(n, rows)| (format!("{prefix}{n}"), vec![*rows, matrix.cols])),
             );
         }
-        if let Some(vector) = vector {
+        for vector in vectors.into_iter().flatten() {
             found.extend(vector.parts.iter().map(|(n, len)| (format!("{prefix}{n}"), vec![*len])));
         }
     }

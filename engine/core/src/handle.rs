@@ -18,7 +18,7 @@ use crate::identity::{Identity, ModelIdentity};
 use crate::mask::MaskThreads;
 use crate::planner::{Planner, RestorePolicy};
 use crate::pool::KvPool;
-use crate::request::Bounds;
+use crate::request::{Bounds, Goal, PoolRequest};
 use crate::run::{Engine, Message};
 use crate::scheduler::{Scheduler, TierUse, slots_max};
 use crate::sequence::{Sequence, SequenceId, Submission};
@@ -35,6 +35,8 @@ pub struct EngineOptions {
     pub waiting: usize,
     /// Token ids of the model lie below this.
     pub vocab: usize,
+    /// Width of the row that a sequence can become (`Graph::pooled`).
+    pub pooled_width: Option<usize>,
     /// What of the model decides the bytes of its pages.
     pub model: ModelIdentity,
     /// Where pages and sessions outlive the process.
@@ -50,6 +52,7 @@ impl EngineOptions {
             limits,
             waiting,
             vocab,
+            pooled_width: None,
             model: ModelIdentity::default(),
             store: None,
             restore: RestorePolicy::default(),
@@ -124,6 +127,8 @@ impl Handle {
                 context: limits.context,
                 vocab: options.vocab,
                 choices: slots_max(&limits).min(seat_count),
+                generates: !limits.pages.is_empty(),
+                pools: options.pooled_width.is_some(),
             },
             identity: Identity::of(&options.model, layout, &class),
             groups: layout.groups.len(),
@@ -153,9 +158,22 @@ impl Handle {
     ///
     /// # Errors
     /// [`RequestError::ContextLength`], [`RequestError::Invalid`], [`RequestError::Busy`], [`RequestError::Shutdown`].
-    pub fn submit(&self, mut request: Request) -> Result<Generation, RequestError> {
+    pub fn submit(&self, request: Request) -> Result<Generation, RequestError> {
+        self.queue(request, Goal::Tokens)
+    }
+
+    /// As [`Handle::submit`], for a sequence that is to become one row: [`Event::Pooled`].
+    ///
+    /// # Errors
+    /// As [`Handle::submit`].
+    pub fn pool(&self, request: PoolRequest) -> Result<Generation, RequestError> {
+        let (request, goal) = request.into_parts();
+        self.queue(request, goal)
+    }
+
+    fn queue(&self, mut request: Request, goal: Goal) -> Result<Generation, RequestError> {
         let shared = &*self.shared;
-        request.check(&shared.bounds)?;
+        request.check(goal, &shared.bounds)?;
         let seats = Arc::clone(&shared.seats).try_acquire_many_owned(request.choices);
         let seat = seats.map_err(|error| match error {
             TryAcquireError::NoPermits => RequestError::Busy { waiting: shared.seat_count },
@@ -179,7 +197,7 @@ impl Handle {
             request.keep.durability = Durability::Ephemeral;
         }
         let (sender, events) = unbounded_channel();
-        let submission = Submission { prompt_len, chain, request, events: sender };
+        let submission = Submission { prompt_len, chain, request, goal, events: sender };
         let sequence = Sequence::new(id, Arc::new(submission), tokens, seat, stored);
         let sent = shared.inbox.send(Message::Submit(Box::new(sequence)));
         sent.map_err(|_| RequestError::Shutdown)?;
@@ -310,10 +328,12 @@ impl Handle {
     }
 }
 
-/// Lowers the context to what the pages hold, so that every sequence that is accepted fits alone.
+/// Lowers the context to what the pages hold, or, of a model that keeps nothing, to what a step holds, so that every
+/// sequence that is accepted fits alone.
 fn usable(mut limits: Limits) -> std::io::Result<Limits> {
-    let pages = limits.pages.iter().map(|n| n.saturating_sub(1)).min().unwrap_or(0);
-    limits.context = limits.context.min(pages * PAGE_TOKENS);
+    let pages = limits.pages.iter().map(|n| n.saturating_sub(1)).min();
+    let most = pages.map_or(limits.tokens_per_step, |pages| pages * PAGE_TOKENS);
+    limits.context = limits.context.min(most);
     if limits.context == 0 || slots_max(&limits) == 0 {
         let what = format!("the limits leave no room for a token: {limits:?}");
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));

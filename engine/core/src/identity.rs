@@ -119,7 +119,7 @@ pub fn probe(executor: &mut dyn Executor, limits: &Limits, vocab: usize) -> Resu
     let want = Want::Sample(Sampling::greedy());
     let step = Step {
         tokens: (0..len).map(|i| (i * vocab / (len + 1)) as u32).collect(),
-        chunks: vec![Chunk { tokens: 0..len, position: 0, pages: 0..groups, rope_table: 0 }],
+        chunks: vec![Chunk { tokens: 0..len, position: 0, pages: 0..groups, rope_table: 0, second: None }],
         page_table: vec![PageId(1); groups],
         outputs: vec![OutputRow { row: len - 1, position: len, want, top_logprobs: None }],
         return_logits: true,

@@ -24,7 +24,7 @@ pub use mainstay_store as store;
 pub use mask::{Grammar, Masker};
 pub use planner::RestorePolicy;
 pub use request::{
-    Event, FinishReason, Keep, KvReport, KvState, Request, RequestError, Reuse, SamplingRequest, Score,
-    StopRule,
+    Event, FinishReason, Keep, KvReport, KvState, PoolRequest, Request, RequestError, Reuse, SamplingRequest,
+    Score, StopRule,
 };
 pub use stats::Stats;

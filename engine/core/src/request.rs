@@ -34,6 +34,48 @@ pub struct Request {
     pub grammar: Option<Arc<dyn Grammar>>,
 }
 
+/// A request for the one row that a text, or a pair of texts, becomes: its embedding, or its score.
+#[derive(Clone, Debug)]
+pub struct PoolRequest {
+    /// Whose it is; pages are never shared between tenants.
+    pub tenant: Arc<str>,
+    /// The text, at least one token.
+    pub tokens: Vec<u32>,
+    /// Where the second text of a pair begins.
+    pub second: Option<usize>,
+}
+
+impl PoolRequest {
+    /// The same, as a prompt after which nothing is generated.
+    pub(crate) fn into_parts(self) -> (Request, Goal) {
+        let request = Request {
+            tenant: self.tenant,
+            prompt: self.tokens,
+            drawn: Vec::new(),
+            choices: 1,
+            sampling: SamplingRequest::greedy(),
+            stop: StopRule::default(),
+            logprobs: None,
+            prompt_logprobs: None,
+            keep: Keep { durability: Durability::Ephemeral, ..Keep::default() },
+            grammar: None,
+        };
+        (request, Goal::Row { second: self.second })
+    }
+}
+
+/// What a sequence is computed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Goal {
+    /// To draw tokens after it.
+    Tokens,
+    /// To become one row.
+    Row {
+        /// Where the second text of a pair begins.
+        second: Option<usize>,
+    },
+}
+
 /// What becomes of a request's keys and values.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Keep {
@@ -187,6 +229,8 @@ pub enum Event {
     },
     /// Log-probabilities of all prompt tokens but the first, once, before any token.
     Prompt(Vec<Score>),
+    /// The row that was asked for by a [`PoolRequest`].
+    Pooled(Vec<f32>),
     /// A generated token.
     Token {
         /// The choice's index.
@@ -251,6 +295,10 @@ pub(crate) struct Bounds {
     pub(crate) context: usize,
     pub(crate) vocab: usize,
     pub(crate) choices: usize,
+    /// It draws tokens.
+    pub(crate) generates: bool,
+    /// Sequences can become one row.
+    pub(crate) pools: bool,
 }
 
 /// No logit may become infinite by a penalty or a bias, or one request would fail the step of all.
@@ -258,7 +306,13 @@ const NUMBER_MAX: f32 = 1e4;
 
 impl Request {
     /// Finds what the engine could not serve.
-    pub(crate) fn check(&self, bounds: &Bounds) -> Result<(), RequestError> {
+    pub(crate) fn check(&self, goal: Goal, bounds: &Bounds) -> Result<(), RequestError> {
+        require("model", goal != Goal::Tokens || bounds.generates, || {
+            "expected a model that generates text, found one that only makes embeddings or scores".to_owned()
+        })?;
+        require("model", goal == Goal::Tokens || bounds.pools, || {
+            "expected a model that makes embeddings or scores, found one that only generates text".to_owned()
+        })?;
         let prompt = self.prompt.len();
         require("prompt", prompt > 0, || "expected at least one token, found none".to_owned())?;
         if prompt > bounds.context || prompt == bounds.context && self.stop.max_tokens > 0 {

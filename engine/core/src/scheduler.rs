@@ -12,6 +12,7 @@ use mainstay_store::{Durability, PageHeader};
 use crate::mask::{Ask, Held, Masked, forbid};
 use crate::planner::Planner;
 use crate::pool::KvPool;
+use crate::request::Goal;
 use crate::sequence::{LoadId, Sequence, SequenceId, Submission};
 use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
 
@@ -72,6 +73,8 @@ struct Planned {
     /// Its rows in the step's outputs: `scored` prompt tokens, then draws.
     outputs: Range<usize>,
     scored: usize,
+    /// Its row among the step's pooled ones.
+    pooled: Option<usize>,
 }
 
 /// What is left of a step's limits.
@@ -288,6 +291,11 @@ impl Scheduler {
         while room.tokens > 0
             && let Some(mut sequence) = self.waiting.remove(passed)
         {
+            // A model that keeps nothing computes a sequence whole.
+            if self.limits.pages.is_empty() && sequence.remaining() > room.tokens {
+                self.waiting.insert(passed, sequence);
+                break;
+            }
             let slots: usize = self.running.iter().map(Sequence::slots).sum();
             if slots + sequence.slots() > slots_max(&self.limits) {
                 self.waiting.insert(passed, sequence);
@@ -341,6 +349,7 @@ impl Scheduler {
     pub(crate) fn commit(&mut self, pool: &mut KvPool, out: &StepOutput) {
         self.totals.steps += 1;
         let planned = std::mem::take(&mut self.planned);
+        let pooled = planned.iter().filter(|part| part.pooled.is_some()).count();
         for part in &planned {
             let at = self.running.binary_search_by_key(&part.id, |s| s.id).expect("what was planned runs");
             let sequence = &mut self.running[at];
@@ -349,6 +358,11 @@ impl Scheduler {
             sequence.advance(part.tokens, pool);
             self.spill(at, pool);
             let sequence = &mut self.running[at];
+            if let Some(row) = part.pooled {
+                let width = out.pooled.len() / pooled;
+                let event = Event::Pooled(out.pooled[row * width..][..width].to_vec());
+                self.events.push((Arc::clone(&sequence.submission), event));
+            }
             let draws = part.outputs.start + part.scored..part.outputs.end;
             sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
             if done && (first || draws.is_empty()) {
@@ -497,7 +511,9 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     let tokens = (1..=most).rev().find(|&len| sequence.rows(len) <= room.rows)?;
     let (start, position) = (step.tokens.len(), sequence.computed);
     step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
-    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0 };
+    let goal = sequence.submission.goal;
+    let second = if let Goal::Row { second } = goal { second } else { None };
+    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0, second };
     let table = step.page_table.len();
     for pages in &sequence.pages {
         step.page_table.extend_from_slice(&pages[..chunk.page_count()]);
@@ -513,13 +529,18 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
         want: Want::Score(sequence.tokens[at + 1]),
         top_logprobs: sequence.request().prompt_logprobs,
     }));
+    let mut pooled = None;
     if tokens == sequence.remaining() {
         plan_draws(sequence, step);
+        if goal != Goal::Tokens {
+            pooled = Some(step.pooled.len());
+            step.pooled.push(step.chunks.len() - 1);
+        }
     }
     let outputs = outputs..step.outputs.len();
     room.tokens -= tokens;
     room.rows -= outputs.len();
-    Some(Planned { id: sequence.id, tokens, outputs, scored: scored.len() })
+    Some(Planned { id: sequence.id, tokens, outputs, scored: scored.len(), pooled })
 }
 
 /// Asks the step's last row for the sequence's next token, or for the first one of every choice.

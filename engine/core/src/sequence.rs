@@ -14,7 +14,7 @@ use crate::chain::{Chain, Header, Stored};
 use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
-use crate::request::{KvReport, KvState};
+use crate::request::{Goal, KvReport, KvState};
 use crate::{Event, Request, RequestId, Score};
 
 /// A request as all its choices see it.
@@ -23,6 +23,7 @@ pub(crate) struct Submission {
     /// What was asked; its prompt has moved into the sequence.
     pub(crate) request: Request,
     pub(crate) prompt_len: usize,
+    pub(crate) goal: Goal,
     /// What names its pages.
     pub(crate) chain: Chain,
     pub(crate) events: UnboundedSender<Event>,
@@ -371,6 +372,9 @@ impl Sequence {
         let most = if scoring { self.scores.len() } else { usize::MAX };
         let most = most.min(self.tokens.len() - 1) / PAGE_TOKENS;
         let mut pages = vec![Vec::new(); pool.group_count()];
+        if pages.is_empty() {
+            return pages;
+        }
         for i in 0..most {
             let header = self.header(i);
             let found: Option<Vec<PageId>> =
@@ -419,7 +423,7 @@ impl Sequence {
 
     /// Makes a sealed page findable.
     fn publish(&mut self, page: usize, pool: &mut KvPool) {
-        if self.is_mixed {
+        if self.is_mixed || self.pages.is_empty() {
             return;
         }
         let header = self.header(page);

@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use mainstay_kernels_cpu::attend::{AttendShape, Attention};
+use mainstay_kernels_cpu::attend::{AttendShape, Attention, Sight};
 use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, KvBlock, block_len};
 use mainstay_kernels_cpu::{
     After, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm, scratch_len,
@@ -63,7 +63,13 @@ fn products(c: &mut Criterion) {
 fn attention(c: &mut Criterion) {
     for isa in Isa::supported().filter(|isa| *isa != Isa::Scalar) {
         let kernels = Kernels::new(isa).expect("supported");
-        let shape = AttendShape { group: 2, head_dim: 128, scale: 0.1, window: usize::MAX, softcap: None };
+        let shape = AttendShape {
+            group: 2,
+            head_dim: 128,
+            scale: 0.1,
+            sight: Sight::Window(usize::MAX),
+            softcap: None,
+        };
         let mut group = c.benchmark_group(format!("decode attention/{}/BF16", isa.name()));
         for depth in [512, 4096, 16384] {
             let len = block_len(shape.head_dim);

@@ -1,4 +1,4 @@
-//! Causal attention, one block of 32 tokens after another, with a running softmax (Milakov and Gimelshein, 2018).
+//! Attention, one block of 32 tokens after another, with a running softmax (Milakov and Gimelshein, 2018).
 //!
 //! A row's result depends on its own query and on the blocks that hold a token visible to it, in ascending order,
 //! each cut at the row's own first and last visible token. Rows computed together only share loads.
@@ -21,10 +21,31 @@ pub struct AttendShape {
     pub head_dim: usize,
     /// Multiplies q . k.
     pub scale: f32,
-    /// Positions visible to a row, itself included; `usize::MAX` is unlimited.
-    pub window: usize,
+    /// What a row sees.
+    pub sight: Sight,
     /// Scores pass through `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+}
+
+/// Which positions a row attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// The last so many up to its own; `usize::MAX` is unlimited.
+    Window(usize),
+    /// The first so many: all of a sequence of this length.
+    Whole(usize),
+}
+
+impl Sight {
+    /// Visible tokens of the block that begins at position `first`, for a row at `position`.
+    fn in_block(self, position: usize, first: usize) -> (usize, usize) {
+        let (oldest, end) = match self {
+            Sight::Window(window) => ((position + 1).saturating_sub(window), position + 1),
+            Sight::Whole(len) => (0, len),
+        };
+        let low = oldest.saturating_sub(first).min(BLOCK_TOKENS);
+        (low, end.saturating_sub(first).min(BLOCK_TOKENS).max(low))
+    }
 }
 
 /// The state of up to `rows` queries under way. A row is one query head of one token, ordered by token.
@@ -58,7 +79,13 @@ impl Attention {
             largest: vec![0.0; rows],
             totals: vec![0.0; rows * LANES],
             visible: vec![(0, 0); rows],
-            shape: AttendShape { group: 1, head_dim, scale: 1.0, window: usize::MAX, softcap: None },
+            shape: AttendShape {
+                group: 1,
+                head_dim,
+                scale: 1.0,
+                sight: Sight::Window(usize::MAX),
+                softcap: None,
+            },
             tokens: 0,
             position: 0,
         }
@@ -105,10 +132,7 @@ impl Kernels {
         let rows = state.rows();
         for row in 0..rows {
             let position = state.position + row / state.shape.group;
-            let oldest = (position + 1).saturating_sub(state.shape.window);
-            let low = oldest.saturating_sub(first).min(BLOCK_TOKENS);
-            let high = (position + 1).saturating_sub(first).min(BLOCK_TOKENS);
-            state.visible[row] = (low, high.max(low));
+            state.visible[row] = state.shape.sight.in_block(position, first);
         }
         let mut row = 0;
         while row < rows {
@@ -329,13 +353,16 @@ mod tests {
     fn attend_plainly(query: &[f32], rows: &Rows, position: usize, shape: &AttendShape) -> Vec<f32> {
         let dim = shape.head_dim;
         let query: Vec<f32> = query.iter().map(|q| q * shape.scale).collect();
-        let oldest = (position + 1).saturating_sub(shape.window);
+        let seen = match shape.sight {
+            Sight::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+            Sight::Whole(len) => 0..len,
+        };
         let mut largest = f32::NEG_INFINITY;
         let mut totals = [0.0f32; LANES];
         let mut sums = vec![0.0f32; dim];
-        for first in (0..=position).step_by(BLOCK_TOKENS) {
+        for first in (0..seen.end).step_by(BLOCK_TOKENS) {
             let mut scores = [f32::NEG_INFINITY; BLOCK_TOKENS];
-            let seen = oldest.max(first)..(position + 1).min(first + BLOCK_TOKENS);
+            let seen = seen.start.max(first)..seen.end.min(first + BLOCK_TOKENS);
             for t in seen.clone() {
                 let dot = (0..dim).fold(0.0f32, |sum, d| rows.keys[t][d].mul_add(query[d], sum));
                 let cap = |c: f32| c * math::tanh(Scalar, [dot / c; LANES])[0];
@@ -421,7 +448,8 @@ mod tests {
         for isa in Isa::supported() {
             for (group, head_dim) in [(1, 8), (2, 20), (3, 16), (7, 32)] {
                 for (window, softcap) in [(usize::MAX, None), (5, None), (33, Some(3.0))] {
-                    let shape = AttendShape { group, head_dim, scale: 0.3, window, softcap };
+                    let sight = Sight::Window(window);
+                    let shape = AttendShape { group, head_dim, scale: 0.3, sight, softcap };
                     for (position, tokens) in [(0, 1), (0, 16), (31, 1), (30, 5), (70, 9), (95, 1)] {
                         check(isa, shape, position, tokens, (position + tokens) % 2 == 0);
                     }
@@ -431,8 +459,25 @@ mod tests {
     }
 
     #[test]
+    fn whole_sequences_equal_plain_loops_bit_for_bit() {
+        for isa in Isa::supported() {
+            for (group, head_dim) in [(1, 8), (1, 32), (2, 20)] {
+                for len in [1, 16, 31, 32, 33, 70] {
+                    // The rows of a job in the middle of a sequence, and the sequence itself.
+                    for (position, tokens) in [(0, len.min(16)), (len / 2, len - len / 2)] {
+                        let sight = Sight::Whole(position + tokens);
+                        let shape = AttendShape { group, head_dim, scale: 0.3, sight, softcap: None };
+                        check(isa, shape, position, tokens, false);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_definition_is_attention() {
-        let shape = AttendShape { group: 1, head_dim: 8, scale: 0.4, window: 50, softcap: None };
+        let shape =
+            AttendShape { group: 1, head_dim: 8, scale: 0.4, sight: Sight::Window(50), softcap: None };
         let (_, rows) = cache(80, 8, 0.0, |b| KvBlockMut::F32(b), |x| x);
         let query: Vec<f32> = (0..8).map(|d| noise(d + 5)).collect();
         let found = attend_plainly(&query, &rows, 79, &shape);

@@ -15,6 +15,8 @@ pub enum Function {
     Relu,
     /// tanh(x)
     Tanh,
+    /// 1 / (1 + exp(-x))
+    Sigmoid,
 }
 
 /// exp(x) within 2 units in the last place; exactly 1 at 0, exactly 0 below -87.3, at most 2^127.5 above.
@@ -88,6 +90,7 @@ pub(crate) fn apply<S: Simd>(s: S, f: Function, x: S::V) -> S::V {
         }
         Function::Relu => s.max(x, s.splat(0.0)),
         Function::Tanh => tanh(s, x),
+        Function::Sigmoid => s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x)))),
     }
 }
 
@@ -156,6 +159,7 @@ mod tests {
         let f = |f: Function| move |x: f32| apply(Scalar, f, [x; 16])[3];
         close(f(Function::Silu), |x| x / (1.0 + (-x).exp()), 40.0, 3e-7);
         close(f(Function::Tanh), f64::tanh, 12.0, 3e-7);
+        close(f(Function::Sigmoid), |x| 1.0 / (1.0 + (-x).exp()), 40.0, 3e-7);
         close(f(Function::Relu), |x| x.max(0.0), 3.0, 0.0);
         let gelu = |x: f64| 0.5 * x * (1.0 + (0.7978845608028654 * (x + 0.044715 * x * x * x)).tanh());
         close(f(Function::GeluTanh), gelu, 10.0, 1e-6);

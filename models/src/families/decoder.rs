@@ -3,15 +3,18 @@
 use crate::LoadError;
 use crate::config::Config;
 use crate::families::rope;
-use crate::graph::{Activation, Attend, Block, Graph, KvSpec, Layer, Matrix, Op, Rope, Value, Vector};
+use crate::graph::{
+    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
+    Rope, Value, Vector,
+};
 
-const LAYERS_MAX: usize = 4096;
-const HEADS_MAX: usize = 4096;
+pub(super) const LAYERS_MAX: usize = 4096;
+pub(super) const HEADS_MAX: usize = 4096;
 const HEAD_DIM_MAX: usize = 8192;
-const HIDDEN_MAX: usize = 1 << 17;
-const INNER_MAX: usize = 1 << 20;
-const VOCAB_MAX: usize = 1 << 24;
-const CONTEXT_MAX: usize = 1 << 26;
+pub(super) const HIDDEN_MAX: usize = 1 << 17;
+pub(super) const INNER_MAX: usize = 1 << 20;
+pub(super) const VOCAB_MAX: usize = 1 << 24;
+pub(super) const CONTEXT_MAX: usize = 1 << 26;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -94,7 +97,7 @@ impl Decoder {
             vocab: config.required("vocab_size", 1..=VOCAB_MAX)?,
             context: config.count("max_position_embeddings", 1..=CONTEXT_MAX)?.unwrap_or(defaults.context),
             eps: config.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(1e-6) as f32,
-            activation: activation(config)?,
+            activation: activation(config, "silu")?,
             rope: rope::rope(config, head_dim)?,
             output: if tied { EMBEDDING } else { "lm_head.weight" },
         })
@@ -118,6 +121,7 @@ impl Decoder {
             blocks: seen.into_iter().map(|window| self.layer(window)).collect(),
             layers,
             epilogue: self.epilogue(),
+            pooled: Some(self.pooled()),
             kv: self.windows.iter().map(|&window| KvSpec { heads, head_dim, window }).collect(),
             hidden: self.hidden,
             vocab: self.vocab,
@@ -126,7 +130,8 @@ impl Decoder {
     }
 
     fn prologue(&self) -> Block {
-        Block { ops: vec![Op::Embed { weight: Matrix::one(EMBEDDING, self.vocab, self.hidden) }] }
+        let weight = Matrix::one(EMBEDDING, self.vocab, self.hidden);
+        Block { ops: vec![Op::Embed { ids: Ids::Token, weight }] }
     }
 
     fn epilogue(&self) -> Block {
@@ -137,6 +142,16 @@ impl Decoder {
         let weight = Matrix::one(self.output, self.vocab, self.hidden);
         block.push(Op::Linear { input: rows, weight, bias: None });
         block
+    }
+
+    /// The embedding of a text: its last row, as it would go into the vocabulary product, with length 1.
+    fn pooled(&self) -> Pooled {
+        let mut block = Block::default();
+        let rows = block.push(Op::Input);
+        let rows = block.push(Op::Pool { input: rows, kind: PoolKind::Last });
+        let rows = block.push(self.norm(rows, "model.norm.weight", self.hidden));
+        block.push(Op::Normalize { input: rows });
+        Pooled { kind: PooledKind::Embedding, block, width: self.hidden }
     }
 
     fn layer(&self, window: Option<usize>) -> Block {
@@ -176,7 +191,7 @@ impl Decoder {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: (self.head_dim as f64).powf(-0.5) as f32,
-            window,
+            mask: Mask::Causal { window },
             softcap: None,
         }));
         let weight = Matrix::one("self_attn.o_proj.weight", self.hidden, q_width);
@@ -226,8 +241,9 @@ pub(super) fn layer_windows(config: &Config, layers: usize) -> Result<Vec<Option
     types.iter().map(of_layer).collect()
 }
 
-fn activation(config: &Config) -> Result<Activation, LoadError> {
-    Ok(match config.text("hidden_act")?.unwrap_or("silu") {
+/// `hidden_act`.
+pub(super) fn activation(config: &Config, default: &str) -> Result<Activation, LoadError> {
+    Ok(match config.text("hidden_act")?.unwrap_or(default) {
         "silu" | "swish" => Activation::Silu,
         "gelu" => Activation::GeluErf,
         "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,

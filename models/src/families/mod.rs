@@ -1,5 +1,6 @@
 //! The families: each a function from a configuration to a graph, found by `model_type`.
 
+mod bert;
 mod decoder;
 mod llama;
 mod mistral;
@@ -15,8 +16,13 @@ use crate::graph::Graph;
 type Build = fn(&Config) -> Result<Graph, LoadError>;
 
 /// Every family, by the `model_type` of its checkpoints.
-const FAMILIES: [(&str, Build); 4] =
-    [("llama", llama::graph), ("mistral", mistral::graph), ("qwen2", qwen2::graph), ("qwen3", qwen3::graph)];
+const FAMILIES: [(&str, Build); 5] = [
+    ("bert", bert::graph),
+    ("llama", llama::graph),
+    ("mistral", mistral::graph),
+    ("qwen2", qwen2::graph),
+    ("qwen3", qwen3::graph),
+];
 
 /// The graph of a checkpoint.
 ///

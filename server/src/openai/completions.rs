@@ -38,7 +38,8 @@ pub(crate) struct CompletionRequest {
 
 impl CompletionRequest {
     pub(crate) fn read(fields: &Fields<'_, '_>, model: &Model) -> Result<Self, ApiError> {
-        let prompts = options::prompts(fields, model.served.vocab)?;
+        model.check_generates()?;
+        let prompts = options::prompts(fields, "prompt", model.served.vocab)?;
         let options = GenerationOptions::read(fields, model)?;
         options::check_best_of(fields, options.choices)?;
         check_choices(prompts.len(), options.choices as usize)?;

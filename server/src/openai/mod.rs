@@ -3,11 +3,14 @@
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constraint_fields;
+pub(crate) mod embeddings;
 pub(crate) mod fields;
+mod held;
 pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod options;
 pub(crate) mod refused;
+pub(crate) mod rerank;
 pub(crate) mod session;
 pub(crate) mod session_fields;
 pub(crate) mod tools;

@@ -203,26 +203,28 @@ pub(crate) enum PromptInput {
     Tokens(Vec<u32>),
 }
 
-/// The field `prompt`: a string, strings, token ids or lists of token ids.
-pub(crate) fn prompts(fields: &Fields<'_, '_>, vocab: usize) -> Result<Vec<PromptInput>, ApiError> {
+/// The field `prompt`, or another of its kind: a string, strings, token ids or lists of token ids.
+pub(crate) fn prompts(
+    fields: &Fields<'_, '_>,
+    field: &str,
+    vocab: usize,
+) -> Result<Vec<PromptInput>, ApiError> {
     let expected = "a string, an array of strings, of token ids, or of arrays of token ids";
-    let value = fields.get("prompt").ok_or_else(|| fields.missing("prompt", expected))?;
+    let value = fields.get(field).ok_or_else(|| fields.missing(field, expected))?;
     let items = match value {
         Value::String(text) => return Ok(vec![PromptInput::Text(text.clone())]),
         Value::Array(items) if !items.is_empty() => items,
-        other => return Err(unexpected("prompt", expected, other)),
+        other => return Err(unexpected(field, expected, other)),
     };
     if items.iter().all(Value::is_number) {
-        return Ok(vec![PromptInput::Tokens(super::fields::token_ids("prompt", items, vocab)?)]);
+        return Ok(vec![PromptInput::Tokens(super::fields::token_ids(field, items, vocab)?)]);
     }
     let prompt = |(at, item): (usize, &Value)| match item {
         Value::String(text) => Ok(PromptInput::Text(text.clone())),
         Value::Array(ids) if !ids.is_empty() => {
-            super::fields::token_ids(&format!("prompt[{at}]"), ids, vocab).map(PromptInput::Tokens)
+            super::fields::token_ids(&format!("{field}[{at}]"), ids, vocab).map(PromptInput::Tokens)
         }
-        other => {
-            Err(ApiError::field("prompt", format!("expected {expected}, found {} at {at}", found(other))))
-        }
+        other => Err(ApiError::field(field, format!("expected {expected}, found {} at {at}", found(other)))),
     };
     items.iter().enumerate().map(prompt).collect()
 }

@@ -46,7 +46,7 @@ pub(crate) struct Tools {
     pub(crate) functions: Vec<Function>,
     pub(crate) mode: CallMode,
     /// Of the functions, the names of those that may be called; all without it.
-    allowed: Option<Vec<String>>,
+    pub(crate) allowed: Option<Vec<String>>,
     pub(crate) is_parallel: bool,
     pub(crate) style: CallStyle,
 }

@@ -12,7 +12,7 @@ use crate::openai::tools::{CallMode, CallStyle, Function, Tools};
 /// Most calls of one answer.
 const CALLS_MAX: usize = 64;
 /// White space in the arguments, bounded as in other JSON.
-const JSON_SPACE: &str = r"\x20|\n\x20{0,16}";
+pub(crate) const JSON_SPACE: &str = r"\x20|\n\x20{0,16}";
 /// Text in which calls cannot be told from an answer by a marker: it begins as no call does.
 const UNLIKE_JSON: &str = r"/[^{\[`\s](.|\n)*/";
 const ANY_TEXT: &str = r"/(.|\n)*/";

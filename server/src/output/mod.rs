@@ -7,10 +7,6 @@
 //!
 //! No text is lost: what turns out not to be a call is text. Only the markers themselves and the space around them go.
 
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "answers are held to these grammars where constraints are compiled")
-)]
 pub(crate) mod call_grammar;
 mod call_object;
 mod format;

@@ -16,7 +16,6 @@ use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::ChatRequest;
-use crate::openai::constraint_fields::ConstraintField;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
 use crate::reply::Envelope;
@@ -143,9 +142,8 @@ impl Begun<'_> {
     }
 
     async fn job(&self, chat: ChatRequest, fit: &Fit, durability: Durability) -> Result<Job, ApiError> {
-        let constraint = ConstraintField::compile(chat.constraint.clone(), &self.model).await;
-        let constraint = constraint.map_err(request::renamed)?;
         let output = chat.output(&self.model, &fit.text);
+        let constraint = chat.held(&self.model, &output).await.map_err(request::renamed)?;
         Ok(Job {
             output,
             constraint,
@@ -178,6 +176,9 @@ impl Begun<'_> {
         past: Option<Past>,
         planned: Planned,
     ) -> Result<Answering, ApiError> {
+        // Before anything is changed, so that what is wrong is told in time.
+        let output = planned.chat.output(&self.model, &planned.fit.text);
+        planned.chat.held(&self.model, &output).await.map_err(request::renamed)?;
         let place = (&self.tenant, durability);
         let (claimed, turns) = opening::claim(sessions, place, &self.model, past).await?;
         let id = ids::response(claimed.id);

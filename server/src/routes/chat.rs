@@ -11,7 +11,6 @@ use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
-use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::fields::Fields;
 use crate::openai::session;
 use crate::openai::session_fields::SessionFields;
@@ -72,7 +71,6 @@ impl App {
         (model, request): (Arc<Model>, ChatRequest),
         time: TimeLimits,
     ) -> Result<Job, ApiError> {
-        let constraint = ConstraintField::compile(request.constraint.clone(), &model).await?;
         let continuation = match request.input.ending {
             Ending::OpenMessage => Continuation::OfPrompt,
             Ending::Generation | Ending::Nothing => Continuation::OwnText,
@@ -80,6 +78,7 @@ impl App {
         let prompt = prompt::chat(&model, request.input.clone()).await?;
         prompt::check_length(&model, &prompt, request.max_tokens, "messages")?;
         let output = request.output(&model, prompt.written());
+        let constraint = request.held(&model, &output).await?;
         Ok(Job {
             model,
             tenant: tenant.0,

@@ -3,11 +3,13 @@
 mod chat;
 mod completions;
 mod conversations;
+mod embeddings;
 mod health;
 mod messages;
 mod metrics;
 mod models;
 mod query;
+mod rerank;
 mod responses;
 mod responses_ws;
 mod sessions;
@@ -76,6 +78,9 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .merge(responses::routes())
         .merge(conversations::routes())
+        .route("/v1/embeddings", post(embeddings::post))
+        .route("/v1/rerank", post(rerank::post))
+        .route("/rerank", post(rerank::post))
         .merge(sessions::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))

@@ -29,5 +29,6 @@ fn describe(model: &Model) -> Value {
         "created": served.created,
         "owned_by": "mainstay",
         "max_model_len": served.context,
+        "tasks": model.tasks().collect::<Vec<_>>(),
     })
 }

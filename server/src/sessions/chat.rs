@@ -16,7 +16,6 @@ use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
-use crate::openai::constraint_fields::ConstraintField;
 use crate::openai::options::Delivery;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::{Ending, Prompt};
@@ -46,7 +45,8 @@ impl SessionChat {
     pub(crate) async fn answer(self, sessions: &Sessions) -> Result<Response, ApiError> {
         self.check()?;
         let request = self.request;
-        let constraint = ConstraintField::compile(request.constraint.clone(), &self.model).await?;
+        // Before anything is changed, so that what is wrong is told in time.
+        request.held(&self.model, &request.output(&self.model, "")).await?;
         let asked = Asked {
             model: self.model.clone(),
             tenant: self.tenant.clone(),
@@ -56,6 +56,7 @@ impl SessionChat {
         };
         let Opened { claimed, turns, fit, messages, changed } = opening::open(sessions, asked).await?;
         let output = request.output(&self.model, &fit.text);
+        let constraint = request.held(&self.model, &output).await?;
         let ChatRequest { options, max_tokens, logprobs, delivery, keep, .. } = request;
         let asked_durability = keep.durability;
         let mut keep = keep.keep(claimed.settings.durability);

@@ -3,6 +3,7 @@
 mod bundles;
 mod chat;
 mod completions;
+mod embeddings;
 mod errors;
 mod history;
 mod kv;

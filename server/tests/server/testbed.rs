@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use mainstay_backend_api::echo::EchoExecutor;
+use mainstay_backend_api::echo::{EchoExecutor, POOLED_WIDTH};
 use mainstay_backend_api::{
     CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PageRead, PageRef, Step, StepError,
     StepOutput, StoredPage, Ticket,
@@ -20,10 +20,11 @@ use mainstay_backend_api::{
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
 use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
 use mainstay_models::Generation;
+use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::{AddSpecial, Tokenizer};
 use mainstay_server::{
-    FormatChoice, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
+    FormatChoice, PooledShape, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
 };
 use serde_json::{Map, Value, json};
 use tokio::net::{TcpListener, TcpStream};
@@ -62,6 +63,8 @@ pub(crate) struct Setup {
     pub(crate) weights: u8,
     /// Tokens that are drawn in place of the fake's own.
     pub(crate) script: Script,
+    /// What a whole text becomes.
+    pub(crate) pooled: Option<PooledShape>,
 }
 
 /// Tokens that are drawn next, whoever asks for some.
@@ -124,6 +127,7 @@ impl Default for Setup {
             store: None,
             weights: 0,
             script: Script::default(),
+            pooled: Some(PooledShape { kind: PooledKind::Embedding, width: POOLED_WIDTH }),
         }
     }
 }
@@ -194,7 +198,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         tokens_per_step: 256,
         chunks: setup.chunks,
         output_rows: 256,
-        pages: vec![setup.pages],
+        // A model without pages keeps nothing: it computes a text whole.
+        pages: if setup.pages > 0 { vec![setup.pages] } else { Vec::new() },
         kv_dtype: KvDType::F32,
     };
     let vocab = tokenizer.vocab_len();
@@ -207,6 +212,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
     }
     let mut options = EngineOptions::new(limits, setup.waiting, vocab);
     let store = setup.store.or_else(|| setup.directory.as_deref().map(open_store));
+    options.pooled_width = setup.pooled.map(|pooled| pooled.width);
     options.store = store.clone();
     options.restore = RestorePolicy::Always;
     let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
@@ -228,6 +234,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         generation: setup.generation,
         vocab,
         context: engine.limits().context,
+        generates: setup.pages > 0,
+        pooled: setup.pooled,
         engine: engine.clone(),
     });
     let mut options = setup.options;

@@ -10,7 +10,7 @@ use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::Weights;
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, KvSpec, Layer, Matrix, Op, Rope, RopeLayout, Vector,
+    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, Vector,
 };
 
 pub(crate) const PAGE: usize = 32;
@@ -105,7 +105,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         kv_heads: s.kv_heads,
         head_dim: s.head_dim,
         scale: (s.head_dim as f32).powf(-0.5),
-        window: s.window,
+        mask: Mask::Causal { window: s.window },
         softcap: s.softcap,
     };
     let a = block.push(Op::Attend(attend));
@@ -126,10 +126,13 @@ pub(crate) fn graph(s: &Shape) -> Graph {
     epilogue.push(Op::Linear { input: x, weight: Matrix::one("embed", s.vocab, s.hidden), bias: None });
     Graph {
         family: "tiny",
-        prologue: Block { ops: vec![Op::Embed { weight: Matrix::one("embed", s.vocab, s.hidden) }] },
+        prologue: Block {
+            ops: vec![Op::Embed { ids: Ids::Token, weight: Matrix::one("embed", s.vocab, s.hidden) }],
+        },
         blocks: vec![block],
         layers: (0..s.layers).map(|i| Layer { block: 0, prefix: format!("{i}.") }).collect(),
         epilogue,
+        pooled: None,
         kv: vec![KvSpec { heads: s.kv_heads, head_dim: s.head_dim, window: s.window }; s.layers],
         hidden: s.hidden,
         vocab: s.vocab,
@@ -220,6 +223,7 @@ impl Feed {
             position: self.done,
             pages: pages..step.page_table.len(),
             rope_table: 0,
+            second: None,
         });
         step.outputs.extend((0..count).map(|i| OutputRow {
             row: start + i,

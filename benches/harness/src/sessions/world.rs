@@ -255,7 +255,7 @@ impl World {
                     tokens.push(token);
                 }
                 Event::Failed(error) => return Err(error.into()),
-                Event::Prompt(_) | Event::Finished { .. } => {}
+                Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
             }
         }
         let foreign = noise::foreign(before, noise::ticks());

@@ -85,7 +85,7 @@ async fn wait(mut generation: Generation, report: &mut KvReport) -> Result<(), A
             Event::Started { kv } => *report = kv,
             Event::Finished { .. } => return Ok(()),
             Event::Failed(error) => return Err(error.into()),
-            Event::Prompt(_) | Event::Token { .. } => {}
+            Event::Prompt(_) | Event::Pooled(_) | Event::Token { .. } => {}
         }
     }
     Err(ApiError::internal("the engine ended the request without a result"))

@@ -102,6 +102,7 @@ impl Watched {
                 self.reasons[choice as usize] = Some(reason);
                 self.completed += usize::from(reason == FinishReason::Complete);
             }
+            Event::Pooled(row) => panic!("nobody asked for {row:?}"),
             Event::Failed(error) => {
                 assert!(matches!(error, RequestError::Device(_)), "{error}");
                 self.failed = true;

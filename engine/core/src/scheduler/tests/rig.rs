@@ -110,7 +110,7 @@ impl Rig {
             Some(store) => chain.look_up(store, groups, &tokens, request.keep.reuse),
             None => (chain.nothing(), Vec::new()),
         };
-        let submission = Submission { prompt_len, chain, request, events: sender };
+        let submission = Submission { prompt_len, chain, request, goal: Goal::Tokens, events: sender };
         self.scheduler.submit(Sequence::new(id, Arc::new(submission), tokens, seat, stored));
         Client { id, events }
     }
