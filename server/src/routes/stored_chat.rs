@@ -56,7 +56,9 @@ async fn messages(
     uri: Uri,
 ) -> Result<Json<Value>, ApiError> {
     let found = Stored::of(app.sessions()?, &tenant.0, id).await?;
-    page(&Params::of(&uri)?.ascending_by_default(), found.messages()).map(Json)
+    let params = Params::of(&uri)?.ascending_by_default();
+    let all = params.choice("roles", &["assistant", "all"])? == Some(1);
+    page(&params, found.messages(all)).map(Json)
 }
 
 async fn change(

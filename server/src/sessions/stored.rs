@@ -139,8 +139,9 @@ impl Stored {
         })
     }
 
-    /// The messages that were sent.
-    pub(crate) fn messages(&self) -> Vec<Value> {
+    /// The messages, in order: those that were sent, and the answer. The list that the API describes holds none but the
+    /// assistant's; `all` gives every one.
+    pub(crate) fn messages(&self, all: bool) -> Vec<Value> {
         let named = |(at, message): (usize, &Value)| {
             let mut message = message.clone();
             message["id"] = json!(format!("{}-{at}", self.turn.id));
@@ -148,7 +149,8 @@ impl Stored {
             message["content_parts"] = Value::Null;
             message
         };
-        self.turn.messages.iter().enumerate().map(named).collect()
+        let messages = self.turn.messages.iter().chain([&self.turn.answer]).enumerate();
+        messages.filter(|(_, message)| all || message["role"] == "assistant").map(named).collect()
     }
 
     /// # Errors
