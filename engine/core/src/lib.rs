@@ -1,5 +1,5 @@
 //! The engine: sequences, scheduler, page pool and the loop that drives one executor. Tokens only: no text, no
-//! JSON, no clock in any decision, no locks.
+//! JSON, no clock in the scheduler's decisions, no lock that its thread takes.
 
 #![warn(missing_docs)]
 

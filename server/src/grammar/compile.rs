@@ -40,11 +40,14 @@ pub(super) fn limits() -> ParserLimits {
 ///
 /// # Errors
 /// What is wrong with it, for people.
-pub(super) fn compile(wanted: Wanted, vocabulary: Arc<Vocabulary>) -> Result<Compiled, String> {
+pub(super) fn compile(wanted: Wanted, vocabulary: Arc<Vocabulary>) -> Result<Arc<Compiled>, String> {
     check_size(&wanted)?;
     let work = move || {
         let parser = parser(&wanted, &vocabulary)?;
-        Ok(Compiled::new(wanted, parser))
+        let compiled = Arc::new(Compiled::new(wanted, parser));
+        // What cannot even begin is found before an answer does.
+        compiled.grammar(Vec::new()).start().advance(&[], &mut Vec::new())?;
+        Ok(compiled)
     };
     let thread = std::thread::Builder::new().name("compile grammar".to_owned()).stack_size(STACK_BYTES);
     let thread = thread.spawn(work).map_err(|error| format!("the system gives no thread: {error}"))?;
@@ -112,7 +115,8 @@ fn grammar(constraint: &Constraint) -> Result<GrammarWithLexer, String> {
         )),
         Constraint::Choice(choices) => {
             let choices: Vec<String> = choices.iter().map(|choice| quoted(choice)).collect();
-            GrammarWithLexer::from_lark(format!("start: {}\n", choices.join(" | ")))
+            // One word for all: as words of their own, they would be followed one by one.
+            GrammarWithLexer::from_lark(format!("start: CHOICE\nCHOICE: {}\n", choices.join(" | ")))
         }
         Constraint::Lark(text) => GrammarWithLexer::from_lark(text.clone()),
     })

@@ -89,7 +89,7 @@ pub(crate) async fn compile(
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
                 let vocabulary = model.grammars.vocabulary(&model)?;
-                let compiled = Arc::new(compile::compile(wanted, vocabulary)?);
+                let compiled = compile::compile(wanted, vocabulary)?;
                 model.grammars.keep(&compiled);
                 Ok(compiled)
             })

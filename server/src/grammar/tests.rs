@@ -65,7 +65,7 @@ fn walk(masker: &mut dyn Masker, mut seed: u64, most: usize) -> Result<Walk, Str
 
 fn start(constraint: impl Into<Wanted>, vocabulary: &Arc<Vocabulary>) -> Result<Box<dyn Masker>, String> {
     let compiled = compile(constraint.into(), Arc::clone(vocabulary))?;
-    Ok(Arc::new(compiled).grammar(vec![END]).start())
+    Ok(compiled.grammar(vec![END]).start())
 }
 
 fn text(tokenizer: &Tokenizer, ids: &[u32]) -> String {
@@ -158,12 +158,13 @@ fn hostile() -> Vec<(&'static str, Constraint)> {
 #[test]
 fn hostile_constraints_end_soon() {
     let (_, vocabulary) = load(&default_tokenizer());
+    let unserved = ["references in a circle", "a product of alternatives"];
     for (name, constraint) in hostile() {
         let begun = Instant::now();
         let outcome = start(constraint, &vocabulary).and_then(|mut masker| walk(&mut *masker, 1, 60));
         let took = begun.elapsed();
-        let outcome = outcome.map(|walk| walk.masks.iter().max().copied());
-        println!("{name}: {took:?}, {outcome:?}");
+        // Most of these are only large, and are served.
+        assert!(outcome.is_ok() || unserved.contains(&name), "{name}: {:?}", outcome.as_ref().err());
         assert!(took < Duration::from_secs(30), "{name}: {took:?}");
         if let Err(message) = outcome {
             assert!(message.len() <= 400, "{name}: {message}");
@@ -174,11 +175,15 @@ fn hostile_constraints_end_soon() {
 /// What docs/structured-output.md tells. `TOKENIZER=path/tokenizer.json` names another vocabulary.
 #[test]
 #[ignore = "measures"]
+#[expect(clippy::print_stdout, reason = "it is run for what it prints")]
 fn what_masks_cost() {
     let path = std::env::var_os("TOKENIZER").map_or_else(default_tokenizer, PathBuf::from);
     let begun = Instant::now();
     let (tokenizer, vocabulary) = load(&path);
-    println!("{} tokens, loaded and sorted in {:?}", tokenizer.vocab_len(), begun.elapsed());
+    let loaded = begun.elapsed();
+    drop(Vocabulary::of(&tokenizer, tokenizer.vocab_len()).unwrap());
+    let sorted = begun.elapsed() - loaded;
+    println!("{} tokens, sorted in {sorted:?}", tokenizer.vocab_len());
     let person = json!({"type": "object", "required": ["name", "age", "tags"], "additionalProperties": false,
         "properties": {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0,
         "maximum": 150}, "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "maxItems": 5}}});
@@ -190,7 +195,7 @@ fn what_masks_cost() {
         ("lark", Constraint::Lark("start: sum\nsum: product (\"+\" product)*\nproduct: NUMBER (\"*\" NUMBER)*\nNUMBER: /[0-9]{1,9}/\n".to_owned())),
     ] {
         let begun = Instant::now();
-        let compiled = Arc::new(compile(constraint.into(), Arc::clone(&vocabulary)).unwrap());
+        let compiled = compile(constraint.into(), Arc::clone(&vocabulary)).unwrap();
         let took = begun.elapsed();
         let grammar = compiled.grammar(vec![END]);
         let walks = (0..20).map(|seed| walk(&mut *grammar.start(), seed, 100).unwrap());

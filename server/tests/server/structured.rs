@@ -226,6 +226,7 @@ async fn what_is_not_served_is_named_before_anything_is_sent() {
         (schema(json!({"type": "strange"})), field, "strange"),
         (schema(json!({"type": "string", "pattern": "("})), field, "unclosed"),
         (schema(json!({"$ref": "#/$defs/nobody"})), field, "nobody"),
+        (schema(json!({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})), field, "cannot spell"),
         (schema(json!({"$ref": "https://example.com/schema"})), field, "example.com"),
         (schema(json!({"type": "integer", "minimum": 3, "maximum": 2})), field, "maximum"),
         (json!({"guided_regex": "("}), "guided_regex", "regex"),

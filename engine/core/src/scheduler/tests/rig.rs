@@ -322,7 +322,7 @@ impl Masker for HashedChoice {
         mask.clear();
         if self.left > 0 {
             mask.resize(VOCAB.div_ceil(32), 0);
-            let allowed = (0..VOCAB as u32).filter(|token| (token + self.hash) % 5 == 0);
+            let allowed = (0..VOCAB as u32).filter(|token| token.wrapping_add(self.hash).is_multiple_of(5));
             allowed.for_each(|token| mask[token as usize / 32] |= 1 << (token % 32));
         }
         Ok(())
