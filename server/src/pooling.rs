@@ -80,6 +80,13 @@ pub(crate) struct Rows {
     pub(crate) tokens: usize,
 }
 
+impl Rows {
+    /// Bytes of all rows.
+    pub(crate) fn bytes(&self) -> usize {
+        self.rows.iter().map(|row| row.len() * size_of::<f32>()).sum()
+    }
+}
+
 impl PoolJob {
     /// The rows of all texts. Dropping the future cancels them.
     ///

@@ -241,7 +241,7 @@ pub(crate) async fn off_thread<T: Send + 'static>(
     }
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(_) => Err(ApiError::internal("tokenizing the prompt failed")),
+        Err(_) => Err(ApiError::internal("the request could not be worked on")),
     }
 }
 

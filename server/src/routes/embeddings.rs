@@ -10,6 +10,7 @@ use crate::error::ApiError;
 use crate::openai::embeddings::EmbeddingsRequest;
 use crate::openai::fields::Fields;
 use crate::pooling::{PoolJob, Texts};
+use crate::prompt::off_thread;
 
 pub(super) async fn post(
     State(app): Shared,
@@ -24,5 +25,6 @@ pub(super) async fn post(
     let texts = Texts::Lone(std::mem::take(&mut request.inputs));
     let job = PoolJob { model: model.clone(), tenant: tenant.0, texts, truncate: request.truncate, time };
     let rows = job.run().await?;
-    Ok(Json(request.answer(&model, &rows)))
+    let answer = off_thread(rows.bytes(), move || Ok(request.answer(&model, &rows))).await?;
+    Ok(Json(answer))
 }

@@ -265,11 +265,14 @@ async fn a_client_that_leaves_takes_its_texts_along() {
     let asking = server.send(request(EMBEDDINGS, &body));
     let left = tokio::time::timeout(std::time::Duration::from_millis(100), asking).await;
     assert!(left.is_err(), "no step has run");
-    gate.send(()).unwrap();
+    // A step has room for one text. The server hears of the client's leave while some are computed, not all.
+    for _ in 0..10 {
+        gate.send(()).unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
     drop(gate);
     server.idle().await;
-    // One that was under way; the step has room for no second text.
-    assert!(server.engine.stats().steps <= 2, "{:?}", server.engine.stats());
+    assert!(server.engine.stats().steps < 10, "{:?}", server.engine.stats());
 }
 
 #[tokio::test]
