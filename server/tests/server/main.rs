@@ -8,6 +8,7 @@ mod errors;
 mod history;
 mod kv;
 mod lifecycle;
+mod responses;
 mod resume;
 mod session_routes;
 mod sessions;
