@@ -8,6 +8,8 @@ mod errors;
 mod history;
 mod kv;
 mod lifecycle;
+mod messages;
+mod openapi;
 mod responses;
 mod resume;
 mod session_routes;
