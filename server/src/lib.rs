@@ -11,6 +11,7 @@ mod body;
 mod choice;
 mod detokenize;
 mod error;
+mod files;
 mod generate;
 mod grammar;
 mod job;

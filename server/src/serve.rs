@@ -1,5 +1,6 @@
 //! Connections: accepting, header timeouts, draining.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,10 @@ pub struct ServerOptions {
     pub loopback: bool,
     /// Where sessions are; the store that the engines were started with. Without one there are none.
     pub store: Option<Arc<Store>>,
+    /// The directory that files and batches are kept below; without it there are none. The store's lock must hold it.
+    pub files: Option<PathBuf>,
+    /// Largest file that is taken in.
+    pub file_limit_bytes: u64,
     /// How long opening the store took, for `/metrics`.
     pub recovery: Option<Duration>,
     /// The object store that sessions move through; without it they do not.
@@ -67,6 +72,8 @@ impl Default for ServerOptions {
             public_metrics: false,
             loopback: true,
             store: None,
+            files: None,
+            file_limit_bytes: 512 << 20,
             recovery: None,
             tier: None,
             import_limit_bytes: 8 << 30,

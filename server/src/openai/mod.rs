@@ -5,6 +5,7 @@ pub(crate) mod completions;
 pub(crate) mod constraint_fields;
 pub(crate) mod embeddings;
 pub(crate) mod fields;
+pub(crate) mod file_form;
 mod held;
 pub(crate) mod logprobs;
 pub(crate) mod messages;

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod conversations;
 mod embeddings;
+mod files;
 mod health;
 mod messages;
 mod metrics;
@@ -17,6 +18,7 @@ mod stored_chat;
 mod stream;
 mod tokenize;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -34,6 +36,7 @@ use crate::anthropic::error::MessagesError;
 use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
+use crate::files::Files;
 use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
@@ -53,6 +56,7 @@ pub(crate) struct App {
     shutdown: ShutdownSignal,
     http: HttpMetrics,
     sessions: Option<Sessions>,
+    files: Option<Files>,
 }
 
 type Shared = State<Arc<App>>;
@@ -67,7 +71,8 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         let interval = options.journal_interval;
         tokio::spawn(background::go_on(sessions.clone(), registry.clone(), interval));
     }
-    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
+    let files = options.files.as_ref().and_then(|root| open_files(root));
+    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions, files });
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
@@ -78,6 +83,7 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .merge(responses::routes())
         .merge(conversations::routes())
+        .merge(files::routes())
         .route("/v1/embeddings", post(embeddings::post))
         .route("/v1/rerank", post(rerank::post))
         .route("/rerank", post(rerank::post))
@@ -105,6 +111,11 @@ impl App {
         self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
     }
 
+    /// The files of this server.
+    fn files(&self) -> Result<&Files, ApiError> {
+        self.files.as_ref().ok_or_else(ApiError::no_files)
+    }
+
     /// What becomes of the pages of a request that is of no session: none of its tokens are in the journal.
     fn plain_durability(&self) -> Durability {
         self.options.durability.min(Durability::Async)
@@ -114,6 +125,17 @@ impl App {
     fn time(&self) -> TimeLimits {
         let (request, queue) = (self.options.request_timeout, self.options.queue_timeout);
         TimeLimits { arrived: Instant::now(), request, queue }
+    }
+}
+
+/// A directory that cannot be used is no reason not to serve.
+fn open_files(root: &Path) -> Option<Files> {
+    match Files::open(root.join("files")) {
+        Ok(files) => Some(files),
+        Err(error) => {
+            tracing::error!(%error, root = %root.display(), "this server keeps no files");
+            None
+        }
     }
 }
 

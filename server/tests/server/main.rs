@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod embeddings;
 mod errors;
+mod files;
 mod history;
 mod kv;
 mod lifecycle;

@@ -269,6 +269,7 @@ mod tests {
             shutdown: shutdown_channel().1,
             http: HttpMetrics::default(),
             sessions: Some(sessions.clone()),
+            files: None,
         });
         Target { owner: Owner { app, sessions, name: "default".into(), tenant }, id }
     }
