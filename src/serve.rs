@@ -84,6 +84,9 @@ pub(crate) struct HttpArgs {
     /// Largest file that clients may upload.
     #[arg(long, env = "MAINSTAY_FILE_LIMIT", value_name = "BYTES", default_value = "512M", value_parser = size::parse)]
     file_limit: u64,
+    /// Requests of batches that are under way at a time.
+    #[arg(long, env = "MAINSTAY_BATCH_REQUESTS", value_name = "N", default_value_t = 8)]
+    batch_requests: usize,
     /// Show /metrics without a key to other machines too.
     #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
     public_metrics: bool,
@@ -203,6 +206,7 @@ fn server_options(args: &HttpArgs, api_keys: Vec<ApiKey>, address: SocketAddr) -
         api_keys,
         body_limit_bytes: usize::try_from(args.body_limit).unwrap_or(usize::MAX),
         file_limit_bytes: args.file_limit,
+        batch_requests: args.batch_requests,
         request_timeout: args.request_timeout,
         queue_timeout: args.queue_timeout,
         max_tokens_default: args.max_tokens_default,

@@ -7,6 +7,7 @@
 
 mod anthropic;
 mod auth;
+mod batches;
 mod body;
 mod choice;
 mod detokenize;

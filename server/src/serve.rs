@@ -46,6 +46,8 @@ pub struct ServerOptions {
     pub files: Option<PathBuf>,
     /// Largest file that is taken in.
     pub file_limit_bytes: u64,
+    /// Requests of batches that are under way at a time.
+    pub batch_requests: usize,
     /// How long opening the store took, for `/metrics`.
     pub recovery: Option<Duration>,
     /// The object store that sessions move through; without it they do not.
@@ -74,6 +76,7 @@ impl Default for ServerOptions {
             store: None,
             files: None,
             file_limit_bytes: 512 << 20,
+            batch_requests: 8,
             recovery: None,
             tier: None,
             import_limit_bytes: 8 << 30,
@@ -101,7 +104,8 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     listener.local_addr()?;
     let (drain, header_timeout) = (options.drain, options.header_timeout);
-    let app = routes::app(registry, options, shutdown.clone());
+    // What is worked on without a connection ends with this function.
+    let (app, _work) = routes::app(registry, options, shutdown.clone());
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
     let mut connections = JoinSet::new();

@@ -13,7 +13,14 @@ pub(crate) fn make_dir(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    if let Some(above) = path.parent() {
+        make_dir(above)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        // Another thread was faster.
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
     path.parent().map_or(Ok(()), sync_dir)
 }
 

@@ -275,6 +275,7 @@ pub(crate) fn now_s() -> u64 {
     std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs()
 }
 
-fn name(path: &Path) -> String {
+/// The last part of a path.
+pub(crate) fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

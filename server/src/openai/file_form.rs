@@ -77,21 +77,29 @@ impl Form {
                 return Err(ApiError::field("purpose", what));
             }
         };
-        let lifetime_s = lifetime(self.anchor.as_deref(), self.seconds.as_deref())?;
+        let lifetime_s = lifetime("expires_after", self.anchor.as_deref(), self.seconds.as_deref())?;
         Ok((draft, About { filename, purpose, lifetime_s }))
     }
 }
 
-fn lifetime(anchor: Option<&str>, seconds: Option<&str>) -> Result<Option<u64>, ApiError> {
+/// How long a file is kept, seconds, as the parts of an object of this name say.
+///
+/// # Errors
+/// 400, naming the part.
+pub(crate) fn lifetime(
+    name: &str,
+    anchor: Option<&str>,
+    seconds: Option<&str>,
+) -> Result<Option<u64>, ApiError> {
     match (anchor, seconds) {
         (None, None) => return Ok(None),
         (Some("created_at"), _) => {}
-        (other, _) => return Err(unexpected("expires_after.anchor", "created_at", &json!(other))),
+        (other, _) => return Err(unexpected(format!("{name}.anchor"), "created_at", &json!(other))),
     }
     let [least, most] = LIFETIME_S;
     let parsed = seconds.and_then(|text| text.parse().ok()).filter(|s| (least..=most).contains(s));
     let expected = format!("an integer from {least} to {most}");
-    parsed.map(Some).ok_or_else(|| unexpected("expires_after.seconds", &expected, &json!(seconds)))
+    parsed.map(Some).ok_or_else(|| unexpected(format!("{name}.seconds"), &expected, &json!(seconds)))
 }
 
 /// What is not said in time is not said.

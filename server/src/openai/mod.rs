@@ -10,6 +10,7 @@ mod held;
 pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod options;
+pub(crate) mod priority;
 pub(crate) mod refused;
 pub(crate) mod rerank;
 pub(crate) mod session;

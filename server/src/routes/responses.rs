@@ -50,7 +50,7 @@ impl App {
     }
 }
 
-async fn create(
+pub(super) async fn create(
     State(app): Shared,
     Extension(tenant): Extension<Tenant>,
     request: Request,

@@ -1,5 +1,6 @@
 //! The server as a client sees it: over TCP, on an engine whose executor is a fake.
 
+mod batches;
 mod bundles;
 mod chat;
 mod completions;
