@@ -81,6 +81,12 @@ pub(crate) struct HttpArgs {
     /// Largest request body.
     #[arg(long, env = "MAINSTAY_BODY_LIMIT", value_name = "BYTES", default_value = "32M", value_parser = size::parse)]
     body_limit: u64,
+    /// Largest file that clients may upload.
+    #[arg(long, env = "MAINSTAY_FILE_LIMIT", value_name = "BYTES", default_value = "512M", value_parser = size::parse)]
+    file_limit: u64,
+    /// Requests of batches that are under way at a time.
+    #[arg(long, env = "MAINSTAY_BATCH_REQUESTS", value_name = "N", default_value_t = 8)]
+    batch_requests: usize,
     /// Show /metrics without a key to other machines too.
     #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
     public_metrics: bool,
@@ -128,6 +134,7 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     };
     let options = ServerOptions {
         store: store.clone(),
+        files: store.as_ref().and_then(|_| args.store.dir.files()),
         tier,
         recovery,
         durability: args.store.durability.into(),
@@ -198,6 +205,8 @@ fn server_options(args: &HttpArgs, api_keys: Vec<ApiKey>, address: SocketAddr) -
     ServerOptions {
         api_keys,
         body_limit_bytes: usize::try_from(args.body_limit).unwrap_or(usize::MAX),
+        file_limit_bytes: args.file_limit,
+        batch_requests: args.batch_requests,
         request_timeout: args.request_timeout,
         queue_timeout: args.queue_timeout,
         max_tokens_default: args.max_tokens_default,

@@ -52,6 +52,14 @@ pub(crate) struct DirArgs {
 }
 
 impl DirArgs {
+    /// Where files and batches are kept: not in a directory whose contents are to be encrypted, for they would not be.
+    pub(crate) fn files(&self) -> Option<PathBuf> {
+        match self.encryption_key_file {
+            Some(_) => None,
+            None => data_dir::resolve(self.data_dir.as_deref()),
+        }
+    }
+
     fn master_key(&self) -> Result<Option<MasterKey>> {
         let Some(path) = &self.encryption_key_file else { return Ok(None) };
         let shown = path.display();

@@ -72,6 +72,7 @@ fn ask(model: &Model, handle: &Handle, messages: &[Value]) -> Generation {
         stop: StopRule { max_tokens: ANSWER_TOKENS_MAX, tokens: model.generation.eos.clone(), min_tokens: 0 },
         logprobs: None,
         prompt_logprobs: None,
+        priority: 0,
         grammar: None,
         drawn: Vec::new(),
         keep: Keep::default(),

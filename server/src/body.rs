@@ -12,7 +12,7 @@ use crate::error::ApiError;
 use crate::openai::fields::found;
 
 /// How much of a body that is too large is still read, so that the client gets to hear the answer.
-const DISCARDED_BYTES_MAX: usize = 64 << 20;
+pub(crate) const DISCARDED_BYTES_MAX: usize = 64 << 20;
 
 /// What a body may cost.
 #[derive(Clone, Copy, Debug)]
@@ -113,7 +113,7 @@ async fn next(body: &mut Body, pause: Duration) -> Result<Option<Bytes>, ApiErro
 }
 
 /// Refuses a body that is too large before it is sent, where the client asks for that.
-fn refuse_announced(request: &Request<Body>, limits: BodyLimits) -> Result<(), ApiError> {
+pub(crate) fn refuse_announced(request: &Request<Body>, limits: BodyLimits) -> Result<(), ApiError> {
     let announced = content_length(request.headers());
     let asks = request.headers().contains_key(header::EXPECT);
     match announced {

@@ -1,5 +1,7 @@
 //! What a client hears when a request is not served: OpenAI's error object and its status.
 
+use std::io::ErrorKind;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -145,6 +147,24 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).code("sessions_disabled")
     }
 
+    /// 404: this server has no place for files.
+    pub(crate) fn no_files() -> Self {
+        let message = "this server keeps no files and batches: it has no data directory, or an encrypted one";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("files_disabled")
+    }
+
+    /// 507 or 500: the disk did not do its part.
+    pub(crate) fn disk(error: &std::io::Error) -> Self {
+        tracing::error!(%error, "files");
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                let message = "there is no room left on the disk of this server";
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, SERVER, message).code("not_durable")
+            }
+            _ => Self::internal("the disk of this server failed"),
+        }
+    }
+
     /// 404: this server has no object store.
     pub(crate) fn no_tier() -> Self {
         let message =
@@ -194,6 +214,12 @@ impl ApiError {
     pub(crate) fn slow_body() -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, "the body of the request did not arrive in time")
             .code("request_timeout")
+    }
+
+    /// 413: a file of a form.
+    pub(crate) fn file_too_large(limit_bytes: u64) -> Self {
+        let message = format!("file: expected at most {limit_bytes} bytes, found more");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, message).param("file").code("request_too_large")
     }
 
     /// 413.

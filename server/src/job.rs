@@ -109,6 +109,7 @@ impl Job {
             prompt_logprobs: wants_scores.then_some(self.logprobs.unwrap_or(0)),
             drawn: Vec::new(),
             keep: self.keep.clone(),
+            priority: self.options.priority,
             grammar: self.constraint.as_ref().map(|compiled| compiled.grammar(self.end_tokens())),
         }
     }

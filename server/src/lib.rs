@@ -7,10 +7,12 @@
 
 mod anthropic;
 mod auth;
+mod batches;
 mod body;
 mod choice;
 mod detokenize;
 mod error;
+mod files;
 mod generate;
 mod grammar;
 mod job;

@@ -68,6 +68,8 @@ pub(crate) struct PoolJob {
     pub(crate) texts: Texts,
     /// Texts are cut to this many tokens; longer ones are refused where it is absent.
     pub(crate) truncate: Option<usize>,
+    /// Whose turn it is: lower numbers go first.
+    pub(crate) priority: i32,
     pub(crate) time: TimeLimits,
 }
 
@@ -104,7 +106,8 @@ impl PoolJob {
             check(&self.model, &text.tokens, (param, at))?;
         }
         let tokens = encoded.iter().map(|text| text.tokens.len()).sum();
-        let pool = Pool { model: &self.model, tenant: self.tenant, time: self.time };
+        let (model, tenant) = (&self.model, self.tenant);
+        let pool = Pool { model, tenant, priority: self.priority, time: self.time };
         Ok(Rows { rows: pool.rows(encoded).await?, tokens })
     }
 }
@@ -134,6 +137,7 @@ fn check(model: &Model, tokens: &[u32], (param, at): (&'static str, usize)) -> R
 struct Pool<'a> {
     model: &'a Model,
     tenant: Arc<str>,
+    priority: i32,
     time: TimeLimits,
 }
 
@@ -150,6 +154,7 @@ impl Pool<'_> {
                     tenant: self.tenant.clone(),
                     tokens: text.tokens.clone(),
                     second: text.second,
+                    priority: self.priority,
                 };
                 match self.model.served.engine.pool(request) {
                     Ok(generation) => running.push_back(generation),

@@ -1,5 +1,6 @@
 //! Connections: accepting, header timeouts, draining.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,12 @@ pub struct ServerOptions {
     pub loopback: bool,
     /// Where sessions are; the store that the engines were started with. Without one there are none.
     pub store: Option<Arc<Store>>,
+    /// The directory that files and batches are kept below; without it there are none. The store's lock must hold it.
+    pub files: Option<PathBuf>,
+    /// Largest file that is taken in.
+    pub file_limit_bytes: u64,
+    /// Requests of batches that are under way at a time.
+    pub batch_requests: usize,
     /// How long opening the store took, for `/metrics`.
     pub recovery: Option<Duration>,
     /// The object store that sessions move through; without it they do not.
@@ -67,6 +74,9 @@ impl Default for ServerOptions {
             public_metrics: false,
             loopback: true,
             store: None,
+            files: None,
+            file_limit_bytes: 512 << 20,
+            batch_requests: 8,
             recovery: None,
             tier: None,
             import_limit_bytes: 8 << 30,
@@ -94,7 +104,8 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     listener.local_addr()?;
     let (drain, header_timeout) = (options.drain, options.header_timeout);
-    let app = routes::app(registry, options, shutdown.clone());
+    // What is worked on without a connection ends with this function.
+    let (app, _work) = routes::app(registry, options, shutdown.clone());
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
     let mut connections = JoinSet::new();

@@ -116,6 +116,7 @@ impl World {
             stop: StopRule { max_tokens: count, ..StopRule::default() },
             logprobs: Some(self.vocab),
             prompt_logprobs: None,
+            priority: 0,
             grammar: None,
             keep: Keep::default(),
         };

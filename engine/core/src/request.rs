@@ -30,6 +30,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// What becomes of its keys and values.
     pub keep: Keep,
+    /// Whose turn it is: lower numbers go first, equal ones in the order of arrival.
+    pub priority: i32,
     /// What every choice is held to. Prompt log-probabilities and scores are those of the model, as without it.
     pub grammar: Option<Arc<dyn Grammar>>,
 }
@@ -43,6 +45,8 @@ pub struct PoolRequest {
     pub tokens: Vec<u32>,
     /// Where the second text of a pair begins.
     pub second: Option<usize>,
+    /// As [`Request::priority`].
+    pub priority: i32,
 }
 
 impl PoolRequest {
@@ -58,6 +62,7 @@ impl PoolRequest {
             logprobs: None,
             prompt_logprobs: None,
             keep: Keep { durability: Durability::Ephemeral, ..Keep::default() },
+            priority: self.priority,
             grammar: None,
         };
         (request, Goal::Row { second: self.second })

@@ -13,15 +13,15 @@ use crate::mask::{Ask, Held, Masked, forbid};
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::request::Goal;
-use crate::sequence::{LoadId, Sequence, SequenceId, Submission};
+use crate::sequence::{LoadId, Rank, Sequence, SequenceId, Submission};
 use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
 
-/// Turns sequences into steps and the results of steps into events. The order of arrival decides everything.
+/// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    /// Sequences without pages, by arrival: not yet started, or preempted.
+    /// Sequences without pages, by rank: not yet started, or preempted.
     waiting: VecDeque<Sequence>,
-    /// Sequences with pages, by arrival.
+    /// Sequences with pages, by rank.
     running: Vec<Sequence>,
     limits: Limits,
     /// What the step in flight computes.
@@ -68,7 +68,7 @@ pub(crate) struct Spill {
 /// A sequence's part of the step in flight.
 #[derive(Debug)]
 struct Planned {
-    id: SequenceId,
+    rank: Rank,
     tokens: usize,
     /// Its rows in the step's outputs: `scored` prompt tokens, then draws.
     outputs: Range<usize>,
@@ -114,18 +114,18 @@ impl Scheduler {
     }
 
     fn queue(&mut self, sequence: Sequence) {
-        let at = self.waiting.partition_point(|s| s.id < sequence.id);
+        let at = self.waiting.partition_point(|s| s.rank() < sequence.rank());
         self.waiting.insert(at, sequence);
     }
 
     /// Ends a choice that has drawn a token; any other is let alone.
     pub(crate) fn stop(&mut self, id: SequenceId, pool: &mut KvPool) {
-        if let Ok(at) = self.running.binary_search_by_key(&id, |s| s.id)
+        if let Some(at) = self.running.iter().position(|s| s.id == id)
             && self.running[at].generated() > 0
         {
             let sequence = self.running.remove(at);
             self.finish(sequence, FinishReason::Stopped, pool);
-        } else if let Ok(at) = self.waiting.binary_search_by_key(&id, |s| s.id)
+        } else if let Some(at) = self.waiting.iter().position(|s| s.id == id)
             && self.waiting[at].generated() > 0
             && let Some(sequence) = self.waiting.remove(at)
         {
@@ -145,11 +145,12 @@ impl Scheduler {
     /// Takes in a mask. A choice that is gone does without.
     pub(crate) fn masked(&mut self, masked: Masked, pool: &mut KvPool) {
         let Masked { ask: Ask { id, mut masking }, result } = masked;
-        let running = self.running.binary_search_by_key(&id, |s| s.id);
-        let waiting = self.waiting.binary_search_by_key(&id, |s| s.id);
+        let running = self.running.iter().position(|s| s.id == id);
+        let waiting = || self.waiting.iter().position(|s| s.id == id);
+        let waiting = if running.is_none() { waiting() } else { None };
         let sequence = match (running, waiting) {
-            (Ok(at), _) => &mut self.running[at],
-            (_, Ok(at)) => &mut self.waiting[at],
+            (Some(at), _) => &mut self.running[at],
+            (_, Some(at)) => &mut self.waiting[at],
             _ => return,
         };
         if let Err(what) = result {
@@ -166,8 +167,8 @@ impl Scheduler {
         // One that has not begun does so, and ends when its prompt is computed, which may be of use by itself.
         if is_over && sequence.generated() > 0 && sequence.report.is_none() {
             let removed = match (running, waiting) {
-                (Ok(at), _) => Some(self.running.remove(at)),
-                (_, Ok(at)) => self.waiting.remove(at),
+                (Some(at), _) => Some(self.running.remove(at)),
+                (_, Some(at)) => self.waiting.remove(at),
                 _ => None,
             };
             if let Some(sequence) = removed {
@@ -216,7 +217,7 @@ impl Scheduler {
         self.running.iter().any(|s| !s.may_draw())
     }
 
-    /// Finds pages for the tokens that were drawn, at the cost of the sequences that came last.
+    /// Finds pages for the tokens that were drawn, at the cost of the sequences whose rank is last.
     fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) {
         let mut at = 0;
         while at < self.running.len() {
@@ -283,7 +284,7 @@ impl Scheduler {
         }
     }
 
-    /// Starts sequences in the order of arrival while there is room for their first chunk. One page is left for
+    /// Starts sequences in the order of their ranks while there is room for their first chunk. One page is left for
     /// each running sequence, or the newcomer would soon be preempted. One whose prefix another sequence is loading
     /// waits for that, and lets those behind it pass.
     fn admit(&mut self, pool: &mut KvPool, step: &mut Step, (room, planner): (&mut Room, &mut Planner)) {
@@ -340,7 +341,7 @@ impl Scheduler {
 
     /// Puts a sequence among the running ones; its place.
     fn insert(&mut self, sequence: Sequence) -> usize {
-        let at = self.running.partition_point(|s| s.id < sequence.id);
+        let at = self.running.partition_point(|s| s.rank() < sequence.rank());
         self.running.insert(at, sequence);
         at
     }
@@ -351,7 +352,8 @@ impl Scheduler {
         let planned = std::mem::take(&mut self.planned);
         let pooled = planned.iter().filter(|part| part.pooled.is_some()).count();
         for part in &planned {
-            let at = self.running.binary_search_by_key(&part.id, |s| s.id).expect("what was planned runs");
+            let at =
+                self.running.binary_search_by_key(&part.rank, Sequence::rank).expect("what was planned runs");
             let sequence = &mut self.running[at];
             let first = sequence.generated() == 0;
             let done = sequence.remaining() == part.tokens;
@@ -441,7 +443,7 @@ impl Scheduler {
 
     /// The step planned last failed, and with it every request that had a part in it.
     pub(crate) fn fail(&mut self, pool: &mut KvPool, error: &StepError) {
-        let mut failed: Vec<RequestId> = self.planned.drain(..).map(|p| p.id.request).collect();
+        let mut failed: Vec<RequestId> = self.planned.drain(..).map(|p| p.rank.id.request).collect();
         failed.sort_unstable();
         failed.dedup();
         for &id in &failed {
@@ -540,7 +542,7 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     let outputs = outputs..step.outputs.len();
     room.tokens -= tokens;
     room.rows -= outputs.len();
-    Some(Planned { id: sequence.id, tokens, outputs, scored: scored.len(), pooled })
+    Some(Planned { rank: sequence.rank(), tokens, outputs, scored: scored.len(), pooled })
 }
 
 /// Asks the step's last row for the sequence's next token, or for the first one of every choice.

@@ -59,6 +59,13 @@ pub(crate) struct SequenceId {
     pub(crate) choice: u32,
 }
 
+/// Whose turn it is: first by priority, then by arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    priority: i32,
+    pub(crate) id: SequenceId,
+}
+
 /// A choice under way. Until the prompt is computed, choice 0 stands for all choices of its request.
 #[derive(Debug)]
 pub(crate) struct Sequence {
@@ -143,6 +150,10 @@ impl Sequence {
 
     pub(crate) fn request(&self) -> &Request {
         &self.submission.request
+    }
+
+    pub(crate) fn rank(&self) -> Rank {
+        Rank { priority: self.request().priority, id: self.id }
     }
 
     /// Tokens drawn so far.

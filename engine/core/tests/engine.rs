@@ -49,6 +49,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        priority: 0,
         grammar: None,
     }
 }

@@ -113,6 +113,7 @@ fn request(prompt: &[u32], grammar: Option<Counting>) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        priority: 0,
         grammar: grammar.map(|grammar| Arc::new(grammar) as Arc<dyn Grammar>),
     }
 }
@@ -149,7 +150,7 @@ fn hear(mut generation: Generation, choices: usize) -> Vec<Heard> {
             Event::Token { choice, token, .. } => heard[choice as usize].tokens.push(token),
             Event::Finished { choice, reason } => heard[choice as usize].reason = Some(reason),
             Event::Failed(error) => heard[0].error = Some(error),
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
         }
     }
     heard

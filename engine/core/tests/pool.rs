@@ -34,7 +34,7 @@ fn text(len: usize, salt: u32) -> Vec<u32> {
 }
 
 fn wanted(tokens: &[u32], second: Option<usize>) -> PoolRequest {
-    PoolRequest { tenant: "t".into(), tokens: tokens.to_vec(), second }
+    PoolRequest { tenant: "t".into(), tokens: tokens.to_vec(), second, priority: 0 }
 }
 
 fn generation(prompt: &[u32], max_tokens: usize) -> Request {
@@ -48,6 +48,8 @@ fn generation(prompt: &[u32], max_tokens: usize) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        priority: 0,
+        grammar: None,
     }
 }
 

@@ -106,6 +106,7 @@ fn request(prompt: &[u32], keep: Keep) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         keep,
+        priority: 0,
         grammar: None,
     }
 }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::fields::{Fields, unexpected};
 use super::options::{PromptInput, prompts};
+use super::priority;
 use crate::error::ApiError;
 use crate::pooling::Rows;
 use crate::registry::Model;
@@ -27,6 +28,7 @@ pub(crate) struct EmbeddingsRequest {
     /// Leading numbers that are wanted of each vector.
     pub(crate) dimensions: Option<usize>,
     pub(crate) truncate: Option<usize>,
+    pub(crate) priority: i32,
 }
 
 impl EmbeddingsRequest {
@@ -46,7 +48,8 @@ impl EmbeddingsRequest {
         };
         let dimensions = fields.count("dimensions", 1..=width)?;
         fields.string("user")?;
-        Ok(Self { inputs, format, dimensions, truncate: truncation(fields, model)? })
+        let (truncate, priority) = (truncation(fields, model)?, priority::read(fields)?);
+        Ok(Self { inputs, format, dimensions, truncate, priority })
     }
 
     /// The answer.

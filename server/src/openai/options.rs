@@ -6,6 +6,7 @@ use mainstay_models::tokenizer::ShowSpecial;
 use serde_json::Value;
 
 use super::fields::{Fields, found, unexpected};
+use super::priority;
 use crate::error::ApiError;
 use crate::registry::Model;
 
@@ -39,6 +40,8 @@ pub(crate) struct GenerationOptions {
     pub(crate) show_special: ShowSpecial,
     pub(crate) show_stop: ShowStop,
     pub(crate) return_token_ids: bool,
+    /// Whose turn it is: lower numbers go first.
+    pub(crate) priority: i32,
 }
 
 /// How the answer is delivered.
@@ -77,6 +80,7 @@ impl GenerationOptions {
                 _ => ShowStop::No,
             },
             return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            priority: priority::read(fields)?,
         })
     }
 
@@ -157,12 +161,9 @@ fn stop_strings(fields: &Fields<'_, '_>) -> Result<Vec<String>, ApiError> {
 
 /// Fields that are accepted and have no effect here, but must still be what the API says they are.
 fn check_ignored(fields: &Fields<'_, '_>) -> Result<(), ApiError> {
-    for field in
-        ["user", "safety_identifier", "prompt_cache_key", "service_tier", "reasoning_effort", "verbosity"]
-    {
+    for field in ["user", "safety_identifier", "prompt_cache_key", "reasoning_effort", "verbosity"] {
         fields.string(field)?;
     }
-    fields.integer("priority", i64::MIN..=i64::MAX)?;
     let Some(metadata) = fields.object("metadata")? else { return Ok(()) };
     if metadata.len() > METADATA_MAX {
         let message = format!("expected at most {METADATA_MAX} keys, found {}", metadata.len());

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::embeddings::{shortest, truncation, usage};
 use super::fields::{Fields, unexpected};
+use super::priority;
 use crate::error::ApiError;
 use crate::pooling::Rows;
 use crate::random;
@@ -20,6 +21,7 @@ pub(crate) struct RerankRequest {
     top_n: Option<usize>,
     return_documents: bool,
     pub(crate) truncate: Option<usize>,
+    pub(crate) priority: i32,
 }
 
 impl RerankRequest {
@@ -31,6 +33,7 @@ impl RerankRequest {
             top_n: fields.count("top_n", 1..=usize::MAX)?,
             return_documents: fields.bool("return_documents")?.unwrap_or(true),
             truncate: truncation(fields, model)?,
+            priority: priority::read(fields)?,
         })
     }
 

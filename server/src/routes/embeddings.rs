@@ -23,7 +23,8 @@ pub(super) async fn post(
     let model = app.registry.get(fields.required_string("model")?)?;
     let mut request = EmbeddingsRequest::read(&fields, &model)?;
     let texts = Texts::Lone(std::mem::take(&mut request.inputs));
-    let job = PoolJob { model: model.clone(), tenant: tenant.0, texts, truncate: request.truncate, time };
+    let EmbeddingsRequest { truncate, priority, .. } = request;
+    let job = PoolJob { model: model.clone(), tenant: tenant.0, texts, truncate, priority, time };
     let rows = job.run().await?;
     let answer = off_thread(rows.bytes(), move || Ok(request.answer(&model, &rows))).await?;
     Ok(Json(answer))

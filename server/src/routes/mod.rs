@@ -1,9 +1,11 @@
 //! The routes, and what every request passes on its way to one: identity, admission, access log.
 
+mod batches;
 mod chat;
 mod completions;
 mod conversations;
 mod embeddings;
+mod files;
 mod health;
 mod messages;
 mod metrics;
@@ -17,6 +19,7 @@ mod stored_chat;
 mod stream;
 mod tokenize;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -32,8 +35,10 @@ use tokio::time::Instant;
 
 use crate::anthropic::error::MessagesError;
 use crate::auth::{self, Tenant};
+use crate::batches::{Batches, Queue, Work, Worker};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
+use crate::files::Files;
 use crate::job::TimeLimits;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
@@ -51,8 +56,10 @@ pub(crate) struct App {
     registry: Registry,
     options: ServerOptions,
     shutdown: ShutdownSignal,
-    http: HttpMetrics,
+    http: Arc<HttpMetrics>,
     sessions: Option<Sessions>,
+    files: Option<Files>,
+    batches: Option<Batches>,
 }
 
 type Shared = State<Arc<App>>;
@@ -61,13 +68,27 @@ type Shared = State<Arc<App>>;
 ///
 /// # Panics
 /// Outside of a runtime.
-pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: ShutdownSignal) -> Router {
+pub(crate) fn app(
+    registry: Registry,
+    options: ServerOptions,
+    shutdown: ShutdownSignal,
+) -> (Router, Option<Work>) {
     let sessions = options.store.clone().map(Sessions::new);
     if let Some(sessions) = &sessions {
         let interval = options.journal_interval;
         tokio::spawn(background::go_on(sessions.clone(), registry.clone(), interval));
     }
-    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
+    let (files, batches, queue) = match options.files.as_deref().and_then(open_files) {
+        Some((files, batches, queue)) => (Some(files), Some(batches), Some(queue)),
+        None => (None, None, None),
+    };
+    let http = Arc::default();
+    let app = Arc::new(App { registry, options, shutdown, http, sessions, files, batches });
+    let work = queue.and_then(|queue| Some(app.worker()?.start(queue)));
+    (routes(app), work)
+}
+
+fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
@@ -78,6 +99,8 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .merge(responses::routes())
         .merge(conversations::routes())
+        .merge(files::routes())
+        .merge(batches::routes())
         .route("/v1/embeddings", post(embeddings::post))
         .route("/v1/rerank", post(rerank::post))
         .route("/rerank", post(rerank::post))
@@ -106,6 +129,28 @@ impl App {
         self.sessions.as_ref().ok_or_else(ApiError::no_sessions)
     }
 
+    /// What works on batches, if there are some.
+    fn worker(&self) -> Option<Worker> {
+        // Nobody waits for a line: it takes the time that it takes.
+        let options = ServerOptions { request_timeout: None, queue_timeout: None, ..self.options.clone() };
+        let lines = Arc::new(App {
+            registry: self.registry.clone(),
+            options,
+            shutdown: self.shutdown.clone(),
+            http: Arc::clone(&self.http),
+            sessions: self.sessions.clone(),
+            files: None,
+            batches: None,
+        });
+        let (slots, shutdown) = (self.options.batch_requests, self.shutdown.clone());
+        Some(Worker::new(batches::lines(lines), self.files.clone()?, slots, shutdown))
+    }
+
+    /// The files of this server.
+    fn files(&self) -> Result<&Files, ApiError> {
+        self.files.as_ref().ok_or_else(ApiError::no_files)
+    }
+
     /// What becomes of the pages of a request that is of no session: none of its tokens are in the journal.
     fn plain_durability(&self) -> Durability {
         self.options.durability.min(Durability::Async)
@@ -115,6 +160,22 @@ impl App {
     fn time(&self) -> TimeLimits {
         let (request, queue) = (self.options.request_timeout, self.options.queue_timeout);
         TimeLimits { arrived: Instant::now(), request, queue }
+    }
+}
+
+/// A directory that cannot be used is no reason not to serve.
+fn open_files(root: &Path) -> Option<(Files, Batches, Queue)> {
+    let open = || {
+        let files = Files::open(root.join("files"))?;
+        let (batches, queue) = Batches::open(root.join("batches"), files.clone())?;
+        Ok((files, batches, queue))
+    };
+    match open() {
+        Ok(opened) => Some(opened),
+        Err::<_, std::io::Error>(error) => {
+            tracing::error!(%error, root = %root.display(), "this server keeps no files");
+            None
+        }
     }
 }
 

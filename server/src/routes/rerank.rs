@@ -22,7 +22,8 @@ pub(super) async fn post(
     let model = app.registry.get(fields.required_string("model")?)?;
     let request = RerankRequest::read(&fields, &model)?;
     let texts = Texts::Pairs { first: request.query.clone(), second: request.documents.clone() };
-    let job = PoolJob { model: model.clone(), tenant: tenant.0, texts, truncate: request.truncate, time };
+    let RerankRequest { truncate, priority, .. } = request;
+    let job = PoolJob { model: model.clone(), tenant: tenant.0, texts, truncate, priority, time };
     let rows = job.run().await?;
     Ok(Json(request.answer(&model, &rows)))
 }

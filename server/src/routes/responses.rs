@@ -50,7 +50,7 @@ impl App {
     }
 }
 
-async fn create(
+pub(super) async fn create(
     State(app): Shared,
     Extension(tenant): Extension<Tenant>,
     request: Request,
@@ -167,8 +167,12 @@ async fn compact(
 }
 
 /// One page of a list of items that is given oldest first.
-pub(super) fn page(params: &Params, mut items: Vec<Value>) -> Result<Value, ApiError> {
-    let limit = params.limit()?;
+pub(super) fn page(params: &Params, items: Vec<Value>) -> Result<Value, ApiError> {
+    page_of(params, items, params.limit()?)
+}
+
+/// The same with at most so many items.
+pub(super) fn page_of(params: &Params, mut items: Vec<Value>, limit: usize) -> Result<Value, ApiError> {
     if params.choice("order", &["asc", "desc"])?.is_none() || params.order()? == Order::Descending {
         items.reverse();
     }

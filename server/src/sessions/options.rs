@@ -43,6 +43,7 @@ pub(crate) fn write(job: &Job, include_usage: bool) -> Value {
         "show_special": options.show_special == ShowSpecial::Yes,
         "show_stop": options.show_stop == ShowStop::Yes,
         "return_token_ids": options.return_token_ids,
+        "priority": options.priority,
         "max_tokens": job.most_tokens(0),
         "logprobs": job.logprobs,
         "include_usage": include_usage,
@@ -78,6 +79,8 @@ pub(crate) fn read(value: &Value) -> Option<Recorded> {
         show_special: if flag("show_special")? { ShowSpecial::Yes } else { ShowSpecial::No },
         show_stop: if flag("show_stop")? { ShowStop::Yes } else { ShowStop::No },
         return_token_ids: flag("return_token_ids")?,
+        // Absent where an older version wrote it.
+        priority: value["priority"].as_i64().and_then(|number| i32::try_from(number).ok()).unwrap_or(0),
     };
     let constraint = match &value["constraint"] {
         Value::Null => None,

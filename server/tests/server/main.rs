@@ -1,10 +1,12 @@
 //! The server as a client sees it: over TCP, on an engine whose executor is a fake.
 
+mod batches;
 mod bundles;
 mod chat;
 mod completions;
 mod embeddings;
 mod errors;
+mod files;
 mod history;
 mod kv;
 mod lifecycle;

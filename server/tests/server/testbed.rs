@@ -211,7 +211,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         executor = executor.failing_every(n);
     }
     let mut options = EngineOptions::new(limits, setup.waiting, vocab);
-    let store = setup.store.or_else(|| setup.directory.as_deref().map(open_store));
+    let store = setup.store.clone().or_else(|| setup.directory.as_deref().map(open_store));
     options.pooled_width = setup.pooled.map(|pooled| pooled.width);
     options.store = store.clone();
     options.restore = RestorePolicy::Always;
@@ -240,6 +240,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
     });
     let mut options = setup.options;
     options.store = store;
+    options.files = setup.directory;
     let mut server = listen(registry, options, (engine, tokenizer)).await;
     server.script = script;
     server

@@ -242,6 +242,7 @@ impl World {
             logprobs: None,
             prompt_logprobs: None,
             keep: Keep { salt, durability: ask.durability, ..Keep::default() },
+            priority: 0,
             grammar: None,
         };
         let (before, begun) = (noise::ticks(), Instant::now());

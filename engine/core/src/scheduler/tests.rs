@@ -209,6 +209,38 @@ fn the_last_to_come_is_preempted_and_loses_nothing() {
 }
 
 #[test]
+fn lower_numbers_go_first_and_equal_ones_in_the_order_of_arrival() {
+    let mut rig = Rig::new(Limits { chunks: 1, ..limits(&[20]) });
+    let wanted = [0, 5, 0, -5, 5, -5]
+        .map(|priority| crate::Request { priority, ..request(&prompt(20, priority.unsigned_abs()), 3) });
+    let mut clients = wanted.each_ref().map(|w| rig.submit(w.clone()));
+    let mut order = Vec::new();
+    while !rig.scheduler.is_idle() {
+        rig.turn();
+        let running = rig.scheduler.running.first().map(|s| s.id.request);
+        order.extend(running.filter(|id| order.last() != Some(id)));
+    }
+    let expected = [3, 5, 0, 2, 1, 4].map(|at: usize| clients[at].id);
+    assert_eq!(order, expected);
+    clients.iter_mut().zip(&wanted).for_each(|(c, w)| expect_alone(&rig, c, w));
+}
+
+#[test]
+fn the_least_urgent_is_preempted_although_it_came_first() {
+    // Each needs 5 pages in the end; there are 7.
+    let mut rig = Rig::new(limits(&[8]));
+    let urgent = crate::Request { priority: -1, ..request(&prompt(70, 1), 80) };
+    let wanted = [request(&prompt(90, 0), 60), urgent];
+    let mut clients = wanted.each_ref().map(|w| rig.submit(w.clone()));
+    rig.turns(40);
+    let stats = rig.scheduler.stats(&rig.pool);
+    assert_eq!((stats.preemptions, stats.running, stats.waiting), (1, 1, 1));
+    assert_eq!(rig.scheduler.running[0].id.request, clients[1].id);
+    rig.drain();
+    clients.iter_mut().zip(&wanted).for_each(|(c, w)| expect_alone(&rig, c, w));
+}
+
+#[test]
 fn choices_without_pages_wait_and_lose_nothing() {
     let mut rig = Rig::new(limits(&[5]));
     let wanted = crate::Request { choices: 4, ..request(&prompt(70, 0), 40) };

@@ -249,7 +249,6 @@ mod tests {
     use mainstay_engine::store::{Options, sim};
 
     use super::*;
-    use crate::metrics::HttpMetrics;
     use crate::registry::Registry;
     use crate::serve::ServerOptions;
     use crate::shutdown::shutdown_channel;
@@ -267,8 +266,10 @@ mod tests {
             registry: Registry::default(),
             options: ServerOptions::default(),
             shutdown: shutdown_channel().1,
-            http: HttpMetrics::default(),
+            http: Arc::default(),
             sessions: Some(sessions.clone()),
+            files: None,
+            batches: None,
         });
         Target { owner: Owner { app, sessions, name: "default".into(), tenant }, id }
     }

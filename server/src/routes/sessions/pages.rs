@@ -75,6 +75,7 @@ fn request(target: &Target, info: &SessionInfo, tokens: Vec<u32>) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         keep: Keep { durability: info.settings.durability, ..Keep::default() },
+        priority: 0,
         grammar: None,
     }
 }

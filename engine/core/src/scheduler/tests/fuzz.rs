@@ -1,6 +1,8 @@
 //! Random arrivals, cancels, stops and failures under tiny limits, all from a seed: after every step the books must
 //! balance, and whatever is reported must be what a lone run gives.
 
+use std::collections::BTreeMap;
+
 use mainstay_backend_api::KvDType;
 use mainstay_backend_api::echo::{EchoExecutor, expected_logprob};
 
@@ -63,18 +65,19 @@ impl Watched {
         self.failed || self.reasons.iter().all(Option::is_some)
     }
 
-    fn hear(&mut self, event: Event, started: &mut Option<RequestId>) {
+    fn hear(&mut self, event: Event, started: &mut BTreeMap<i32, RequestId>) {
         assert!(!self.is_over(), "{event:?} after the end");
         match event {
             Event::Started { kv } => {
                 assert!(!self.started);
                 // One that waits for pages lets others pass.
-                assert!(self.stores || started.is_none_or(|last| last < self.client.id), "starts in order");
+                let last = started.insert(self.request.priority, self.client.id);
+                assert!(self.stores || last.is_none_or(|last| last < self.client.id), "starts in order");
                 assert!(
                     kv.cached_tokens < self.request.prompt.len() && kv.restored_tokens <= kv.cached_tokens
                 );
                 assert!(kv.cached_tokens == 0 || self.request.prompt_logprobs.is_none());
-                (self.started, *started) = (true, Some(self.client.id));
+                self.started = true;
             }
             Event::Prompt(scores) => {
                 assert!(self.started && !self.scored && self.request.prompt_logprobs.is_some());
@@ -137,7 +140,8 @@ struct World {
     bases: Vec<Vec<u32>>,
     context: usize,
     choices_max: usize,
-    started: Option<RequestId>,
+    /// The last that started of each priority.
+    started: BTreeMap<i32, RequestId>,
     finished: usize,
     completed: usize,
     copies: usize,
@@ -156,7 +160,7 @@ impl World {
             random,
             watched: Vec::new(),
             bases,
-            started: None,
+            started: BTreeMap::new(),
             finished: 0,
             completed: 0,
             copies: 0,
@@ -191,6 +195,7 @@ impl World {
         if r.one_in(3) {
             wanted.grammar = Some(Arc::new(Hashed { len: r.below(30) }));
         }
+        wanted.priority = r.pick(&[0, 0, 0, -3, 9]);
         wanted.logprobs = r.pick(&[None, None, Some(2)]);
         wanted.prompt_logprobs = r.pick(&[None, None, None, None, Some(1)]);
         wanted

@@ -251,8 +251,8 @@ impl Rig {
         }
         self.pool.audit(&held);
         assert!(self.scheduler.waiting.iter().all(|s| s.computed == 0 && s.pages.is_empty()));
-        assert!(self.scheduler.waiting.iter().is_sorted_by_key(|s| s.id));
-        assert!(self.scheduler.running.is_sorted_by_key(|s| s.id));
+        assert!(self.scheduler.waiting.iter().is_sorted_by_key(|s| s.rank()));
+        assert!(self.scheduler.running.is_sorted_by_key(Sequence::rank));
     }
 
     /// No sequence reads a page that another tenant wrote.
@@ -292,6 +292,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         prompt_logprobs: None,
         drawn: Vec::new(),
         keep: Keep::default(),
+        priority: 0,
         grammar: None,
     }
 }
