@@ -17,6 +17,7 @@ mod job;
 mod kv;
 mod metrics;
 mod openai;
+mod openapi;
 mod output;
 mod pooling;
 mod prompt;
