@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use mainstay_engine::Reuse;
 use mainstay_engine::store::Store;
 use mainstay_server::{
     ApiKey, FormatChoice, PooledShape, ReasoningFormat, Registry, ServedModel, ServerOptions,
@@ -150,7 +151,8 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
     };
     let device = started.device.clone();
     let handle = started.handle.clone();
-    registry.ready(ServedModel { format: args.http.format(), ..served(id.clone(), started)? });
+    let (format, reuse) = (args.http.format(), args.store.kv_reuse.into());
+    registry.ready(ServedModel { format, reuse, ..served(id.clone(), started)? });
     let mut out = std::io::stdout();
     // whoever started us may have closed stdout; that is no reason not to serve
     let _ =
@@ -192,6 +194,7 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
         context: started.limits.context,
         generates: started.model.graph.generates(),
         pooled,
+        reuse: Reuse::default(),
         engine: started.handle,
     })
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
+use mainstay_engine::Reuse;
 use mainstay_store::object::{ObjectError, ObjectOptions, ObjectTier};
 use mainstay_store::{
     Durability, MasterKey, Options, Quota, RealDisk, RecoveryReport, Store, StoreError,
@@ -35,6 +36,24 @@ impl From<DurabilityChoice> for Durability {
             DurabilityChoice::Async => Self::Async,
             DurabilityChoice::Turn => Self::Turn,
             DurabilityChoice::Full => Self::Full,
+        }
+    }
+}
+
+/// Which stored keys and values a request may go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReuseChoice {
+    /// Those that this kind of machine computes itself: answers have the same bits.
+    Exact,
+    /// Also those of another kind of machine, of the same weights; answers say so.
+    Equivalent,
+}
+
+impl From<ReuseChoice> for Reuse {
+    fn from(choice: ReuseChoice) -> Self {
+        match choice {
+            ReuseChoice::Exact => Self::Exact,
+            ReuseChoice::Equivalent => Self::Equivalent,
         }
     }
 }
@@ -118,6 +137,9 @@ pub(crate) struct StoreArgs {
     /// When a turn of a session is acknowledged, where neither the session nor the request says.
     #[arg(long, env = "MAINSTAY_DURABILITY", value_enum, default_value = "async")]
     pub(crate) durability: DurabilityChoice,
+    /// Which stored keys and values requests may go on from, where they do not say.
+    #[arg(long, env = "MAINSTAY_KV_REUSE", value_enum, default_value = "exact")]
+    pub(crate) kv_reuse: ReuseChoice,
     /// How often tokens of an answer under way are written to the journal, milliseconds; 0 writes whole turns only.
     #[arg(long, env = "MAINSTAY_JOURNAL_INTERVAL_MS", value_name = "MS", default_value_t = 100)]
     pub(crate) journal_interval_ms: u64,

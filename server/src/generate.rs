@@ -382,6 +382,9 @@ impl Run {
         match event {
             Some(Event::Started { kv }) => {
                 self.started = true;
+                if self.is_counted {
+                    self.job.model.metrics.reused(kv.state);
+                }
                 self.reused.add(&kv);
                 self.usage.cached_tokens = self.reused.cached_tokens.min(self.usage.prompt_tokens);
             }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use mainstay_engine::KvState;
+
 /// Upper bounds of time to first token, seconds.
 const FIRST_TOKEN_S: [f64; 16] =
     [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0];
@@ -63,7 +65,13 @@ pub(crate) struct ModelMetrics {
     pub(crate) between_tokens: Histogram,
     outcomes: [AtomicU64; Outcome::ALL.len()],
     late_pages: AtomicU64,
+    /// By [`KV_STATES`].
+    kv_states: [AtomicU64; KV_STATES.len()],
 }
+
+/// What may have become of a prompt's keys and values.
+pub(crate) const KV_STATES: [KvState; 4] =
+    [KvState::Exact, KvState::Equivalent, KvState::Recomputed, KvState::Cold];
 
 impl Default for ModelMetrics {
     fn default() -> Self {
@@ -72,6 +80,7 @@ impl Default for ModelMetrics {
             between_tokens: Histogram::new(&BETWEEN_TOKENS_S),
             outcomes: Default::default(),
             late_pages: AtomicU64::new(0),
+            kv_states: Default::default(),
         }
     }
 }
@@ -84,6 +93,19 @@ impl ModelMetrics {
     /// An answer did not wait any longer for its pages to be with the system.
     pub(crate) fn page_late(&self) {
         self.late_pages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A prompt was begun.
+    pub(crate) fn reused(&self, state: KvState) {
+        let counts = KV_STATES.iter().zip(&self.kv_states);
+        counts.filter(|(known, _)| **known == state).for_each(|(_, n)| {
+            n.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+
+    /// Prompts by state.
+    pub(crate) fn kv_states(&self) -> impl Iterator<Item = (KvState, u64)> {
+        KV_STATES.into_iter().zip(&self.kv_states).map(|(state, n)| (state, n.load(Ordering::Relaxed)))
     }
 
     pub(crate) fn late_pages(&self) -> u64 {

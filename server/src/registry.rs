@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use mainstay_engine::Handle;
+use mainstay_engine::{Handle, Reuse};
 use mainstay_models::Generation;
 use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
@@ -45,6 +45,8 @@ pub struct ServedModel {
     pub generates: bool,
     /// What it makes of a whole text, if it can.
     pub pooled: Option<PooledShape>,
+    /// Which stored pages requests may use that do not say.
+    pub reuse: Reuse,
     /// Its engine.
     pub engine: Handle,
 }

@@ -43,7 +43,7 @@ impl ChatRequest {
         options.check_min_tokens(max_tokens)?;
         let logprobs = read_logprobs(fields)?;
         let delivery = options::delivery(fields)?;
-        let keep = KeepFields::read(fields)?;
+        let keep = KeepFields::read(fields, model.served.reuse)?;
         let constraint = ConstraintField::read(fields)?;
         refuse_in_chat(fields)?;
         let show_reasoning = match fields.bool("include_reasoning")? {

@@ -49,7 +49,7 @@ impl CompletionRequest {
         options.check_min_tokens(max_tokens)?;
         let logprobs = fields.count("logprobs", 0..=TOP_LOGPROBS_MAX)?;
         let delivery = options::delivery(fields)?;
-        let keep = KeepFields::read(fields)?;
+        let keep = KeepFields::read(fields, model.served.reuse)?;
         let constraint = ConstraintField::read(fields)?;
         refuse_in_completions(fields)?;
         let special = add_special(fields, AddSpecial::Yes)?;

@@ -22,8 +22,8 @@ pub(crate) struct KeepFields {
 }
 
 impl KeepFields {
-    /// The fields `durability`, `kv_reuse` and `cache_salt`.
-    pub(crate) fn read(fields: &Fields<'_, '_>) -> Result<Self, ApiError> {
+    /// The fields `durability`, `kv_reuse` and `cache_salt`. `reuse` holds where the request does not say.
+    pub(crate) fn read(fields: &Fields<'_, '_>, reuse: Reuse) -> Result<Self, ApiError> {
         let durability = match fields.string("durability")? {
             None => None,
             Some(name) => Some(durability(name).ok_or_else(|| {
@@ -31,7 +31,8 @@ impl KeepFields {
             })?),
         };
         let reuse = match fields.string("kv_reuse")? {
-            None | Some("exact") => Reuse::Exact,
+            None => reuse,
+            Some("exact") => Reuse::Exact,
             Some("equivalent") => Reuse::Equivalent,
             Some(other) => return Err(unexpected("kv_reuse", "exact or equivalent", &Value::from(other))),
         };
@@ -257,7 +258,7 @@ mod tests {
 
     #[test]
     fn what_becomes_of_pages_is_checked() {
-        let read = |body: Value| KeepFields::read(&Fields::of(body.as_object().unwrap()));
+        let read = |body: Value| KeepFields::read(&Fields::of(body.as_object().unwrap()), Reuse::Exact);
         let set = read(json!({"durability": "full", "kv_reuse": "equivalent", "cache_salt": "é"})).unwrap();
         let keep = Keep { salt: "é".into(), durability: Durability::Full, reuse: Reuse::Equivalent };
         assert_eq!(set.keep(Durability::Async), keep);

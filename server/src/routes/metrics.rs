@@ -79,6 +79,13 @@ fn page(app: &App) -> String {
     for (model, id) in models.iter().zip(named()) {
         page.sample("mainstay_kv_page_late_total", &[("model_name", id)], model.metrics.late_pages() as f64);
     }
+    let name = "mainstay_exactness_state_total";
+    page.family(name, "counter", "Prompts by what was reused of their keys and values.");
+    for (model, id) in models.iter().zip(named()) {
+        for (state, count) in model.metrics.kv_states() {
+            page.sample(name, &[("model_name", id), ("state", state.name())], count as f64);
+        }
+    }
     page.family("mainstay_requests_total", "counter", "HTTP requests answered.");
     for ((route, status), count) in app.http.snapshot() {
         let labels = [("route", route.as_str()), ("status", &status.to_string())];

@@ -18,7 +18,7 @@ use mainstay_backend_api::{
     StepOutput, StoredPage, Ticket,
 };
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
-use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy};
+use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy, Reuse};
 use mainstay_models::Generation;
 use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
@@ -236,6 +236,7 @@ pub(crate) async fn start(setup: Setup) -> Server {
         context: engine.limits().context,
         generates: setup.pages > 0,
         pooled: setup.pooled,
+        reuse: Reuse::Exact,
         engine: engine.clone(),
     });
     let mut options = setup.options;

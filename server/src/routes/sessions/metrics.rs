@@ -32,11 +32,11 @@ const PAGES: [PageNumber; 7] = [
         &c.written_bytes
     }),
     ("mainstay_kv_page_read_total", "Pages read from disk and proven.", |c| &c.read),
+    ("mainstay_kv_restore_bytes_total", "Bytes of these.", |c| &c.read_bytes),
     ("mainstay_kv_page_miss_total", "Pages asked for and not found.", |c| &c.missed),
     ("mainstay_kv_page_verify_fail_total", "Pages whose bytes were not those written; never used.", |c| {
         &c.damaged
     }),
-    ("mainstay_eviction_total", "Pages let go for a quota.", |c| &c.evicted),
     ("mainstay_kv_segment_abandoned_total", "Segments given up after an error of the disk.", |c| {
         &c.abandoned_segments
     }),
@@ -44,13 +44,16 @@ const PAGES: [PageNumber; 7] = [
 
 type JournalNumber = (&'static str, &'static str, fn(&JournalCounts) -> &AtomicU64);
 
-const JOURNAL: [JournalNumber; 4] = [
+const JOURNAL: [JournalNumber; 5] = [
     ("mainstay_journal_entries_total", "Entries appended to the journal.", |c| &c.entries),
     ("mainstay_journal_syncs_total", "Syncs of the journal, each for all entries before it.", |c| {
         &c.sync.syncs
     }),
     ("mainstay_journal_errors_total", "Appends and syncs that failed.", |c| &c.errors),
     ("mainstay_journal_bases_total", "Times the journal was written anew.", |c| &c.bases),
+    ("mainstay_journal_quarantine_total", "Journals put aside because they were damaged.", |c| {
+        &c.quarantined
+    }),
 ];
 
 /// Adds the store's families. Waits for the store's locks.
@@ -70,9 +73,40 @@ pub(in crate::routes) fn add(page: &mut Page, app: &App, stats: &[(String, Stats
     page.sample(name, &[("at", "queue")], queued as f64);
     page.sample(name, &[("at", "store")], read(&store.page_counts().dropped));
     for (name, help, counter) in PAGES {
-        let labels: &[_] = if name == "mainstay_eviction_total" { &[("reason", "quota")] } else { &[] };
         page.family(name, "counter", help);
-        page.sample(name, labels, read(counter(store.page_counts())));
+        page.sample(name, &[("tier", "disk")], read(counter(store.page_counts())));
+    }
+    let (pages, journal, scrub) = (store.page_counts(), store.journal_counts(), store.scrub_counts());
+    page.family("mainstay_eviction_total", "counter", "Pages let go, by why.");
+    page.sample("mainstay_eviction_total", &[("reason", "quota")], read(&pages.evicted));
+    page.sample("mainstay_eviction_total", &[("reason", "disk_full")], read(&pages.evicted_disk_full));
+    for (name, help, us) in [
+        (
+            "mainstay_kv_read_seconds_total",
+            "Time that reads of pages took, of those side by side each.",
+            &pages.read_us,
+        ),
+        ("mainstay_kv_sync_seconds_total", "Time that syncs of segments took.", &pages.sync.sync_us),
+        (
+            "mainstay_journal_fsync_seconds_total",
+            "Time that syncs of the journal took.",
+            &journal.sync.sync_us,
+        ),
+    ] {
+        page.family(name, "counter", help);
+        page.sample(name, &[], read(us) / 1e6);
+    }
+    let spilled: u64 = stats.iter().map(|(_, stats)| stats.pages_spilled).sum();
+    page.family("mainstay_dedup_ratio", "gauge", "Pages written of those that were handed over.");
+    page.sample("mainstay_dedup_ratio", &[], read(&pages.written) / (spilled.max(1) as f64));
+    for (name, help, counter) in [
+        ("mainstay_scrub_pages_total", "Pages proven by the scrubber.", &scrub.pages),
+        ("mainstay_scrub_bytes_total", "Bytes that it has read.", &scrub.bytes),
+        ("mainstay_scrub_damaged_total", "Pages that it found damaged, which are let go.", &scrub.damaged),
+        ("mainstay_scrub_passes_total", "Times that it has seen all pages.", &scrub.passes),
+    ] {
+        page.family(name, "counter", help);
+        page.sample(name, &[], read(counter));
     }
     for (name, help, counter) in JOURNAL {
         page.family(name, "counter", help);
