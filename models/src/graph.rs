@@ -352,6 +352,21 @@ pub enum Op {
     },
 }
 
+impl Attend {
+    /// The width of its rows, given those of q, k and v.
+    fn width(&self, found: (usize, usize, usize)) -> Result<usize, String> {
+        let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let want = (wide, narrow, narrow);
+        if want != found {
+            return Err(format!("expected widths {want:?} of q, k, v, found {found:?}"));
+        }
+        if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!("{} heads are no multiple of {} kv heads", self.heads, self.kv_heads));
+        }
+        Ok(wide)
+    }
+}
+
 impl Op {
     /// The op's name as it stands in messages.
     pub fn name(&self) -> &'static str {
@@ -467,15 +482,7 @@ impl Block {
                     })?;
                     w
                 }
-                Op::Attend(a) => {
-                    let want = (a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim);
-                    let found = (widths[a.q], widths[a.k], widths[a.v]);
-                    fit(want == found, &|| format!("expected widths {want:?} of q, k, v, found {found:?}"))?;
-                    fit(a.kv_heads > 0 && a.heads % a.kv_heads == 0, &|| {
-                        format!("{} heads are no multiple of {} kv heads", a.heads, a.kv_heads)
-                    })?;
-                    want.0
-                }
+                Op::Attend(a) => a.width((widths[a.q], widths[a.k], widths[a.v])).map_err(wrong)?,
                 Op::Scale { input, .. }
                 | Op::Softcap { input, .. }
                 | Op::Activate { input, .. }

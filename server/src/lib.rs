@@ -19,6 +19,7 @@ mod job;
 mod kv;
 mod metrics;
 mod openai;
+mod openapi;
 mod output;
 mod pooling;
 mod prompt;

@@ -114,7 +114,8 @@ fn check_places(program: &Program) {
         });
         for w in &writes {
             for r in &reads {
-                let (a, b) = (w.offset..w.offset + w.rows * w.stride, r.offset..r.offset + r.rows * r.stride);
+                let floats = |s: &Slot| s.offset..s.offset + (s.rows - 1) * s.stride + s.width;
+                let (a, b) = (floats(w), floats(r));
                 assert!(a.end <= b.start || b.end <= a.start, "{call:?} reads what it writes");
             }
         }

@@ -73,6 +73,7 @@ pub(crate) fn chat(body: &Map<String, Value>, purpose: Purpose) -> Result<Map<St
         }
     }
     fields.object("metadata")?;
+    chat.extend(output(&fields)?);
     if let Some(thinking) = fields.object("thinking")? {
         let kind = Fields::at(thinking, "thinking").required_string("type")?;
         let mut kwargs = fields.object("chat_template_kwargs")?.cloned().unwrap_or_default();
@@ -80,6 +81,32 @@ pub(crate) fn chat(body: &Map<String, Value>, purpose: Purpose) -> Result<Map<St
         chat.insert("chat_template_kwargs".to_owned(), Value::Object(kwargs));
     }
     Ok(chat)
+}
+
+/// The field `output_config`: the form of the answer, and the effort.
+fn output(fields: &Fields<'_, '_>) -> Result<Map<String, Value>, ApiError> {
+    let mut chat = Map::new();
+    let Some(config) = fields.object("output_config")? else { return Ok(chat) };
+    let own = Fields::at(config, "output_config");
+    if let Some(effort) = own.string("effort")? {
+        chat.insert("reasoning_effort".to_owned(), json!(effort));
+    }
+    if let Some(format) = own.object("format")? {
+        let own = Fields::at(format, "output_config.format");
+        let kind = own.required_string("type")?;
+        if kind != "json_schema" {
+            return Err(unexpected(own.name("type"), "json_schema", &json!(kind)));
+        }
+        let schema = own.object("schema")?.ok_or_else(|| own.missing("schema", "an object"))?;
+        let schema = json!({"name": "answer", "schema": schema, "strict": true});
+        chat.insert("response_format".to_owned(), json!({"type": "json_schema", "json_schema": schema}));
+    }
+    Ok(chat)
+}
+
+/// An error about a field of the chat request, said of the field of this one.
+pub(crate) fn renamed(error: ApiError) -> ApiError {
+    error.rename(&[("response_format.json_schema", "output_config.format")])
 }
 
 fn read_tool(tool: &Value, path: &str) -> Result<Option<Value>, ApiError> {
@@ -224,6 +251,7 @@ mod tests {
         let body = json!({
             "model": "m", "max_tokens": 9, "system": [{"type": "text", "text": "be brief"}], "top_k": 3,
             "stop_sequences": ["x"], "metadata": {"user_id": "u"},
+            "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
             "tools": [{"name": "f", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "w"}],
             "tool_choice": {"type": "any", "disable_parallel_tool_use": true},
             "messages": [
@@ -253,7 +281,9 @@ mod tests {
                     {"role": "tool", "tool_call_id": "t1", "content": "1"},
                     {"role": "user", "content": "go on"},
                 ],
-                "stop": ["x"],
+                "stop": ["x"], "reasoning_effort": "low",
+                "response_format": {"type": "json_schema", "json_schema":
+                    {"name": "answer", "schema": {"type": "object"}, "strict": true}},
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
                 "tool_choice": "required", "parallel_tool_calls": false,
             })
@@ -274,6 +304,11 @@ mod tests {
             (
                 json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}),
                 "tools[0].input_schema",
+            ),
+            (
+                json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}],
+                       "output_config": {"format": {"type": "json_schema"}}}),
+                "output_config.format.schema",
             ),
         ] {
             let error = chat(body.as_object().unwrap(), Purpose::Answer).unwrap_err();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mainstay_engine::Masker;
-use mainstay_models::tokenizer::Tokenizer;
+use mainstay_models::tokenizer::{AddSpecial, ShowSpecial, Tokenizer};
 use serde_json::{Value, json};
 
 use super::compile::compile;
@@ -81,9 +81,8 @@ fn a_constraint_begins_after_its_marker() {
     for marker in ["</think>", &special_text] {
         let wanted = Wanted { constraint: choices(), after: Some(marker.to_owned()) };
         let mut masker = start(wanted, &vocabulary).unwrap();
-        let thought =
-            tokenizer.encode("It is {so}. </thin", mainstay_models::tokenizer::AddSpecial::No).unwrap();
-        let end = tokenizer.encode(marker, mainstay_models::tokenizer::AddSpecial::No).unwrap();
+        let thought = tokenizer.encode("It is {so}. </thin", AddSpecial::No).unwrap();
+        let end = tokenizer.encode(marker, AddSpecial::No).unwrap();
         let mut mask = Vec::new();
         for id in thought.iter().chain(&end) {
             masker.advance(&[], &mut mask).unwrap();
@@ -93,6 +92,33 @@ fn a_constraint_begins_after_its_marker() {
         }
         let rest = walk(&mut *masker, 3, 20).unwrap();
         assert!(["yes", "no"].contains(&text(&tokenizer, &rest.ids).as_str()) && rest.has_ended, "{marker}");
+    }
+}
+
+/// Also where a vocabulary spells unknown characters byte by byte, or a space as part of the next word.
+#[test]
+fn what_is_drawn_decodes_to_what_fits() {
+    let fixtures =
+        ["llama", "mistral", "qwen2", "qwen3"].map(|name| format!("../tests/fixtures/{name}/tokenizer.json"));
+    for name in fixtures.iter().map(String::as_str).chain(["../models/default/tokenizer.json"]) {
+        let (tokenizer, vocabulary) = load(&Path::new(env!("CARGO_MANIFEST_DIR")).join(name));
+        let text = "na\u{ef}ve \u{65e5}\u{672c}\u{8a9e} \u{1f980} \"quoted\" a\\b";
+        let schema = json!({"type": "object", "properties": {"fixed": {"const": text}, "free": {"type": "string",
+            "maxLength": 9}}, "required": ["fixed", "free"], "additionalProperties": false});
+        let compiled = compile(Constraint::JsonSchema(schema).into(), Arc::clone(&vocabulary)).unwrap();
+        let grammar = compiled.grammar(vec![END]);
+        for seed in 0..40 {
+            let walk = walk(&mut *grammar.start(), seed, 500).unwrap();
+            assert!(walk.has_ended, "{name}");
+            let decoded = tokenizer.decode(&walk.ids, ShowSpecial::No);
+            let value: Value =
+                serde_json::from_str(&decoded).unwrap_or_else(|e| panic!("{name}: {e}: {decoded:?}"));
+            assert_eq!(value["fixed"], text, "{name}");
+            assert!(
+                value["free"].as_str().is_some_and(|text| text.chars().count() <= 9),
+                "{name}: {decoded}"
+            );
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Grammars that hold an answer to calls of the functions of a request, in the syntax of the crate `llguidance`.
 //!
-//! The frame of a call is written out as the format has it, and only the arguments are free, within their schema: so
-//! a call cannot be one that the parser of the format does not read.
+//! Behind a marker, the frame of a call is written out as the format has it, and only the arguments are free, within
+//! their schema. Without one, a call is JSON as a whole, so that JSON of another form may stand in its place: a grammar
+//! cannot tell text from JSON where both begin alike.
 
 use mainstay_models::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
@@ -100,15 +101,43 @@ impl Grammar<'_> {
         (quoted(&format!("{{\"name\": {}, \"{key}\": ", quoted(name))), quoted("}"))
     }
 
+    /// The rules of `call` as whole objects with a name and, under `key`, arguments.
+    fn objects(&self, key: &str) -> String {
+        let names: Vec<String> = (0..self.functions.len()).map(|at| format!("call_{at}")).collect();
+        let rule = |(at, function): (usize, &&Function)| {
+            let mut arguments = Value::Object(self.arguments(function));
+            move_references(&mut arguments, &format!("#/properties/{key}"));
+            let schema = json!({
+                "type": "object",
+                "properties": {"name": {"const": function.name}, key: arguments},
+                "required": ["name", key],
+                "additionalProperties": false,
+                "x-guidance": {"whitespace_pattern": JSON_SPACE},
+            });
+            format!("call_{at}: %json {schema}\n")
+        };
+        let rules: String = self.functions.iter().enumerate().map(rule).collect();
+        format!("call: {}\n{rules}", names.join(" | "))
+    }
+
     fn schema(&self, function: &Function) -> Value {
+        let mut schema = self.arguments(function);
+        // The library's own key: what a client puts there must not change the rules.
+        schema.insert("x-guidance".to_owned(), json!({"whitespace_pattern": JSON_SPACE}));
+        Value::Object(schema)
+    }
+
+    /// The schema that the arguments are held to.
+    fn arguments(&self, function: &Function) -> Map<String, Value> {
         let is_held = self.schemas == Schemas::All || function.is_strict;
         let mut schema = if is_held { function.schema() } else { Map::new() };
         if !["$ref", "anyOf", "oneOf", "allOf"].iter().any(|key| schema.contains_key(*key)) {
             schema.entry("type").or_insert_with(|| json!("object"));
         }
-        // The library's own key: what a client puts there must not change the rules.
-        schema.insert("x-guidance".to_owned(), json!({"whitespace_pattern": JSON_SPACE}));
-        Value::Object(schema)
+        for key in ["x-guidance", "$schema", "$id"] {
+            schema.shift_remove(key);
+        }
+        schema
     }
 
     /// `calls` one after another, `separator` between them.
@@ -185,7 +214,7 @@ impl Grammar<'_> {
 
     /// Objects in place of a text.
     fn alone(&self, key: &str, (open, separator, close): (&str, &str, &str)) -> String {
-        let calls = self.calls(|name| Self::object(key, name));
+        let calls = self.objects(key);
         let mut answer = "call".to_owned();
         if self.most > 1 {
             let several = self.repeated(&quoted(separator));
@@ -222,6 +251,26 @@ impl Grammar<'_> {
              before: {channel} (\"analysis\" | \"commentary\") {message} ended {start} \"assistant\"\n{ended}\n\
              final: {channel} \"final\" {message} text\ntext: {ANY_TEXT}\n{calls}"
         )
+    }
+}
+
+/// Lets the references inside of a schema mean the same where the schema stands at `place` of another.
+fn move_references(schema: &mut Value, place: &str) {
+    match schema {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                match value {
+                    Value::String(target) if key == "$ref" && (target == "#" || target.starts_with("#/")) => {
+                        target.replace_range(..1, place);
+                    }
+                    // What stands there is data.
+                    _ if matches!(key.as_str(), "const" | "enum" | "default" | "examples") => {}
+                    value => move_references(value, place),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| move_references(item, place)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 
@@ -291,6 +340,18 @@ mod tests {
             };
             format!("call: call_0 | call_1\n{}{}", call(0, "f", "STRICT"), call(1, "g", "ANY"))
         };
+        let object_calls = |key: &str| {
+            let rule = |at: usize, name: &str, schema: Value| {
+                let object = json!({"type": "object", "properties": {"name": {"const": name}, key: schema},
+                    "required": ["name", key], "additionalProperties": false,
+                    "x-guidance": {"whitespace_pattern": JSON_SPACE}});
+                format!("call_{at}: %json {object}\n")
+            };
+            let strict =
+                json!({"properties": {"x": {"enum": [1, "}"]}}, "required": ["x"], "type": "object"});
+            let rules = rule(0, "f", strict) + &rule(1, "g", json!({"type": "object"}));
+            format!("call: call_0 | call_1\n{rules}")
+        };
         let tagged = json_calls("arguments").replace("\"}\"\n", "\"}\" \"\\n\" </tool_call>\n");
         let one = || json!({"parallel_tool_calls": false});
         let harmony = [harmony::CHANNEL, harmony::MESSAGE, harmony::CONSTRAIN, harmony::END, harmony::START];
@@ -308,11 +369,11 @@ mod tests {
                 ToolFormat::Llama3Json,
                 &[],
                 json!({}),
-                format!("call (\"; \" call){{0,63}}\n{}", json_calls("parameters")),
+                format!("call (\"; \" call){{0,63}}\n{}", object_calls("parameters")),
             ),
-            (ToolFormat::Llama3Json, &[], one(), format!("call\n{}", json_calls("parameters"))),
-            (ToolFormat::Json, &[], json!({}), format!("call | \"[\" {array} \"]\"\n{}", json_calls("arguments"))),
-            (ToolFormat::Gemma, &[], one(), format!("call\n{}", json_calls("parameters"))),
+            (ToolFormat::Llama3Json, &[], one(), format!("call\n{}", object_calls("parameters"))),
+            (ToolFormat::Json, &[], json!({}), format!("call | \"[\" {array} \"]\"\n{}", object_calls("arguments"))),
+            (ToolFormat::Gemma, &[], one(), format!("call\n{}", object_calls("parameters"))),
             (
                 ToolFormat::Mistral,
                 &mistral[..1],
@@ -340,6 +401,17 @@ mod tests {
             let found = grammar(format, special, patch).unwrap();
             assert_eq!(found, format!("start: answer\nanswer: {expected}"), "{format:?}");
         }
+    }
+
+    #[test]
+    fn references_are_moved_and_data_is_not() {
+        let mut schema = json!({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#"}, {"$ref": "other.json#/x"}]}},
+            "properties": {"$ref": {"const": {"$ref": "#/y"}}}});
+        move_references(&mut schema, "#/properties/arguments");
+        let expected = json!({"$ref": "#/properties/arguments/$defs/a",
+            "$defs": {"a": {"anyOf": [{"$ref": "#/properties/arguments"}, {"$ref": "other.json#/x"}]}},
+            "properties": {"$ref": {"const": {"$ref": "#/y"}}}});
+        assert_eq!(schema, expected);
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use mainstay_engine::store::{SessionInfo, Store, StoreError, TenantId, Turn};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::object::ResponseRecord;
 use super::{ids, items};
 use crate::error::ApiError;
-use crate::sessions::Sessions;
 use crate::sessions::record::{SessionRecord, TurnRecord};
+use crate::sessions::{Sessions, shown};
 
 /// A record, and how many turns of the session stand when it does.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ impl Past {
     pub(crate) fn read(store: &Store, tenant: TenantId, info: SessionInfo) -> Result<Self, StoreError> {
         let turns = store.turns(tenant, info.id)?;
         let session = SessionRecord::read(&info.settings.meta);
-        let records = records_of(&turns);
+        let records = records_of(&turns, &info);
         Ok(Self { tenant, info, session, turns, records, is_whole: true })
     }
 
@@ -80,12 +80,17 @@ impl Past {
     }
 }
 
-fn records_of(turns: &[Arc<Turn>]) -> Vec<Placed> {
+fn records_of(turns: &[Arc<Turn>], info: &SessionInfo) -> Vec<Placed> {
     let mut records: Vec<Placed> = Vec::new();
     for (at, turn) in turns.iter().enumerate() {
         let written = TurnRecord::read(&turn.meta);
-        let record = ResponseRecord::read(&written.response)
+        let mut record = ResponseRecord::read(&written.response)
             .unwrap_or_else(|| ResponseRecord::of_items(items::of_messages(written.all_messages().iter())));
+        if record.id().is_some() {
+            let name = &info.settings.name;
+            record.set("kv", written.kv);
+            record.set("session", json!({"id": shown(info.id), "name": name, "turn": turn.number}));
+        }
         for replaced in record.list("before").iter().filter_map(ResponseRecord::read) {
             records.push(Placed { turns: at, holder: at + 1, record: replaced });
         }

@@ -52,6 +52,6 @@ fn read(
 ) -> Result<(std::sync::Arc<crate::registry::Model>, ChatRequest), ApiError> {
     let model = app.registry.get(Fields::of(body).required_string("model")?)?;
     let chat = request::chat(body, purpose)?;
-    let request = ChatRequest::read(&Fields::of(&chat), &model)?;
+    let request = ChatRequest::read(&Fields::of(&chat), &model).map_err(request::renamed)?;
     Ok((model, request))
 }

@@ -108,6 +108,7 @@ fn routes(app: Arc<App>) -> Router {
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/openapi.json", get(|| async { axum::Json(crate::openapi::document()) }))
         .route("/health", get(health::get))
         .route("/metrics", get(metrics::get))
         .fallback(no_route)
@@ -190,7 +191,8 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
 async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<Response, ApiError> {
     let path = request.uri().path();
     let options = &app.options;
-    let open = path == "/health" || (path == "/metrics" && (options.loopback || options.public_metrics));
+    let is_shown = options.loopback || options.public_metrics;
+    let open = path == "/health" || (matches!(path, "/metrics" | "/openapi.json") && is_shown);
     if !open {
         let tenant = auth::authenticate(&options.api_keys, request.headers());
         if let Err(error) = &tenant

@@ -113,7 +113,6 @@ async fn fields_of_chat() {
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"modalities": ["text", "audio"]}), "modalities"),
         (json!({"web_search_options": {}}), "web_search_options"),
-        (json!({"store": true}), "store"),
         (json!({"store": "yes"}), "store"),
         (json!({"chat_template_kwargs": []}), "chat_template_kwargs"),
         (json!({"continue_final_message": true}), "continue_final_message"),
@@ -176,7 +175,11 @@ async fn unknown_routes_methods_and_models() {
     server.get("/").await.error(404);
     let put = Request::put(CHAT).body(Body::from("{}")).unwrap();
     server.send(put).await.error(405);
-    server.get(CHAT).await.error(405);
+    server.get(COMPLETIONS).await.error(405);
+    // Completions are kept where there is a place to keep them.
+    assert_eq!(server.get(CHAT).await.error(404)["code"], "sessions_disabled");
+    let kept = chat(json!({"store": true}));
+    assert_eq!(server.post(CHAT, &kept).await.error(404)["code"], "sessions_disabled");
     for (path, body) in
         [(CHAT, chat(json!({"model": "nope"}))), (COMPLETIONS, completion(json!({"model": "nope"})))]
     {

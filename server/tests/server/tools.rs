@@ -196,6 +196,37 @@ async fn thoughts_are_told_from_the_answer() {
 }
 
 #[tokio::test]
+async fn an_answer_in_json_or_a_call_may_come_where_both_begin_alike() {
+    let format = FormatChoice { tools: Some(ToolFormat::Json), reasoning: None };
+    let server = start(Setup { format, ..qwen() }).await;
+    let place = json!({"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"],
+        "additionalProperties": false, "$defs": {"at": {"enum": ["Bern", "Rome"]}}});
+    let tools = json!([{"type": "function", "function": {"name": "look", "parameters": place}}]);
+    let form = json!({"type": "object", "properties": {"no": {"type": "boolean"}}, "required": ["no"],
+        "additionalProperties": false});
+    let form = json!({"type": "json_schema", "json_schema": {"name": "form", "schema": form}});
+    let (mut calls, mut answers) = (0, 0);
+    for seed in 0..24 {
+        let asked = json!({"tools": tools, "response_format": form, "seed": seed, "temperature": 1, "max_tokens": 200});
+        let answer = server.post(CHAT, &chat(asked)).await.ok();
+        let choice = &answer["choices"][0];
+        if choice["finish_reason"] == "tool_calls" {
+            for (name, arguments) in function_calls(&choice["message"]) {
+                let arguments: Value = serde_json::from_str(&arguments).unwrap();
+                assert!(name == "look" && ["Bern", "Rome"].contains(&arguments["at"].as_str().unwrap()));
+                calls += 1;
+            }
+        } else if choice["finish_reason"] == "stop" {
+            let content: Value =
+                serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+            assert!(content["no"].is_boolean(), "{content}");
+            answers += 1;
+        }
+    }
+    assert!(calls > 0 && answers > 0, "{calls} calls, {answers} answers");
+}
+
+#[tokio::test]
 async fn functions_of_old_are_answered_as_of_old() {
     let server = start(qwen()).await;
     let functions = json!([{"name": "now"}]);
