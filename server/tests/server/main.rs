@@ -18,3 +18,4 @@ mod streams;
 mod structured;
 mod testbed;
 mod tools;
+mod websocket;
