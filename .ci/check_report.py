@@ -1,12 +1,16 @@
-"""Reads the conformance kit's report: every case has to have passed. A skipped case counts as failed, but for those
-that ask for a key when the server was started without one."""
+"""Reads reports of the conformance kit, one of each run: no case may have failed, and each has to have passed in at least
+one run. A case is skipped where the server has no key, and where the model's own text decides nothing."""
 import json
-import os
 import sys
 
-cases = json.load(open(sys.argv[1]))["cases"]
-needs_key = {"AUTH-001", "AUTH-002"} if os.environ.get("AUTH_REQUIRED") != "1" else set()
-wrong = [c for c in cases if c["outcome"] != "passed" and c["id"] not in needs_key]
-for case in wrong:
-    print(f"{case['id']}: {case['outcome']}: {case['message']}")
-sys.exit(1 if wrong or not cases else 0)
+runs = [{case["id"]: case for case in json.load(open(path))["cases"]} for path in sys.argv[1:]]
+ids = sorted(set().union(*runs))
+wrong = []
+for name in ids:
+    cases = [run[name] for run in runs if name in run]
+    outcomes = [case["outcome"] for case in cases]
+    if "passed" not in outcomes or "failed" in outcomes or len(cases) < len(runs):
+        wrong.append(name)
+        print(f"{name}: {', '.join(outcomes)}: {' | '.join(case['message'] for case in cases if case['message'])}")
+print(f"{len(ids) - len(wrong)} of {len(ids)} cases passed")
+sys.exit(1 if wrong or not ids else 0)

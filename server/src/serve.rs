@@ -1,13 +1,13 @@
 //! Connections: accepting, header timeouts, draining.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use mainstay_engine::store::object::ObjectTier;
 use mainstay_engine::store::{Durability, Store};
@@ -86,6 +86,8 @@ impl Default for ServerOptions {
     }
 }
 
+type Connection = http1::Connection<TokioIo<TcpStream>, TowerToHyperService<Router>>;
+
 /// Pause after a failed `accept`, so that running out of file descriptors does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -109,13 +111,11 @@ pub async fn serve(
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header_timeout);
     let mut connections = JoinSet::new();
-    let graceful = GracefulShutdown::new();
     loop {
         tokio::select! {
             stream = accept(&listener) => {
                 let connection = builder.serve_connection(TokioIo::new(stream), service(&app));
-                let watched = graceful.watch(connection);
-                connections.spawn(async move { report(watched.await) });
+                connections.spawn(run(connection, shutdown.clone(), ShutdownStage::Drain));
             }
             Some(_) = connections.join_next() => {}
             () = shutdown.reached(ShutdownStage::Drain) => break,
@@ -123,17 +123,17 @@ pub async fn serve(
     }
     // Still answered while draining, so that a load balancer hears 503 and not a refused connection.
     builder.keep_alive(false);
-    let finished = graceful.shutdown();
     let deadline = tokio::time::sleep(drain);
-    tokio::pin!(finished, deadline);
+    tokio::pin!(deadline);
+    let mut late = JoinSet::new();
     loop {
         tokio::select! {
             stream = accept(&listener) => {
                 let connection = builder.serve_connection(TokioIo::new(stream), service(&app));
-                connections.spawn(async move { report(connection.await) });
+                late.spawn(run(connection, shutdown.clone(), ShutdownStage::Now));
             }
-            Some(_) = connections.join_next() => {}
-            () = &mut finished => break,
+            Some(_) = late.join_next() => {}
+            () = ended(&mut connections, &shutdown) => break,
             () = &mut deadline => {
                 tracing::warn!("requests were still running when the time to drain was over");
                 break;
@@ -142,6 +142,27 @@ pub async fn serve(
         }
     }
     Ok(())
+}
+
+/// Serves a connection; from the stage on it takes no further request.
+async fn run(connection: Connection, shutdown: ShutdownSignal, stage: ShutdownStage) {
+    let mut connection = pin!(connection.with_upgrades());
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = shutdown.reached(stage) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Waits for the connections, and for what has become of those that were upgraded.
+async fn ended(connections: &mut JoinSet<()>, shutdown: &ShutdownSignal) {
+    while connections.join_next().await.is_some() {}
+    shutdown.released().await;
 }
 
 fn service(app: &Router) -> TowerToHyperService<Router> {
@@ -163,11 +184,5 @@ async fn accept(listener: &TcpListener) -> TcpStream {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
-    }
-}
-
-fn report(result: Result<(), hyper::Error>) {
-    if let Err(error) = result {
-        tracing::debug!(%error, "a connection ended early");
     }
 }

@@ -23,12 +23,26 @@ pub struct ShutdownTrigger {
 #[derive(Clone, Debug)]
 pub struct ShutdownSignal {
     stage: watch::Receiver<ShutdownStage>,
+    /// How many [`Hold`]s there are.
+    holds: watch::Sender<usize>,
+}
+
+/// What outlives its connection's request, and is waited for as a request is. Dropped, it is over.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    holds: watch::Sender<usize>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.holds.send_modify(|holds| *holds -= 1);
+    }
 }
 
 /// A connected trigger and signal, in stage [`ShutdownStage::Running`]. If the trigger is dropped, the stage stays.
 pub fn shutdown_channel() -> (ShutdownTrigger, ShutdownSignal) {
     let (sender, receiver) = watch::channel(ShutdownStage::Running);
-    (ShutdownTrigger { stage: sender }, ShutdownSignal { stage: receiver })
+    (ShutdownTrigger { stage: sender }, ShutdownSignal { stage: receiver, holds: watch::Sender::new(0) })
 }
 
 impl ShutdownTrigger {
@@ -47,6 +61,18 @@ impl ShutdownSignal {
     /// The stage now.
     pub fn stage(&self) -> ShutdownStage {
         *self.stage.borrow()
+    }
+
+    pub(crate) fn hold(&self) -> Hold {
+        self.holds.send_modify(|holds| *holds += 1);
+        Hold { holds: self.holds.clone() }
+    }
+
+    /// Waits until there is no [`Hold`].
+    pub(crate) async fn released(&self) {
+        let mut holds = self.holds.subscribe();
+        // The sender is here, so this cannot fail.
+        drop(holds.wait_for(|holds| *holds == 0).await);
     }
 
     /// Waits until the stage is reached or passed; for ever if the trigger is dropped before.

@@ -34,21 +34,36 @@ if [ "$versions" != "$(cat "$dir/versions" 2>/dev/null)" ]; then
 fi
 
 export MAINSTAY_KEY=sdk-key
-out=$dir/serve.out
-rm -rf "$dir/data"
-: >"$out"
-"$binary" serve --port 0 --api-key "$MAINSTAY_KEY" --data-dir "$dir/data" >"$out" 2>"$dir/serve.log" &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
-MAINSTAY_URL=
-for _ in $(seq 600); do
-    MAINSTAY_URL=$(sed -n 's|.*ready on \(http://[^ ]*\).*|\1|p' "$out")
-    [ -n "$MAINSTAY_URL" ] && break
-    kill -0 "$server" 2>/dev/null || break
-    sleep 0.05
-done
-[ -n "$MAINSTAY_URL" ] || { cat "$dir/serve.log" >&2; fail "the server did not start"; }
-export MAINSTAY_URL
+servers=()
+stop_servers() {
+    kill "${servers[@]}" 2>/dev/null || true
+    wait "${servers[@]}" 2>/dev/null || true
+}
+trap stop_servers EXIT
+
+# Starts a server under this name with these words, and leaves its address in $url.
+serve() {
+    local name=$1 out=$dir/$1.out
+    shift
+    rm -rf "$dir/$name.data"
+    : >"$out"
+    "$binary" serve "$@" --port 0 --api-key "$MAINSTAY_KEY" --data-dir "$dir/$name.data" >"$out" 2>"$dir/$name.log" &
+    servers+=($!)
+    for _ in $(seq 600); do
+        url=$(sed -n 's|.*ready on \(http://[^ ]*\).*|\1|p' "$out")
+        [ -n "$url" ] && return 0
+        kill -0 $! 2>/dev/null || break
+        sleep 0.05
+    done
+    cat "$dir/$name.log" >&2
+    fail "the server did not start: $name"
+}
+
+serve built-in
+export MAINSTAY_URL=$url
+python3 $here/sdks/scripted.py "$dir/scripted"
+serve scripted "$dir/scripted"
+export MAINSTAY_SCRIPTED_URL=$url
 
 # The clients read addresses, keys and proxies from the environment; they get those of this script.
 for name in $(compgen -e | grep -E '^(OPENAI|ANTHROPIC|LITELLM|LANGCHAIN|LANGSMITH)_' || true); do unset "$name"; done
@@ -58,6 +73,6 @@ export LANGSMITH_TRACING=false OPENAI_AGENTS_DISABLE_TRACING=1 LITELLM_LOCAL_MOD
     fail "a client written in Python failed"
 cp $here/node/openai.test.mjs "$dir/node"
 (cd "$dir/node" && "$dir/venv/bin/node" --test openai.test.mjs) || fail "the client of npm failed"
-kill -0 "$server" 2>/dev/null || fail "the server is gone"
-if grep -q panicked "$dir/serve.log"; then cat "$dir/serve.log" >&2; fail "the server panicked"; fi
+kill -0 "${servers[@]}" 2>/dev/null || fail "a server is gone"
+if grep panicked "$dir"/*.log >&2; then fail "a server panicked"; fi
 echo "sdks: passed"

@@ -19,6 +19,7 @@ use crate::openai::fields::unexpected;
 use crate::responses::answer::Answering;
 use crate::responses::ids;
 use crate::responses::request::ResponseRequest;
+use crate::shutdown::{Hold, ShutdownStage};
 
 const CREATE: &str = "response.create";
 
@@ -30,7 +31,9 @@ pub(super) async fn upgrade(
     let upgrade =
         upgrade.map_err(|_| ApiError::method("GET", "/v1/responses (without a WebSocket upgrade)"))?;
     let upgrade = upgrade.max_message_size(app.options.body_limit_bytes);
-    Ok(upgrade.on_upgrade(move |socket| Connection { app, tenant, socket, own: Vec::new() }.serve()))
+    let hold = app.shutdown.hold();
+    Ok(upgrade
+        .on_upgrade(move |socket| Connection { app, tenant, socket, own: Vec::new(), _hold: hold }.serve()))
 }
 
 struct Connection {
@@ -39,6 +42,7 @@ struct Connection {
     socket: WebSocket,
     /// Responses that go with the connection.
     own: Vec<String>,
+    _hold: Hold,
 }
 
 /// What comes of waiting for both sides.
@@ -49,7 +53,7 @@ enum Heard {
 
 impl Connection {
     async fn serve(mut self) {
-        while let Some(Ok(message)) = self.socket.recv().await {
+        while let Some(message) = self.request().await {
             let text = match message {
                 Message::Text(text) => text,
                 Message::Close(_) => break,
@@ -71,6 +75,14 @@ impl Connection {
             }
         }
         self.forget().await;
+    }
+
+    /// What the client sends next; nothing more once the server is going down.
+    async fn request(&mut self) -> Option<Message> {
+        tokio::select! {
+            message = self.socket.recv() => message.and_then(Result::ok),
+            () = self.app.shutdown.reached(ShutdownStage::Drain) => None,
+        }
     }
 
     async fn begin(&mut self, text: &str) -> Result<Answering, ApiError> {

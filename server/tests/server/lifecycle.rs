@@ -173,7 +173,7 @@ async fn many_streams_each_equal_their_lone_run() {
     server.idle().await;
 }
 
-async fn drained(mut server: Server) {
+pub(crate) async fn drained(mut server: Server) {
     let task = std::mem::replace(&mut server.task, tokio::spawn(async { Ok(()) }));
     task.await.unwrap().unwrap();
 }

@@ -20,3 +20,4 @@ mod streams;
 mod structured;
 mod testbed;
 mod tools;
+mod websocket;

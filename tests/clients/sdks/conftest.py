@@ -1,4 +1,4 @@
-"""The server under test, and what several of the clients are asked for."""
+"""The servers under test, and what several of the clients are asked for."""
 import os
 import time
 from typing import Literal
@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 URL = os.environ["MAINSTAY_URL"]
+SCRIPTED_URL = os.environ["MAINSTAY_SCRIPTED_URL"]
 KEY = os.environ["MAINSTAY_KEY"]
 MODEL = "mainstay-default"
 
@@ -40,6 +41,6 @@ def wait_for(condition, seconds):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running():
-    """Each test leaves an idle server."""
+    """Each test leaves the server idle."""
     yield
     wait_for(lambda: running() == 0, 1)

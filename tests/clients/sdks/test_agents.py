@@ -5,16 +5,26 @@ from typing import Literal
 import agents
 import openai
 import pytest
-from conftest import KEY, MODEL, REPORT, URL, Report
+from conftest import KEY, MODEL, REPORT, SCRIPTED_URL, URL, Report
 
 agents.set_tracing_disabled(True)
-MODELS = {"responses": agents.OpenAIResponsesModel, "chat": agents.OpenAIChatCompletionsModel}
+MODELS = {"responses": agents.OpenAIResponsesModel, "websocket": agents.OpenAIResponsesWSModel,
+          "chat": agents.OpenAIChatCompletionsModel}
+
+
+def client_of(url):
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    client = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0, timeout=60)
-    return MODELS[request.param](model=MODEL, openai_client=client)
+    return MODELS[request.param](model=MODEL, openai_client=client_of(URL))
+
+
+@pytest.fixture(params=MODELS)
+def scripted(request):
+    """A model that calls `get_weather` of its own accord, and ends when it has the result."""
+    return MODELS[request.param](model="scripted", openai_client=client_of(SCRIPTED_URL))
 
 
 class Desk:
@@ -67,6 +77,22 @@ def test_an_agent_calls_its_tool_in_a_stream(model):
     assert result.final_output == text != ""
 
 
+def test_an_agent_decides_by_itself(scripted):
+    asked = []
+
+    @agents.function_tool
+    def get_weather(location: str) -> str:
+        """The weather of a place."""
+        asked.append(location)
+        return "sunny"
+
+    clerk = agents.Agent(name="Clerk", model=scripted, tools=[get_weather])
+    result = agents.Runner.run_sync(clerk, "What is the weather in San Francisco?")
+    assert asked == ["San Francisco, CA"]
+    assert kinds(result) == ["tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert result.final_output == "It is sunny in San Francisco."
+
+
 def test_an_agent_answers_with_a_type(model):
     assert agents.Runner.run_sync(agent(model, output_type=Report), "The weather?").final_output == REPORT
 
@@ -87,7 +113,7 @@ def test_one_agent_hands_over_to_another(model):
 
 
 def test_what_was_said_stays_on_the_server():
-    client = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0, timeout=60)
+    client = client_of(URL)
     speaker = agent(agents.OpenAIResponsesModel(model=MODEL, openai_client=client))
 
     async def run():

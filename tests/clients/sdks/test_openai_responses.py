@@ -154,6 +154,30 @@ def test_an_answer_of_a_type(client):
         assert stream.get_final_response().output_parsed == REPORT
 
 
+def test_a_websocket(client):
+    with client.responses.connect() as connection:
+        first = asked(connection, input="I am Ada.", store=False)
+        second = asked(connection, input="And you?", store=False, previous_response_id=first.id)
+    assert first.output_text and second.output_text
+    assert second.previous_response_id == first.id
+    assert second.usage.input_tokens > first.usage.input_tokens
+    assert first.output_text == client.responses.create(model=MODEL, input="I am Ada.").output_text
+
+
+def asked(connection, **fields):
+    """The response that a connection is asked for; its text has come in pieces before."""
+    connection.response.create(model=MODEL, **fields)
+    text = ""
+    for event in connection:
+        assert event.type not in ("error", "response.failed", "response.incomplete"), event
+        if event.type == "response.output_text.delta":
+            text += event.delta
+        if event.type == "response.completed":
+            assert event.response.output_text == text
+            return event.response
+    raise AssertionError("the connection ended")
+
+
 def test_compaction():
     # the client's types allow no message of a user in what is compacted, but the API's description has one
     client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
