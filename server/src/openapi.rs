@@ -23,6 +23,10 @@ enum Kind {
 }
 
 const PAGE: &[(&str, Kind)] = &[("limit", Kind::Count), ("order", Kind::Order), ("after", Kind::Text)];
+const FILES: &[(&str, Kind)] =
+    &[("limit", Kind::Count), ("order", Kind::Order), ("after", Kind::Text), ("purpose", Kind::Text)];
+/// The body that is a form.
+const FORM: &str = "FileRequest";
 const NONE: &[(&str, Kind)] = &[];
 
 const fn of(
@@ -98,6 +102,15 @@ const OPERATIONS: &[Operation] = &[
     of(("get", "/v1/sessions/{id}/turns"), "Its turns", PAGE, None),
     of(("get", "/v1/sessions/{id}/stream"), "The events of its answer", &[("after", Kind::Count)], None),
     of(("post", "/v1/sessions/{id}/prefetch"), "Reads its pages into memory", NONE, None),
+    of(("get", "/v1/files"), "Files", FILES, None),
+    of(("post", "/v1/files"), "Takes a file in", NONE, Some(FORM)),
+    of(("get", "/v1/files/{id}"), "A file", NONE, None),
+    of(("delete", "/v1/files/{id}"), "Removes it", NONE, None),
+    of(("get", "/v1/files/{id}/content"), "Its bytes", NONE, None),
+    of(("get", "/v1/batches"), "Batches", PAGE, None),
+    of(("post", "/v1/batches"), "Has the lines of a file answered", NONE, Some("BatchRequest")),
+    of(("get", "/v1/batches/{id}"), "A batch", NONE, None),
+    of(("post", "/v1/batches/{id}/cancel"), "Ends it", NONE, None),
     of(("post", "/tokenize"), "Text as tokens", NONE, Some("TokenizeRequest")),
     of(("post", "/detokenize"), "Tokens as text", NONE, Some("DetokenizeRequest")),
     of(("get", "/health"), "Whether requests are served", NONE, None),
@@ -144,15 +157,16 @@ impl Operation {
             "parameters": in_path.chain(in_query).collect::<Vec<_>>(),
             "responses": {
                 "200": {"description": "The answer; with `stream`, events", "content": {
-                    "application/json": {}, "text/event-stream": {}, "text/plain": {}}},
+                    "application/json": {}, "application/octet-stream": {}, "text/event-stream": {},
+                    "text/plain": {}}},
                 "201": {"description": "What was made", "content": {"application/json": {}}},
                 "default": error,
             },
         });
         if let Some(schema) = self.body {
+            let media_type = if schema == FORM { "multipart/form-data" } else { "application/json" };
             let schema = json!({"$ref": format!("#/components/schemas/{schema}")});
-            operation["requestBody"] =
-                json!({"required": true, "content": {"application/json": {"schema": schema}}});
+            operation["requestBody"] = json!({"required": true, "content": {media_type: {"schema": schema}}});
         }
         operation
     }
@@ -254,6 +268,16 @@ fn schemas() -> Value {
             "name": {"type": ["string", "null"]}, "ttl": {"type": ["integer", "null"], "minimum": 1},
             "pinned": {"type": ["boolean", "null"]}, "priority": {"type": ["integer", "null"]},
             "metadata": metadata()})),
+        "FileRequest": object(&["file", "purpose"], json!({
+            "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+            "purpose": {"enum": ["assistants", "batch", "evals", "fine-tune", "user_data", "vision"]}})),
+        "BatchRequest": object(&["input_file_id", "endpoint", "completion_window"], json!({
+            "input_file_id": text(), "completion_window": text(), "metadata": metadata(),
+            "endpoint": {"enum": [
+                "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]},
+            "output_expires_after": object(&["anchor", "seconds"], json!({
+                "anchor": {"enum": ["created_at"]},
+                "seconds": {"type": "integer", "minimum": 3600, "maximum": 2_592_000}}))})),
         "ForkRequest": object(&[], json!({"at_turn": {"type": "integer"}, "at_token": {"type": "integer"},
             "name": {"type": ["string", "null"]}})),
         "RollbackRequest": object(&[], json!({"to_turn": {"type": "integer"}, "to_token": {"type": "integer"},
