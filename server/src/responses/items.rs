@@ -1,6 +1,8 @@
 //! Items of a conversation as the Responses API has them: those of a client, checked and named, and the messages that
 //! they are to a chat template.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -203,6 +205,24 @@ pub(crate) fn resolve(items: Vec<Value>, past: &[Value]) -> Result<Vec<Value>, A
     items.into_iter().map(resolved).collect()
 }
 
+/// Each result of a function must belong to a call before it, in `past` or among the items.
+pub(crate) fn check_results(items: &[Value], past: &[Value]) -> Result<(), ApiError> {
+    let called = |item: &'_ Value| item["type"] == "function_call";
+    let mut calls: HashSet<&Value> =
+        past.iter().filter(|item| called(item)).map(|item| &item["call_id"]).collect();
+    for (at, item) in items.iter().enumerate() {
+        let id = &item["call_id"];
+        if called(item) {
+            calls.insert(id);
+        }
+        if item["type"] == "function_call_output" && !calls.contains(id) {
+            let expected = "the call_id of a function call before it";
+            return Err(unexpected(format!("input[{at}].call_id"), expected, id));
+        }
+    }
+    Ok(())
+}
+
 /// An item as lists show it: messages of a conversation have a status.
 pub(crate) fn shown(mut item: Value) -> Value {
     if item["type"] == "message" && item["status"].is_null() {
@@ -401,6 +421,20 @@ mod tests {
         ] {
             let error = read_input(input.clone()).unwrap_err();
             assert_eq!(error.body()["error"]["param"], param, "{input}");
+        }
+    }
+
+    #[test]
+    fn a_result_follows_its_call() {
+        let call = |id: &str| json!({"type": "function_call", "call_id": id});
+        let result = |id: &str| json!({"type": "function_call_output", "call_id": id});
+        assert!(check_results(&[result("a"), call("b"), result("b")], &[call("a")]).is_ok());
+        for (items, param) in [
+            (vec![result("b")], "input[0].call_id"),
+            (vec![result("a"), result("b"), call("b")], "input[1].call_id"),
+        ] {
+            let error = check_results(&items, &[call("a")]).unwrap_err();
+            assert_eq!(error.body()["error"]["param"], param);
         }
     }
 

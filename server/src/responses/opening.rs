@@ -86,6 +86,7 @@ pub(crate) fn plan(
     let skipped = past.map_or(0, |past| past.records.len() - records.len());
     let known = past.map_or_else(Vec::new, |past| past.items(&past.records));
     let input = items::resolve(asked.input.clone(), &known)?;
+    items::check_results(&input, &known)?;
     let identity = model.served.engine.identity();
     let stale = past.and_then(|past| stale_part(&past.session, identity));
     let changed = stale.or_else(|| past.and_then(|past| past.session.changed(identity)));

@@ -18,7 +18,7 @@ use crate::error::ApiError;
 use crate::openai::fields::unexpected;
 use crate::responses::answer::Answering;
 use crate::responses::ids;
-use crate::responses::request::ResponseRequest;
+use crate::responses::request::{Before, ResponseRequest};
 use crate::shutdown::{Hold, ShutdownStage};
 
 const CREATE: &str = "response.create";
@@ -74,7 +74,8 @@ impl Connection {
                 break;
             }
         }
-        self.forget().await;
+        let own = std::mem::take(&mut self.own);
+        self.forget(own).await;
     }
 
     /// What the client sends next; nothing more once the server is going down.
@@ -98,14 +99,23 @@ impl Connection {
             return Err(ApiError::unsupported("background", "expected false on a connection, found true"));
         }
         let is_own = asked.store == Some(false);
+        let before = asked.before.clone();
         let mut responder = self.app.responder();
         responder.keeps_unstored = is_own;
-        let mut answering = responder.begin(self.tenant.0.clone(), asked, time).await?;
-        answering.begin().await?;
-        if is_own {
-            self.own.push(answering.id());
+        let begun = match responder.begin(self.tenant.0.clone(), asked, time).await {
+            Ok(mut answering) => answering.begin().await.map(|()| answering),
+            Err(error) => Err(error),
+        };
+        match (&begun, before) {
+            (Ok(answering), _) if is_own => self.own.push(answering.id()),
+            // What could not be gone on from is not kept for another try.
+            (Err(_), Before::Response(id)) => {
+                let failed = self.own.extract_if(.., |own| *own == id).collect();
+                self.forget(failed).await;
+            }
+            _ => {}
         }
-        Ok(answering)
+        begun
     }
 
     /// Sends the events of a response. An error means that nobody reads them.
@@ -137,10 +147,10 @@ impl Connection {
         self.socket.send(Message::Text(event.to_string().into())).await
     }
 
-    /// Lets go of what the client wanted nobody to keep.
-    async fn forget(self) {
+    /// Lets go of responses that the client wanted nobody to keep.
+    async fn forget(&mut self, own: Vec<String>) {
         let Some(sessions) = &self.app.sessions else { return };
-        let own: Vec<_> = self.own.iter().filter_map(|id| ids::session_of_response(id)).collect();
+        let own: Vec<_> = own.iter().filter_map(|id| ids::session_of_response(id)).collect();
         let tenant = self.tenant.0.clone();
         let forget = move |store: &mainstay_engine::store::Store| {
             let tenant = store.tenant(&tenant)?.id;

@@ -106,6 +106,15 @@ async fn responses_come_one_after_the_other() {
     assert_eq!((&error["status"], &error["error"]["param"]), (&json!(400), &json!("temperature")));
     assert_eq!(socket.ask(json!({})).await.last().unwrap()["type"], "response.incomplete");
 
+    // What could not be gone on from is not kept.
+    let result = json!([{"type": "function_call_output", "call_id": "none", "output": "x"}]);
+    let kept = socket.ask(json!({"store": false})).await.last().unwrap()["response"].clone();
+    let again = json!({"store": false, "previous_response_id": kept["id"]});
+    let mut failing = again.clone();
+    failing["input"] = result;
+    assert_eq!(socket.ask(failing).await[0]["error"]["param"], "input[0].call_id");
+    assert_eq!(socket.ask(again).await[0]["error"]["code"], "previous_response_not_found");
+
     // What was not to be stored is gone with its connection.
     let mut other = Socket::open(server.address).await;
     drop(socket);
