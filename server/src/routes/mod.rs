@@ -35,6 +35,7 @@ use crate::auth::{self, Tenant};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
 use crate::job::TimeLimits;
+use crate::mcp::McpServers;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::responses::background;
@@ -53,6 +54,7 @@ pub(crate) struct App {
     shutdown: ShutdownSignal,
     http: HttpMetrics,
     sessions: Option<Sessions>,
+    mcp: McpServers,
 }
 
 type Shared = State<Arc<App>>;
@@ -67,7 +69,8 @@ pub(crate) fn app(registry: Registry, options: ServerOptions, shutdown: Shutdown
         let interval = options.journal_interval;
         tokio::spawn(background::go_on(sessions.clone(), registry.clone(), interval));
     }
-    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions });
+    let mcp = McpServers::new(&options.mcp_servers);
+    let app = Arc::new(App { registry, options, shutdown, http: HttpMetrics::default(), sessions, mcp });
     Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))

@@ -8,6 +8,7 @@ mod errors;
 mod history;
 mod kv;
 mod lifecycle;
+mod mcp;
 mod responses;
 mod resume;
 mod session_routes;
