@@ -1,7 +1,7 @@
 //! The options file: every long option of the command line is a key of it.
 //!
 //! A file's values become the defaults of the matching options, so that the order flag, environment, file, built-in
-//! default and all checks of values are the command line's own.
+//! default and all checks of values are the command line's own. The table `mcp` is no option; see `mcp.rs`.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -24,7 +24,7 @@ pub(crate) fn apply(path: &Path, command: Command) -> Result<Command> {
         text.parse().map_err(|e: toml::de::Error| anyhow::anyhow!("{file}: {}", e.message()))?;
     let known = keys(&command);
     let mut command = command;
-    for (key, value) in &table {
+    for (key, value) in table.iter().filter(|(key, _)| *key != crate::mcp::KEY) {
         let option = key.replace('_', "-");
         if !known.contains(&option) {
             bail!("{file}: unknown key `{key}` (known: {})", join(&known));

@@ -13,6 +13,7 @@ mod exit;
 mod hub;
 mod local;
 mod machine;
+mod mcp;
 mod models;
 mod options;
 mod progress;
@@ -25,7 +26,7 @@ mod start;
 mod store;
 
 use std::io::{IsTerminal, stderr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -75,7 +76,7 @@ fn main() -> ExitCode {
     };
     // a server's log is its record; at a prompt only trouble is worth a line
     let quiet = if matches!(cli.command, Command::Serve(_)) { "info" } else { "warn" };
-    exit::code(log(&cli.general, quiet).and_then(|()| dispatch(cli.command)))
+    exit::code(log(&cli.general, quiet).and_then(|()| dispatch(cli.command, cli.general.config.as_deref())))
 }
 
 /// The command line, with the values of the options file under it if there is one.
@@ -106,9 +107,10 @@ fn log(args: &GeneralArgs, quiet: &str) -> Result<()> {
     Ok(())
 }
 
-fn dispatch(command: Command) -> Result<()> {
+/// `file` is the options file: what of it is no option is read by the command that wants it.
+fn dispatch(command: Command, file: Option<&Path>) -> Result<()> {
     match command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(args, file),
         Command::Chat(args) => chat::run(args),
         Command::Run(args) => run::run(args),
         Command::Bench(args) => bench::run(args),

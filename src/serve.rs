@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,12 +12,13 @@ use clap::Args;
 use mainstay_engine::Reuse;
 use mainstay_engine::store::Store;
 use mainstay_server::{
-    ApiKey, FormatChoice, PooledShape, ReasoningFormat, Registry, ServedModel, ServerOptions,
+    ApiKey, FormatChoice, McpServer, PooledShape, ReasoningFormat, Registry, ServedModel, ServerOptions,
     ShutdownTrigger, ToolFormat, shutdown_channel,
 };
 use tokio::net::TcpListener;
 
 use crate::exit::Usage;
+use crate::mcp;
 use crate::options::{EngineArgs, ModelArgs, switch};
 use crate::size;
 use crate::source::Source;
@@ -88,6 +90,10 @@ pub(crate) struct HttpArgs {
     /// Requests of batches that are under way at a time.
     #[arg(long, env = "MAINSTAY_BATCH_REQUESTS", value_name = "N", default_value_t = 8)]
     batch_requests: usize,
+    /// An MCP server whose tools responses may call, as NAME=URL; may be repeated or separated by commas. Tables
+    /// [mcp.servers.NAME] of the options file say more.
+    #[arg(long, env = "MAINSTAY_MCP_SERVERS", value_name = "NAME=URL", value_delimiter = ',')]
+    mcp_server: Vec<String>,
     /// Show /metrics without a key to other machines too.
     #[arg(long, env = "MAINSTAY_PUBLIC_METRICS", value_parser = switch())]
     public_metrics: bool,
@@ -106,19 +112,20 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 /// Runs until a signal has been followed to its end.
-pub(crate) fn run(args: ServeArgs) -> Result<()> {
+pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
     let source = Source::parse(args.model.model.as_deref())?;
     // refuses what needs no model before anything is fetched
     start::backend(&args.model.engine)?;
     let keys = keys(&args.http.api_key)?;
+    let mcp = mcp::servers(file, &args.http.mcp_server)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(serve(source, args, keys));
+    let result = runtime.block_on(serve(source, args, (keys, mcp)));
     // a fetch or a load that is still going on must not hold the process
     runtime.shutdown_background();
     result
 }
 
-async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()> {
+async fn serve(source: Source, args: ServeArgs, (keys, mcp): (Vec<ApiKey>, Vec<McpServer>)) -> Result<()> {
     let address = address(&args.http, !keys.is_empty()).await?;
     let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
     let local = listener.local_addr()?;
@@ -140,6 +147,7 @@ async fn serve(source: Source, args: ServeArgs, keys: Vec<ApiKey>) -> Result<()>
         recovery,
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
+        mcp_servers: mcp,
         ..server_options(&args.http, keys, address)
     };
     let server = mainstay_server::serve(listener, registry.clone(), options, signal);

@@ -17,6 +17,7 @@ mod generate;
 mod grammar;
 mod job;
 mod kv;
+mod mcp;
 mod metrics;
 mod openai;
 mod openapi;
@@ -36,6 +37,7 @@ mod stop;
 mod tool_prompt;
 
 pub use auth::{ApiKey, ApiKeyError};
+pub use mcp::{McpServer, McpServerError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
 pub use registry::{PooledShape, Registry, ServedModel};
 pub use serve::{ServerOptions, serve};

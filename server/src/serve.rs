@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::auth::ApiKey;
+use crate::mcp::McpServer;
 use crate::registry::Registry;
 use crate::routes;
 use crate::shutdown::{ShutdownSignal, ShutdownStage};
@@ -59,6 +60,8 @@ pub struct ServerOptions {
     /// How often tokens of an answer under way are written to the journal, so that it can go on after a crash;
     /// without it only whole turns are.
     pub journal_interval: Option<Duration>,
+    /// Servers whose tools responses may call.
+    pub mcp_servers: Vec<McpServer>,
 }
 
 impl Default for ServerOptions {
@@ -82,6 +85,7 @@ impl Default for ServerOptions {
             import_limit_bytes: 8 << 30,
             durability: Durability::default(),
             journal_interval: Some(Duration::from_millis(100)),
+            mcp_servers: Vec::new(),
         }
     }
 }

@@ -13,6 +13,19 @@ pub(crate) struct Usage {
     pub(crate) reasoning_tokens: usize,
 }
 
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            cached_tokens: self.cached_tokens + other.cached_tokens,
+            completion_tokens: self.completion_tokens + other.completion_tokens,
+            reasoning_tokens: self.reasoning_tokens + other.reasoning_tokens,
+        }
+    }
+}
+
 impl Usage {
     /// What [`Usage::to_json`] wrote.
     pub(crate) fn of_json(value: &Value) -> Self {

@@ -9,13 +9,17 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde_json::Value;
+use tokio::task::JoinSet;
 
 use super::events::Writer;
+use super::feed::{Feed, FeedWriter};
 use super::object::{ResponseRecord, Status};
+use super::rounds::Rounds;
 use crate::choice::Ending;
 use crate::error::ApiError;
 use crate::generate::{Run, TokenOut, Update};
 use crate::openai::logprobs;
+use crate::openai::usage::Usage;
 use crate::output::Part;
 use crate::sessions::live::Live;
 use crate::sse::{COMMIT_AFTER, KEEP_ALIVE};
@@ -34,15 +38,28 @@ pub(crate) enum Role {
 
 /// A response under way. Dropped, it stops; what is of a session stays in flight there.
 pub(crate) struct Answering {
-    /// Missing where the tokens of a past answer are no longer there.
-    run: Option<Run>,
-    writer: Writer,
-    role: Role,
-    ready: VecDeque<Value>,
+    /// Missing where the tokens of a past answer are no longer there, and between two answers.
+    pub(super) run: Option<Run>,
+    /// The other turns of a past response.
+    later: VecDeque<Run>,
+    pub(super) writer: Writer,
+    pub(super) role: Role,
+    pub(super) ready: VecDeque<Value>,
     begun: bool,
-    ending: Option<Ending>,
+    pub(super) ending: Option<Ending>,
     /// Set with the last event.
     status: Option<Status>,
+    /// Lets the model answer again when tools were called.
+    pub(super) rounds: Option<Rounds>,
+    /// Calls of tools that are being made, each with its place in the output.
+    pub(super) calls: Option<JoinSet<(usize, Result<String, String>)>>,
+    /// Of the answers before this one.
+    pub(super) spent: Usage,
+    pub(super) feed: Option<FeedWriter>,
+    /// The events that are read along, and how many of them were.
+    heard: Option<(Feed, usize)>,
+    /// What went wrong before anything was answered.
+    failed: Option<ApiError>,
 }
 
 impl Answering {
@@ -51,13 +68,39 @@ impl Answering {
     }
 
     /// One that has ended, from its beginning on: `begun` is what was recorded then, `ended` what there is now.
-    pub(crate) fn again(run: Option<Run>, begun: ResponseRecord, ended: ResponseRecord) -> Self {
-        Self::with(run, begun, Role::Past(ended))
+    pub(crate) fn again(mut runs: VecDeque<Run>, begun: ResponseRecord, ended: ResponseRecord) -> Self {
+        let first = runs.pop_front();
+        Self { later: runs, ..Self::with(first, begun, Role::Past(ended)) }
+    }
+
+    /// One whose events somebody else writes.
+    pub(crate) fn heard(feed: Feed, record: ResponseRecord, live: Arc<Live>) -> Self {
+        Self { heard: Some((feed, 0)), begun: true, ..Self::with(None, record, Role::Follower(live)) }
+    }
+
+    /// One whose model may call tools.
+    pub(crate) fn with_rounds(self, rounds: Option<Rounds>, feed: FeedWriter) -> Self {
+        let feed = rounds.is_some().then_some(feed);
+        Self { rounds, feed, ..self }
     }
 
     fn with(run: Option<Run>, record: ResponseRecord, role: Role) -> Self {
-        let writer = Writer::new(record);
-        Self { run, writer, role, ready: VecDeque::new(), begun: false, ending: None, status: None }
+        Self {
+            run,
+            later: VecDeque::new(),
+            writer: Writer::new(record),
+            role,
+            ready: VecDeque::new(),
+            begun: false,
+            ending: None,
+            status: None,
+            rounds: None,
+            calls: None,
+            spent: Usage::default(),
+            feed: None,
+            heard: None,
+            failed: None,
+        }
     }
 
     /// Waits a while for the first piece of the answer, so that what goes wrong before it is an answer of its own.
@@ -97,17 +140,48 @@ impl Answering {
         self.open();
         loop {
             if let Some(event) = self.ready.pop_front() {
+                if let Some(feed) = &self.feed {
+                    feed.push(&event);
+                }
                 return Some(event);
             }
             if self.status.is_some() {
                 return None;
             }
-            match self.step().await {
-                Some(Ok(update)) => self.update(update),
-                Some(Err(error)) => self.fail(&error),
-                None => self.end().await,
+            if self.heard.is_some() {
+                self.read_along().await;
+            } else if self.calls.is_some() {
+                self.hear_calls().await;
+            } else {
+                self.advance().await;
             }
         }
+    }
+
+    async fn advance(&mut self) {
+        match self.step().await {
+            Some(Ok(update)) => self.update(update),
+            Some(Err(error)) => {
+                if self.writer.round() == 0 {
+                    self.failed = Some(error.clone());
+                }
+                self.fail(&error);
+            }
+            None => self.end().await,
+        }
+    }
+
+    async fn read_along(&mut self) {
+        let Some((feed, at)) = &mut self.heard else { return };
+        let Some(event) = feed.event(*at).await else {
+            let sequence = *at as u64;
+            self.writer.set_sequence(sequence);
+            return self.last_failed(&ApiError::interrupted());
+        };
+        *at += 1;
+        let ended = ResponseRecord::read(&event["response"]).map(|record| record.status());
+        self.status = ended.filter(|status| *status != Status::InProgress);
+        self.ready.push_back(event);
     }
 
     async fn step(&mut self) -> Option<Result<Update, ApiError>> {
@@ -168,13 +242,31 @@ impl Answering {
         };
         let events = self.writer.end_items(status);
         self.ready.extend(events);
+        if self.writer.pending().is_empty() {
+            return self.close(status).await;
+        }
+        if self.rounds.is_some() {
+            return self.begin_calls().await;
+        }
+        // Whoever was to make the calls is gone.
+        let events = self.writer.end_items(Status::Failed);
+        self.ready.extend(events);
+        self.close(Status::Failed).await;
+    }
+
+    /// Ends the response with this answer.
+    pub(super) async fn close(&mut self, status: Status) {
         let Some(run) = &mut self.run else { return };
         let output = self.writer.output().to_vec();
-        self.writer.record().end(status, output, Some(run.usage()));
+        let usage = self.spent + run.usage();
+        match status {
+            Status::Failed => self.writer.record().fail(&ApiError::interrupted(), output),
+            status => self.writer.record().end(status, output, Some(usage)),
+        }
         run.describe(self.writer.record().to_json());
         match run.close().await {
             Ok(closing) => {
-                let usage = closing.usage;
+                let usage = self.spent + closing.usage;
                 let record = self.writer.record();
                 record.set("usage", super::object::usage_object(usage));
                 record.set("kv", closing.kv);
@@ -187,13 +279,26 @@ impl Answering {
         }
     }
 
+    /// The tokens of a past answer were read.
     fn end_past(&mut self, ended: ResponseRecord) {
         let status = ended.status();
+        let next = self.later.pop_front();
         if self.run.is_some() {
-            let events = self.writer.end_items(status);
+            let events = self.writer.end_items(if next.is_some() { Status::Completed } else { status });
             self.ready.extend(events);
+            for index in self.writer.pending().to_vec() {
+                let result = call_result(&ended.list("output")[index.min(ended.list("output").len())..]);
+                let events = self.writer.called(index, result);
+                self.ready.extend(events);
+            }
+            if next.is_some() {
+                self.writer.next_round();
+                (self.run, self.ending) = (next, None);
+                return;
+            }
         } else {
-            for item in ended.list("output") {
+            let written = self.writer.output().len();
+            for item in ended.list("output").iter().skip(written) {
                 let events = self.writer.whole_item(item.clone());
                 self.ready.extend(events);
             }
@@ -205,12 +310,18 @@ impl Answering {
     fn fail(&mut self, error: &ApiError) {
         let events = self.writer.end_items(Status::Failed);
         self.ready.extend(events);
+        self.last_failed(error);
+    }
+
+    fn last_failed(&mut self, error: &ApiError) {
         let output = self.writer.output().to_vec();
         self.writer.record().fail(error, output);
         self.last(Status::Failed);
     }
 
-    fn last(&mut self, status: Status) {
+    pub(super) fn last(&mut self, status: Status) {
+        // Whoever hears the end may go on from it at once.
+        self.rounds = None;
         let event = self.writer.last(status);
         self.ready.push_back(event);
         self.status = Some(status);
@@ -221,17 +332,12 @@ impl Answering {
     /// # Errors
     /// What made it fail.
     pub(crate) async fn whole(mut self) -> Result<Value, ApiError> {
-        self.begun = true;
         // Events that nobody reads: what they hold is in the record.
-        loop {
-            match self.step().await {
-                Some(Ok(update)) => self.update(update),
-                Some(Err(error)) => return Err(error),
-                None => break,
-            }
+        while self.next().await.is_some() {}
+        match self.failed {
+            Some(error) => Err(error),
+            None => Ok(self.writer.record().object()),
         }
-        self.end().await;
-        Ok(self.writer.record().object())
     }
 
     /// Drives it to its end where nobody reads.
@@ -264,3 +370,12 @@ impl Answering {
 
 /// How long a response that is cancelled may take to end.
 pub(crate) const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a recorded call gave.
+fn call_result(items: &[Value]) -> Result<String, String> {
+    let item = items.first().unwrap_or(&Value::Null);
+    match (item["output"].as_str(), item["error"].as_str()) {
+        (Some(output), _) => Ok(output.to_owned()),
+        (None, error) => Err(error.unwrap_or("the call was interrupted").to_owned()),
+    }
+}

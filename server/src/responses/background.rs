@@ -35,7 +35,7 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
             return;
         }
     };
-    for (tenant, id, meta, mut record) in found {
+    for (tenant, id, meta, record) in found {
         let reader = Reader {
             sessions: sessions.clone(),
             registry: registry.clone(),
@@ -44,7 +44,6 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
             time: TimeLimits { arrived: Instant::now(), request: None, queue: None },
             after: 0,
         };
-        record.set("output", serde_json::Value::Array(Vec::new()));
         tokio::spawn(async move {
             wait_for(&reader.registry, &meta.plan.record.model).await;
             match reader.taken_up(tenant, id).await {

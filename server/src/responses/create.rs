@@ -7,14 +7,18 @@ use mainstay_engine::store::Durability;
 use serde_json::{Value, json};
 
 use super::answer::{Answering, Role};
+use super::feed::{Feed, FeedWriter};
+use super::mcp::{self, Offer};
 use super::object::ResponseRecord;
 use super::opening::{self, Planned, Stored};
 use super::past::Past;
 use super::request::{self, Before, ResponseRequest};
+use super::rounds::{Place, Rounds};
 use super::{ids, now_s};
 use crate::error::ApiError;
 use crate::generate::Run;
 use crate::job::{Continuation, Echo, Job, TimeLimits};
+use crate::mcp::McpServers;
 use crate::openai::chat::ChatRequest;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
@@ -22,7 +26,7 @@ use crate::reply::Envelope;
 use crate::sessions::history::Fit;
 use crate::sessions::live::Live;
 use crate::sessions::record::TurnRecord;
-use crate::sessions::turn::{Plan, Turn};
+use crate::sessions::turn::{Claimed, Plan, Turn};
 use crate::sessions::{Sessions, options};
 
 /// What answers responses.
@@ -37,6 +41,8 @@ pub(crate) struct Responder {
     pub(crate) interval: Option<Duration>,
     /// What is not to be stored has a session in memory, for whoever goes on from it soon.
     pub(crate) keeps_unstored: bool,
+    /// Servers whose tools the model may call.
+    pub(crate) mcp: McpServers,
 }
 
 impl Responder {
@@ -53,16 +59,27 @@ impl Responder {
         let model = self.registry.get(&asked.model)?;
         let stored = self.stored(&asked)?;
         let past = opening::before(self.sessions.as_ref(), &tenant, &asked).await?;
+        let mut asked = asked;
+        let offer = match Offer::of(&self.mcp, &mut asked, past.as_ref()).await? {
+            Some(mut offer) => {
+                offer.call_approved(&asked, past.as_ref()).await?;
+                asked.opened.clone_from(&offer.opened);
+                Some(offer)
+            }
+            None => {
+                mcp::check_no_approvals(&asked, past.as_ref())?;
+                None
+            }
+        };
+        // Without a session, what stands before is told with every answer.
+        let told = past.clone().filter(|_| offer.is_some() && stored == Stored::No).map(Box::new);
         let (asked, past, planned) = planned(&model, asked, past).await?;
+        let begun = Begun { responder: self, tenant, model, asked, time };
         match (stored, &self.sessions) {
             (Stored::Yes(durability), Some(sessions)) => {
-                let begun = Begun { responder: self, tenant, model, asked, time };
-                begun.in_session((sessions, durability), past, planned).await
+                begun.in_session((sessions, durability), past, planned, offer).await
             }
-            _ => {
-                let begun = Begun { responder: self, tenant, model, asked, time };
-                begun.plain(planned).await
-            }
+            _ => begun.plain(planned, told, offer).await,
         }
     }
 
@@ -77,6 +94,8 @@ impl Responder {
     ) -> Result<usize, ApiError> {
         let model = self.registry.get(&asked.model)?;
         let past = opening::before(self.sessions.as_ref(), &tenant, &asked).await?;
+        let mut asked = asked;
+        Offer::of(&self.mcp, &mut asked, past.as_ref()).await?;
         let (_, _, planned) = planned(&model, asked, past).await?;
         Ok(planned.fit.tokens.len())
     }
@@ -96,7 +115,7 @@ impl Responder {
     }
 }
 
-async fn planned(
+pub(super) async fn planned(
     model: &Arc<Model>,
     asked: ResponseRequest,
     past: Option<Past>,
@@ -111,17 +130,22 @@ async fn planned(
 }
 
 /// A response that was planned.
-struct Begun<'a> {
-    responder: &'a Responder,
-    tenant: Arc<str>,
-    model: Arc<Model>,
-    asked: ResponseRequest,
-    time: TimeLimits,
+pub(super) struct Begun<'a> {
+    pub(super) responder: &'a Responder,
+    pub(super) tenant: Arc<str>,
+    pub(super) model: Arc<Model>,
+    pub(super) asked: ResponseRequest,
+    pub(super) time: TimeLimits,
 }
 
 impl Begun<'_> {
     /// What the object repeats, completed by what only this server knows.
-    fn record(&mut self, id: &str, planned: &Planned, is_stored: bool) -> ResponseRecord {
+    fn record(
+        &mut self,
+        id: &str,
+        planned: &Planned,
+        (is_stored, offer): (bool, Option<&Offer>),
+    ) -> ResponseRecord {
         let sampling = &planned.chat.options.sampling;
         self.asked.complete_echo(&self.model, (sampling.temperature, sampling.top_p));
         let mut echo = self.asked.echo.clone();
@@ -135,8 +159,11 @@ impl Begun<'_> {
         if planned.skipped > 0 {
             record.set("skipped", json!(planned.skipped));
         }
-        if !planned.replaced.is_empty() {
-            record.set("before", planned.replaced.iter().map(ResponseRecord::to_json).collect());
+        record.set_replaced(&planned.replaced);
+        if let Some(offer) = offer {
+            record.set("mcp", offer.to_json());
+            record.set("opened", json!(offer.opened.len()));
+            record.set("output", Value::from(offer.opened.clone()));
         }
         record
     }
@@ -161,12 +188,42 @@ impl Begun<'_> {
         })
     }
 
+    /// An answer that is kept nowhere.
+    pub(super) async fn run(&self, planned: Planned) -> Result<Run, ApiError> {
+        Run::start(self.job(planned.chat, &planned.fit, self.responder.durability.1).await?)
+    }
+
+    /// What it takes to let the model answer more than once.
+    fn rounds(&self, offer: Offer, place: Place) -> Rounds {
+        let mut asked = self.asked.clone();
+        // From now on they are part of the output.
+        asked.opened.clear();
+        Rounds {
+            responder: self.responder.clone(),
+            tenant: Arc::clone(&self.tenant),
+            model: Arc::clone(&self.model),
+            asked,
+            time: self.time,
+            calls: offer.calls,
+            offer: Arc::new(offer),
+            place,
+            rounds: 0,
+        }
+    }
+
     /// A response that is kept nowhere.
-    async fn plain(mut self, planned: Planned) -> Result<Answering, ApiError> {
+    async fn plain(
+        mut self,
+        planned: Planned,
+        past: Option<Box<Past>>,
+        offer: Option<Offer>,
+    ) -> Result<Answering, ApiError> {
         let id = ids::response(mainstay_engine::store::SessionId(0));
-        let record = self.record(&id, &planned, false);
-        let job = self.job(planned.chat, &planned.fit, self.responder.durability.1).await?;
-        Ok(Answering::new(Run::start(job)?, record, Role::Alone))
+        let record = self.record(&id, &planned, (false, offer.as_ref()));
+        let place = Place::Nowhere { past, input: planned.input.clone() };
+        let rounds = offer.map(|offer| self.rounds(offer, place));
+        let answering = Answering::new(self.run(planned).await?, record, Role::Alone);
+        Ok(answering.with_rounds(rounds, FeedWriter::new()))
     }
 
     /// A response that is a turn of a session.
@@ -175,6 +232,7 @@ impl Begun<'_> {
         (sessions, durability): (&Sessions, Durability),
         past: Option<Past>,
         planned: Planned,
+        offer: Option<Offer>,
     ) -> Result<Answering, ApiError> {
         // Before anything is changed, so that what is wrong is told in time.
         let output = planned.chat.output(&self.model, &planned.fit.text);
@@ -184,7 +242,25 @@ impl Begun<'_> {
         let id = ids::response(claimed.id);
         let is_stored =
             self.asked.store != Some(false) || matches!(self.asked.before, Before::Conversation(_));
-        let record = self.record(&id, &planned, is_stored);
+        let record = self.record(&id, &planned, (is_stored, offer.as_ref()));
+        let (sessions, claim) = (sessions.clone(), claimed.claim.clone());
+        let place = Place::Session { sessions, claim, tenant: claimed.tenant, id: claimed.id };
+        let rounds = offer.map(|offer| self.rounds(offer, place));
+        let feed = FeedWriter::new();
+        let heard = rounds.is_some().then(|| feed.0.clone());
+        let (run, live) = self.turn((claimed, turns), &record, planned, heard).await?;
+        Ok(Answering::new(run, record, Role::Maker(live)).with_rounds(rounds, feed))
+    }
+
+    /// An answer that is a turn of a session.
+    pub(super) async fn turn(
+        &self,
+        (claimed, turns): (Claimed, u32),
+        record: &ResponseRecord,
+        planned: Planned,
+        feed: Option<Feed>,
+    ) -> Result<(Run, Arc<Live>), ApiError> {
+        let id = record.id().unwrap_or_default().to_owned();
         let Planned { chat, fit, messages, changed, .. } = planned;
         let asked_durability = chat.keep.durability;
         let seed = chat.options.sampling.seed;
@@ -215,10 +291,11 @@ impl Begun<'_> {
             reason: fit.reason.map(str::to_owned),
             changed: changed.map(str::to_owned),
         };
-        let live = Arc::new(Live::new(job.clone(), envelope, true, &[]).of_response(record.to_json()));
+        let live = Live::new(job.clone(), envelope, true, &[]).of_response(record.to_json(), feed);
+        let live = Arc::new(live);
         let turn = Turn::new(claimed, plan, Arc::clone(&live), self.responder.interval);
         let mut run = Run::of_turn(job, turn, Vec::new())?;
         run.begin_answer().await?;
-        Ok(Answering::new(run, record, Role::Maker(live)))
+        Ok((run, live))
     }
 }

@@ -10,7 +10,7 @@ use crate::openai::fields::{Fields, unexpected};
 
 /// Items of tools that run elsewhere. They are kept and shown again; of those with a `call_id` the model sees the call
 /// and its result.
-const FOREIGN: [&str; 22] = [
+const FOREIGN: [&str; 21] = [
     "additional_tools",
     "apply_patch_call",
     "apply_patch_call_output",
@@ -24,7 +24,6 @@ const FOREIGN: [&str; 22] = [
     "local_shell_call",
     "local_shell_call_output",
     "mcp_approval_request",
-    "mcp_approval_response",
     "mcp_call",
     "mcp_list_tools",
     "program",
@@ -34,6 +33,9 @@ const FOREIGN: [&str; 22] = [
     "tool_search_call",
     "web_search_call",
 ];
+
+pub(crate) const APPROVAL_REQUEST: &str = "mcp_approval_request";
+pub(crate) const APPROVAL_RESPONSE: &str = "mcp_approval_response";
 
 /// The field `input`, or `items`: a text, which is a user's message, or items. Each gets an id and a status.
 pub(crate) fn read(fields: &Fields<'_, '_>, field: &'static str) -> Result<Vec<Value>, ApiError> {
@@ -90,6 +92,14 @@ fn read_item(item: &Value, path: &str) -> Result<Value, ApiError> {
         "compaction" | "compaction_summary" => {
             fields.required_string("encrypted_content")?;
             ("cmp_", owned(object))
+        }
+        APPROVAL_RESPONSE => {
+            fields.required_string("approval_request_id")?;
+            fields.string("reason")?;
+            if fields.bool("approve")?.is_none() {
+                return Err(fields.missing("approve", "true or false"));
+            }
+            ("mcpa_", owned(object))
         }
         kind if FOREIGN.contains(&kind) => {
             fields.string("call_id")?;
@@ -248,11 +258,15 @@ struct Answer {
     reasoning: String,
     content: Option<String>,
     calls: Vec<Value>,
+    /// Results of calls that the server has made.
+    results: Vec<Value>,
+    /// Which answer of its response it is.
+    round: u64,
 }
 
 impl Answer {
     fn flush(&mut self, messages: &mut Vec<Value>) {
-        let Answer { reasoning, content, calls } = std::mem::take(self);
+        let Answer { reasoning, content, calls, results, .. } = std::mem::take(self);
         if content.is_none() && calls.is_empty() {
             // Reasoning that led to nothing is no message.
             return;
@@ -265,6 +279,7 @@ impl Answer {
             message["tool_calls"] = json!(calls);
         }
         messages.push(message);
+        messages.extend(results);
     }
 }
 
@@ -288,7 +303,15 @@ pub(crate) fn messages(items: &[Value]) -> Vec<Value> {
                 answer.reasoning += &if content.is_empty() { text(&item["summary"]) } else { content };
             }
             _ => match (call_of(item, kind), result_of(item, kind)) {
-                (Some(call), _) => answer.calls.push(call),
+                (Some(call), result) => {
+                    let round = item["round"].as_u64().unwrap_or(0);
+                    if !answer.calls.is_empty() && round != answer.round {
+                        answer.flush(&mut messages);
+                    }
+                    answer.round = round;
+                    answer.calls.push(call);
+                    answer.results.extend(result);
+                }
                 (None, other) => {
                     answer.flush(&mut messages);
                     messages.extend(other);
@@ -303,12 +326,21 @@ pub(crate) fn messages(items: &[Value]) -> Vec<Value> {
 /// The call of a tool that an item is.
 fn call_of(item: &Value, kind: &str) -> Option<Value> {
     let (name, arguments) = match kind {
-        "function_call" | "mcp_call" => (item["name"].as_str()?, item["arguments"].as_str()?.to_owned()),
+        // The request was the call.
+        "mcp_call" if item["approval_request_id"].is_string() => return None,
+        "function_call" | "mcp_call" | APPROVAL_REQUEST => {
+            (item["name"].as_str()?, item["arguments"].as_str()?.to_owned())
+        }
         "custom_tool_call" => (item["name"].as_str()?, json!({"input": item["input"]}).to_string()),
         kind => (kind.strip_suffix("_call")?, item["action"].as_object().map(|a| json!(a).to_string())?),
     };
     let id = item["call_id"].as_str().or_else(|| item["id"].as_str())?;
     Some(json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}))
+}
+
+/// What the model sees of a call that has failed.
+pub(crate) fn called_in_vain(error: &str) -> String {
+    format!("Error: {error}")
 }
 
 /// What else of an item the model sees: a message, or the result of a call.
@@ -318,6 +350,20 @@ fn result_of(item: &Value, kind: &str) -> Option<Value> {
         "compaction" | "compaction_summary" => {
             let summary = super::compact::summary(item["encrypted_content"].as_str()?)?;
             Some(json!({"role": "user", "content": summary}))
+        }
+        "mcp_call" => {
+            let text = match (item["output"].as_str(), item["error"].as_str()) {
+                (Some(output), _) => output.to_owned(),
+                (None, Some(error)) => called_in_vain(error),
+                (None, None) => return None,
+            };
+            let id = item["approval_request_id"].as_str().or_else(|| item["id"].as_str());
+            Some(json!({"role": "tool", "tool_call_id": id, "content": text}))
+        }
+        APPROVAL_RESPONSE if item["approve"] == false => {
+            let reason = item["reason"].as_str().map(|reason| format!(": {reason}")).unwrap_or_default();
+            let content = format!("The user did not approve this call{reason}");
+            Some(json!({"role": "tool", "tool_call_id": item["approval_request_id"], "content": content}))
         }
         kind if kind.ends_with("_output") => {
             Some(json!({"role": "tool", "tool_call_id": item["call_id"], "content": text(&item["output"])}))

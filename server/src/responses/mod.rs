@@ -3,17 +3,21 @@
 
 pub(crate) mod answer;
 pub(crate) mod background;
+mod calling;
 pub(crate) mod compact;
 pub(crate) mod conversation;
 pub(crate) mod create;
 mod events;
+pub(crate) mod feed;
 pub(crate) mod ids;
 pub(crate) mod items;
+pub(crate) mod mcp;
 pub(crate) mod object;
 mod opening;
 pub(crate) mod past;
 pub(crate) mod read;
 pub(crate) mod request;
+mod rounds;
 mod tools;
 
 /// What sessions are to this API, in their records.

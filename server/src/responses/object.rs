@@ -84,6 +84,14 @@ impl ResponseRecord {
         self.list("input").iter().chain(self.list("output"))
     }
 
+    /// Notes the records that stood where its turn stands.
+    pub(crate) fn set_replaced(&mut self, replaced: &[Self]) {
+        self.0.shift_remove("before");
+        if !replaced.is_empty() {
+            self.set("before", replaced.iter().map(Self::to_json).collect());
+        }
+    }
+
     /// How many records before it are no longer shown to the model.
     pub(crate) fn skipped(&self) -> usize {
         self.0.get("skipped").and_then(Value::as_u64).unwrap_or(0) as usize
@@ -92,6 +100,17 @@ impl ResponseRecord {
     /// The response goes on in another turn.
     pub(crate) fn is_partial(&self) -> bool {
         self.0.get("partial").is_some_and(|partial| partial == true)
+    }
+
+    /// How many items stand before its first answer.
+    pub(crate) fn opened(&self) -> usize {
+        let opened = self.0.get("opened").and_then(Value::as_u64).unwrap_or(0) as usize;
+        opened.min(self.list("output").len())
+    }
+
+    /// How many answers of it stand in turns before its last.
+    pub(crate) fn rounds(&self) -> usize {
+        self.0.get("rounds").and_then(Value::as_u64).unwrap_or(0) as usize
     }
 
     pub(crate) fn is_background(&self) -> bool {

@@ -64,7 +64,9 @@ pub(crate) async fn before(
             let sessions = sessions.ok_or_else(missing)?;
             let found = past::of_response(sessions, tenant, id).await;
             let mut past = found.map_err(|e| if e.status.as_u16() == 404 { missing() } else { e })?;
-            if !past.cut_after(id) {
+            let is_made = past.response(id).is_some_and(ResponseRecord::is_partial)
+                && sessions.live(past.info.id).is_some_and(|live| live.envelope.id() == id);
+            if is_made || !past.cut_after(id) {
                 let message = format!("the response `{id}` has not ended; wait for its end");
                 return Err(ApiError::conflict(message, "response_in_progress"));
             }
@@ -98,7 +100,7 @@ pub(crate) fn plan(
     let items_of = |records: &[Placed]| past.map_or_else(Vec::new, |past| past.items(records));
     let read = |records: &[Placed]| -> Result<(ChatRequest, usize), ApiError> {
         let shown = items_of(records);
-        let chat = asked.chat(&[shown.clone(), input.clone()].concat());
+        let chat = asked.chat(&[shown.as_slice(), &input, &asked.opened].concat());
         let chat = ChatRequest::read(&Fields::of(&chat), model).map_err(renamed)?;
         Ok((chat, asked.messages_len(&shown)))
     };

@@ -1,8 +1,9 @@
 //! Responses that were made, or are being made: shown, read again as a stream, cancelled, deleted.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use mainstay_engine::store::Store;
+use mainstay_engine::store::{Store, Turn};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -11,10 +12,11 @@ use super::object::{ResponseRecord, Status};
 use super::past::{self, Past};
 use super::{RESPONSE, items};
 use crate::error::ApiError;
+use crate::generate::Run;
 use crate::job::TimeLimits;
 use crate::registry::Registry;
 use crate::sessions::Sessions;
-use crate::sessions::record::SessionRecord;
+use crate::sessions::record::{SessionRecord, TurnRecord};
 use crate::sessions::resume::Reader;
 
 /// One response, found.
@@ -36,14 +38,17 @@ impl Found {
     /// The record of it, as it stands now.
     async fn record(&self) -> Result<ResponseRecord, ApiError> {
         let missing = || ApiError::not_found("response", &self.id, "response_not_found");
-        if let Some(record) = self.past.response(&self.id).filter(|record| !record.is_partial()) {
+        let found = self.past.response(&self.id);
+        if let Some(record) = found.filter(|record| !record.is_partial()) {
             return Ok(record.clone());
         }
         if let Some(live) = self.sessions.live(self.past.info.id).filter(|live| live.envelope.id() == self.id)
         {
             return ResponseRecord::read(&live.response).ok_or_else(missing);
         }
-        let mut record = past::in_flight(&self.sessions, &self.past).await?.ok_or_else(missing)?;
+        let in_flight = past::in_flight(&self.sessions, &self.past).await?;
+        let in_flight = in_flight.filter(|record| record.id() == Some(self.id.as_str()));
+        let mut record = in_flight.or_else(|| found.cloned()).ok_or_else(missing)?;
         // Nobody makes it any longer.
         let output = record.list("output").to_vec();
         record.fail(&ApiError::interrupted(), output);
@@ -79,7 +84,8 @@ impl Found {
         let record = self.record().await?;
         let mut begun = record.clone();
         begun.set("status", Status::InProgress.name().into());
-        begun.set("output", Value::Array(Vec::new()));
+        begun.set("output", Value::from(record.list("output")[..record.opened()].to_vec()));
+        begun.set("rounds", Value::Null);
         for name in ["usage", "incomplete_details", "error", "completed_at", "kv", "session"] {
             begun.set(name, Value::Null);
         }
@@ -91,24 +97,39 @@ impl Found {
             time,
             after: 0,
         };
-        if self.past.response(&self.id).is_some() {
-            return Ok(Answering::again(self.tokens_again(&reader), begun, record));
+        let found = self.past.response(&self.id);
+        if found.is_some_and(|found| !found.is_partial()) {
+            return Ok(Answering::again(self.tokens_again(&reader, &record), begun, record));
         }
         let session = self.past.info.id;
         if let Some(live) = self.sessions.live(session).filter(|live| live.envelope.id() == self.id) {
-            return Ok(Answering::new(reader.following(&live), begun, Role::Follower(live)));
+            return Ok(match live.feed.clone() {
+                Some(feed) => Answering::heard(feed, record, live),
+                None => Answering::new(reader.following(&live), begun, Role::Follower(live)),
+            });
+        }
+        let is_in_flight = past::in_flight(&self.sessions, &self.past).await?.is_some();
+        if found.is_some() && !is_in_flight {
+            // It was interrupted between two of its answers.
+            return Ok(Answering::again(VecDeque::new(), begun, record));
         }
         let (run, live) = reader.taken_up(self.past.tenant, session).await?;
+        for name in ["output", "rounds"] {
+            begun.set(name, record.0.get(name).cloned().unwrap_or_default());
+        }
         Ok(Answering::new(run, begun, Role::Maker(live)))
     }
 
-    /// The run that reads the response's tokens again, where they stand in its session.
-    fn tokens_again(&self, reader: &Reader) -> Option<crate::generate::Run> {
-        let turn = self.past.turns.iter().find(|turn| {
-            let record = crate::sessions::record::TurnRecord::read(&turn.meta);
+    /// The runs that read the response's tokens again, where all of them stand in its session.
+    fn tokens_again(&self, reader: &Reader, record: &ResponseRecord) -> VecDeque<Run> {
+        let is_own = |turn: &&Arc<Turn>| {
+            let record = TurnRecord::read(&turn.meta);
             ResponseRecord::read(&record.response).is_some_and(|found| found.id() == Some(self.id.as_str()))
-        })?;
-        reader.again(turn, &self.past.info).ok()
+        };
+        let turns = self.past.turns.iter().filter(is_own);
+        let runs: Option<VecDeque<Run>> =
+            turns.map(|turn| reader.again(turn, &self.past.info).ok()).collect();
+        runs.filter(|runs| runs.len() == record.rounds() + 1).unwrap_or_default()
     }
 
     /// Ends a response that is made in the background.

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::items;
+use super::mcp::Offered;
 use super::tools;
 use crate::error::ApiError;
 use crate::openai::fields::{Fields, unexpected};
@@ -61,7 +62,12 @@ pub(crate) struct ResponseRequest {
     pub(crate) max_tool_calls: Option<usize>,
     pub(crate) instructions: Vec<Value>,
     pub(crate) input: Vec<Value>,
-    pub(crate) mcp: Vec<Map<String, Value>>,
+    /// The tools of type `mcp`, each with its place in `tools`.
+    pub(crate) mcp: Vec<(usize, Map<String, Value>)>,
+    /// Tools of MCP servers that the model may call.
+    offered: Vec<Offered>,
+    /// Items of the response that stand before its first answer.
+    pub(crate) opened: Vec<Value>,
     /// What the object `response` repeats of the request.
     pub(crate) echo: Map<String, Value>,
     /// The chat request, but for its messages.
@@ -106,6 +112,8 @@ impl ResponseRequest {
             echo: echo(&fields)?,
             chat: chat(body, &tools)?,
             mcp: tools.mcp,
+            offered: Vec::new(),
+            opened: Vec::new(),
         };
         Ok(request)
     }
@@ -113,14 +121,89 @@ impl ResponseRequest {
     /// The chat request with these items as its conversation, the instructions before them.
     pub(crate) fn chat(&self, conversation: &[Value]) -> Map<String, Value> {
         let mut chat = self.chat.clone();
-        let messages = items::messages(&[self.instructions.as_slice(), conversation].concat());
-        chat.insert("messages".to_owned(), Value::from(messages));
+        chat.insert("messages".to_owned(), Value::from(self.messages(conversation)));
         chat
+    }
+
+    fn messages(&self, conversation: &[Value]) -> Vec<Value> {
+        let mut items = [self.instructions.as_slice(), conversation].concat();
+        for item in items
+            .iter_mut()
+            .filter(|item| item["type"] == "mcp_call" || item["type"] == items::APPROVAL_REQUEST)
+        {
+            let is_it = |tool: &&Offered| item["server_label"] == tool.label && item["name"] == tool.name;
+            if let Some(tool) = self.offered.iter().find(is_it) {
+                item["name"] = json!(tool.function);
+            }
+        }
+        items::messages(&items)
+    }
+
+    /// The names of the functions that the model may call.
+    pub(crate) fn functions(&self) -> Vec<String> {
+        let tools = self.chat.get("tools").and_then(Value::as_array);
+        let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_owned);
+        tools.into_iter().flatten().filter_map(name).collect()
+    }
+
+    pub(crate) fn add_function(&mut self, function: Value) {
+        let tools = self.chat.entry("tools").or_insert_with(|| json!([]));
+        tools.as_array_mut().expect("it was made here").push(function);
+    }
+
+    /// Tells which functions are tools of MCP servers.
+    pub(crate) fn set_mcp(&mut self, offered: &[Offered]) {
+        self.offered = offered.to_vec();
+        let chosen = &self.echo["tool_choice"];
+        if chosen["type"] == "mcp" {
+            let is_chosen = |tool: &&Offered| {
+                chosen["server_label"] == tool.label
+                    && (chosen["name"].is_null() || chosen["name"] == tool.name)
+            };
+            let named = |tool: &Offered| json!({"type": "function", "function": {"name": tool.function}});
+            let tools: Vec<Value> = offered.iter().filter(is_chosen).map(named).collect();
+            if !tools.is_empty() {
+                let allowed = json!({"mode": "required", "tools": tools});
+                self.set_tool_choice(json!({"type": "allowed_tools", "allowed_tools": allowed}));
+            }
+        }
+        if !self.chat.contains_key("tools") {
+            // Nothing is left to choose from.
+            self.chat.remove("tool_choice");
+        }
+    }
+
+    /// How the model chooses tools from now on: a call that had to be made was made.
+    pub(crate) fn choose_freely(&mut self, may_call: bool) {
+        let is_forced = self.chat.get("tool_choice").is_some_and(|choice| {
+            choice == "required"
+                || choice["type"] == "function"
+                || choice["allowed_tools"]["mode"] == "required"
+        });
+        match (may_call, is_forced) {
+            (false, _) => self.set_tool_choice(json!("none")),
+            (true, true) => self.set_tool_choice(json!("auto")),
+            (true, false) => {}
+        }
+    }
+
+    fn set_tool_choice(&mut self, choice: Value) {
+        self.chat.insert("tool_choice".to_owned(), choice);
+    }
+
+    /// Most tokens that the model may still answer with.
+    pub(crate) fn limit_tokens(&mut self, left: usize) {
+        self.chat.insert("max_completion_tokens".to_owned(), json!(left));
+    }
+
+    pub(crate) fn max_output_tokens(&self) -> Option<usize> {
+        let max = |name: &str| self.chat.get(name).and_then(Value::as_u64);
+        max("max_completion_tokens").or_else(|| max("max_tokens")).map(|max| max as usize)
     }
 
     /// How many messages of [`ResponseRequest::chat`] the instructions and these items are.
     pub(crate) fn messages_len(&self, conversation: &[Value]) -> usize {
-        items::messages(&[self.instructions.as_slice(), conversation].concat()).len()
+        self.messages(conversation).len()
     }
 
     /// The chat request's sampling defaults belong to the model; the object names them.

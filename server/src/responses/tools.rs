@@ -10,8 +10,8 @@ use crate::openai::fields::{Fields, unexpected};
 pub(crate) struct Tools {
     /// The chat request's fields.
     pub(crate) chat: Map<String, Value>,
-    /// The tools of type `mcp`.
-    pub(crate) mcp: Vec<Map<String, Value>>,
+    /// The tools of type `mcp`, each with its place among all.
+    pub(crate) mcp: Vec<(usize, Map<String, Value>)>,
 }
 
 /// # Errors
@@ -27,7 +27,7 @@ pub(crate) fn read(fields: &Fields<'_, '_>) -> Result<Tools, ApiError> {
             "custom" => functions.push(custom(&own)?),
             "mcp" => {
                 own.required_string("server_label")?;
-                mcp.push(object.clone());
+                mcp.push((at, object.clone()));
             }
             // Tools of the vendor's own or of the client: a model here cannot call them, and need not.
             _ => {}
@@ -100,6 +100,10 @@ fn choice(fields: &Fields<'_, '_>) -> Result<Option<Value>, ApiError> {
 /// Fields that the object's tools have even where the request left them out.
 pub(crate) fn complete(tools: &mut Value) {
     let tools = tools.as_array_mut().map(Vec::as_mut_slice).unwrap_or_default();
+    for tool in tools.iter_mut().filter(|tool| tool["type"] == "mcp").filter_map(Value::as_object_mut) {
+        // Secrets are for the server that they are sent to.
+        tool.retain(|name, _| !matches!(name.as_str(), "authorization" | "headers"));
+    }
     let objects = tools.iter_mut().filter_map(Value::as_object_mut);
     for tool in objects.filter(|tool| tool.get("type").is_some_and(|kind| kind == "function")) {
         tool.entry("parameters").or_insert(Value::Null);

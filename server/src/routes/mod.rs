@@ -40,6 +40,7 @@ use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
 use crate::files::Files;
 use crate::job::TimeLimits;
+use crate::mcp::McpServers;
 use crate::metrics::HttpMetrics;
 use crate::registry::Registry;
 use crate::responses::background;
@@ -60,6 +61,7 @@ pub(crate) struct App {
     sessions: Option<Sessions>,
     files: Option<Files>,
     batches: Option<Batches>,
+    mcp: McpServers,
 }
 
 type Shared = State<Arc<App>>;
@@ -83,7 +85,8 @@ pub(crate) fn app(
         None => (None, None, None),
     };
     let http = Arc::default();
-    let app = Arc::new(App { registry, options, shutdown, http, sessions, files, batches });
+    let mcp = McpServers::new(&options.mcp_servers);
+    let app = Arc::new(App { registry, options, shutdown, http, sessions, files, batches, mcp });
     let work = queue.and_then(|queue| Some(app.worker()?.start(queue)));
     (routes(app), work)
 }
@@ -141,6 +144,7 @@ impl App {
             sessions: self.sessions.clone(),
             files: None,
             batches: None,
+            mcp: self.mcp.clone(),
         });
         let (slots, shutdown) = (self.options.batch_requests, self.shutdown.clone());
         Some(Worker::new(batches::lines(lines), self.files.clone()?, slots, shutdown))

@@ -40,6 +40,7 @@ impl App {
             max_tokens_default: self.options.max_tokens_default,
             interval: self.options.journal_interval,
             keeps_unstored: false,
+            mcp: self.mcp.clone(),
         }
     }
 

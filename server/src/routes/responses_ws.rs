@@ -3,6 +3,7 @@
 //! One response is made at a time. One that is not stored can be gone on from as long as the connection lasts: its
 //! session is in memory only, and goes with it.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use axum::Extension;
@@ -43,12 +44,6 @@ struct Connection {
     /// Responses that go with the connection.
     own: Vec<String>,
     _hold: Hold,
-}
-
-/// What comes of waiting for both sides.
-enum Heard {
-    Event(Option<Value>),
-    Message(Option<Message>),
 }
 
 impl Connection {
@@ -120,25 +115,33 @@ impl Connection {
 
     /// Sends the events of a response. An error means that nobody reads them.
     async fn answer(&mut self, mut answering: Answering) -> Result<(), axum::Error> {
+        while let Some(event) = self.event(&mut answering).await? {
+            self.send(&event).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the next event, and meanwhile for messages.
+    async fn event(&mut self, answering: &mut Answering) -> Result<Option<Value>, axum::Error> {
+        // Not begun again when a message comes: what it does must not be left half done.
+        let mut next = pin!(answering.next());
         loop {
             let heard = tokio::select! {
-                event = answering.next() => Heard::Event(event),
-                message = self.socket.recv() => Heard::Message(message.and_then(Result::ok)),
+                event = &mut next => return Ok(event),
+                message = self.socket.recv() => message.and_then(Result::ok),
             };
             match heard {
-                Heard::Event(Some(event)) => self.send(&event).await?,
-                Heard::Event(None) => return Ok(()),
-                Heard::Message(None | Some(Message::Close(_))) => {
+                None | Some(Message::Close(_)) => {
                     return Err(axum::Error::new("the connection was closed"));
                 }
-                Heard::Message(Some(Message::Text(_) | Message::Binary(_))) => {
+                Some(Message::Text(_) | Message::Binary(_)) => {
                     let error = ApiError::conflict(
                         "a response is being made on this connection; wait for its last event",
                         "response_in_progress",
                     );
                     self.send(&error_event(&error)).await?;
                 }
-                Heard::Message(Some(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Message::Ping(_) | Message::Pong(_)) => {}
             }
         }
     }

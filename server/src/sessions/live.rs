@@ -11,6 +11,7 @@ use crate::error::ApiError;
 use crate::generate::Closing;
 use crate::job::Job;
 use crate::reply::Envelope;
+use crate::responses::feed::Feed;
 
 /// A turn under way.
 pub(crate) struct Live {
@@ -20,6 +21,8 @@ pub(crate) struct Live {
     pub(crate) include_usage: bool,
     /// What the Responses API records of it as it begins.
     pub(crate) response: Value,
+    /// All its events, where it is a response that goes on in other turns.
+    pub(crate) feed: Option<Feed>,
     cancelled: watch::Sender<bool>,
     state: Mutex<State>,
 }
@@ -48,12 +51,12 @@ impl Live {
         let drawn = drawn.iter().map(|token| (*token, None)).collect();
         let state = Mutex::new(State { drawn, ..State::default() });
         let cancelled = watch::Sender::new(false);
-        Self { job, envelope, include_usage, response: Value::Null, cancelled, state }
+        Self { job, envelope, include_usage, response: Value::Null, feed: None, cancelled, state }
     }
 
     /// The answer is that of a response.
-    pub(crate) fn of_response(self, response: Value) -> Self {
-        Self { response, ..self }
+    pub(crate) fn of_response(self, response: Value, feed: Option<Feed>) -> Self {
+        Self { response, feed, ..self }
     }
 
     /// Asks whoever makes the answer to end it where it is.

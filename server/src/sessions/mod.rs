@@ -32,7 +32,11 @@ pub(crate) struct Sessions {
 type Busy = HashMap<SessionId, Option<Arc<Live>>>;
 
 /// The right to write to a session, until it is dropped. Only one turn of a session runs at a time.
-pub(crate) struct Claim {
+/// A clone is the same right, which ends with the last of them.
+#[derive(Clone)]
+pub(crate) struct Claim(Arc<Held>);
+
+struct Held {
     busy: Arc<Mutex<Busy>>,
     id: SessionId,
 }
@@ -69,7 +73,7 @@ impl Sessions {
             return Err(ApiError::session_busy());
         }
         busy.insert(id, None);
-        Ok(Claim { busy: Arc::clone(&self.busy), id })
+        Ok(Claim(Arc::new(Held { busy: Arc::clone(&self.busy), id })))
     }
 
     /// Whether somebody has claimed the session.
@@ -98,12 +102,12 @@ impl Sessions {
 impl Claim {
     /// Lets others read along with the turn.
     pub(crate) fn show(&self, live: &Arc<Live>) {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        busy.insert(self.id, Some(Arc::clone(live)));
+        let mut busy = self.0.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.insert(self.0.id, Some(Arc::clone(live)));
     }
 }
 
-impl Drop for Claim {
+impl Drop for Held {
     fn drop(&mut self) {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
     }

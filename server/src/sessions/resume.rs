@@ -207,7 +207,7 @@ impl Reader {
         };
         let job = Job { constraint, ..self.job(model, prompt, recorded, keep) };
         let response = plan.record.response.clone();
-        let live = Live::new(job.clone(), envelope, include_usage, drawn).of_response(response);
+        let live = Live::new(job.clone(), envelope, include_usage, drawn).of_response(response, None);
         let live = Arc::new(live);
         let claimed = Claimed {
             sessions: self.sessions.clone(),

@@ -10,6 +10,7 @@ mod files;
 mod history;
 mod kv;
 mod lifecycle;
+mod mcp;
 mod messages;
 mod openapi;
 mod responses;

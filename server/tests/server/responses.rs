@@ -28,7 +28,7 @@ async fn delete(server: &Server, path: &str) -> Reply {
 }
 
 /// The events of a response's stream; each names its type twice.
-async fn events(mut stream: Open) -> Vec<Value> {
+pub(crate) async fn events(mut stream: Open) -> Vec<Value> {
     let mut events = Vec::new();
     while let Some(block) = stream.block().await {
         let data = block.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
@@ -44,7 +44,7 @@ async fn events(mut stream: Open) -> Vec<Value> {
     events
 }
 
-async fn read(server: &Server, path: &str) -> Open {
+pub(crate) async fn read(server: &Server, path: &str) -> Open {
     let request = Request::get(path).header("host", "test").body(Body::empty()).unwrap();
     let open = server.open(request).await;
     assert_eq!(open.response.status(), 200);
@@ -56,7 +56,7 @@ fn text(response: &Value) -> String {
     items.filter_map(|item| item["content"][0]["text"].as_str()).collect()
 }
 
-async fn ended(server: &Server, id: &str) -> Value {
+pub(crate) async fn ended(server: &Server, id: &str) -> Value {
     loop {
         let response = server.get(&format!("{RESPONSES}/{id}")).await.ok();
         if response["status"] != "in_progress" {

@@ -347,10 +347,19 @@ impl Server {
 
     /// What the model says next, and then ends.
     pub(crate) fn will_say(&self, text: &str) {
+        assert!(self.script.lock().unwrap().is_empty(), "what it was to say before is not all said");
+        self.will_say_then(text);
+    }
+
+    /// What it says after what it is to say already.
+    pub(crate) fn will_say_then(&self, text: &str) {
         let tokens = self.tokenizer.encode(text, AddSpecial::No).unwrap();
-        let mut script = self.script.lock().unwrap();
-        assert!(script.is_empty(), "what it was to say before is not all said");
-        script.extend(tokens.into_iter().chain([EOS]));
+        self.script.lock().unwrap().extend(tokens.into_iter().chain([EOS]));
+    }
+
+    /// Whether it has said everything.
+    pub(crate) fn has_said_all(&self) -> bool {
+        self.script.lock().unwrap().is_empty()
     }
 
     /// Makes a session of the default tenant.

@@ -10,7 +10,7 @@ use crate::sessions::{ids, turn, user, with_store};
 use crate::testbed::{CHAT, Directory, Server, Setup, chat, joined, start};
 
 /// Tells of functions and writes calls as Qwen's template does.
-const QWEN: &str = "{%- if tools -%}
+pub(crate) const QWEN: &str = "{%- if tools -%}
 {{ '<|im_start|>system\n# Tools\n' }}{%- for tool in tools -%}{{ tool | tojson ~ '\n' }}{%- endfor -%}{{ '<|im_end|>\n' }}
 {%- endif -%}
 {%- for m in messages -%}
