@@ -23,11 +23,14 @@ const LISTS_MAX: usize = 256;
 /// A server with the headers of a request. Lists differ by them.
 type ListKey = (String, Credentials);
 
+/// The tools of a server, and when they were listed.
+type Listed = (Instant, Arc<[Tool]>);
+
 /// The operator's servers. Cheap to clone.
 #[derive(Clone, Default)]
 pub(crate) struct McpServers {
     servers: Arc<[Arc<McpServer>]>,
-    lists: Arc<Mutex<HashMap<ListKey, (Instant, Arc<[Tool]>)>>>,
+    lists: Arc<Mutex<HashMap<ListKey, Listed>>>,
 }
 
 impl McpServers {

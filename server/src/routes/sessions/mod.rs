@@ -245,6 +245,7 @@ async fn remove(target: Target) -> Result<Json<Value>, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use crate::mcp::McpServers;
     use axum::body::Body;
     use mainstay_engine::store::{Options, sim};
 
@@ -270,6 +271,7 @@ mod tests {
             sessions: Some(sessions.clone()),
             files: None,
             batches: None,
+            mcp: McpServers::default(),
         });
         Target { owner: Owner { app, sessions, name: "default".into(), tenant }, id }
     }
