@@ -116,7 +116,9 @@ mod tests {
     use crate::files::tests::Directory;
 
     fn answer(line: u64) -> Answer {
-        Answer { line, is_success: line % 3 != 0, result: format!("{{\"custom_id\":\"é{line}\"}}") }
+        Answer {
+            line, is_success: !line.is_multiple_of(3), result: format!("{{\"custom_id\":\"é{line}\"}}")
+        }
     }
 
     fn all(path: &Path) -> Vec<Answer> {
