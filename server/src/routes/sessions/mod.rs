@@ -245,11 +245,11 @@ async fn remove(target: Target) -> Result<Json<Value>, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use crate::mcp::McpServers;
     use axum::body::Body;
     use mainstay_engine::store::{Options, sim};
 
     use super::*;
+    use crate::mcp::McpServers;
     use crate::registry::Registry;
     use crate::serve::ServerOptions;
     use crate::shutdown::shutdown_channel;
