@@ -32,7 +32,7 @@ const OWN: [(&str, &[&str]); 10] = [
 ];
 
 /// Crates of others (a trailing `*` stands for any ending) that only these of ours may import.
-const FOREIGN: [(&str, &[&str]); 9] = [
+const FOREIGN: [(&str, &[&str]); 10] = [
     ("candle-*", &["mainstay-backend-candle"]),
     ("cudarc", &[]),
     ("axum", &["mainstay-server", "mainstay-bench", "mainstay"]),
@@ -41,6 +41,7 @@ const FOREIGN: [(&str, &[&str]); 9] = [
     ("tokenizers", &["mainstay-models"]),
     ("hf-hub", &["mainstay"]),
     ("llguidance", &["mainstay-server"]),
+    ("rmcp", &["mainstay-server"]),
     ("anyhow", &["mainstay"]),
 ];
 

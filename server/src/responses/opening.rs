@@ -98,11 +98,16 @@ pub(crate) fn plan(
         history.truncate(0);
     }
     let items_of = |records: &[Placed]| past.map_or_else(Vec::new, |past| past.items(records));
+    let known_of = |records: &[Placed]| {
+        let has_answer = records.last().is_some_and(|last| !last.record.list("output").is_empty());
+        let items = items_of(records);
+        if has_answer { asked.answered_len(&items) } else { asked.messages_len(&items) }
+    };
     let read = |records: &[Placed]| -> Result<(ChatRequest, usize), ApiError> {
         let shown = items_of(records);
         let chat = asked.chat(&[shown.as_slice(), &input, &asked.opened].concat());
         let chat = ChatRequest::read(&Fields::of(&chat), model).map_err(renamed)?;
-        Ok((chat, asked.messages_len(&shown)))
+        Ok((chat, known_of(records)))
     };
     let (chat, known_len) = read(records)?;
     let fit = match stale {
@@ -128,7 +133,7 @@ pub(crate) fn plan(
     let kept_records = past.map_or(0, |past| past.records.iter().filter(|r| r.holder <= fit.kept).count());
     let replaced = past.map_or(&[][..], |past| &past.records[kept_records.min(past.records.len())..]);
     let shown_kept = &records[..kept_records.saturating_sub(skipped).min(records.len())];
-    let kept_len = if fit.kept == 0 { 0 } else { asked.messages_len(&items_of(shown_kept)) };
+    let kept_len = if fit.kept == 0 { 0 } else { known_of(shown_kept) };
     let messages = chat.input.messages[kept_len.min(chat.input.messages.len())..].to_vec();
     let replaced = replaced.iter().map(|placed| placed.record.clone()).collect();
     Ok(Planned { chat, input, fit, messages, replaced, skipped, changed })

@@ -139,6 +139,13 @@ impl ResponseRequest {
         items::messages(&items)
     }
 
+    /// The same up to the last answer: what tools gave after it is not in its tokens.
+    pub(crate) fn answered_len(&self, conversation: &[Value]) -> usize {
+        let messages = self.messages(conversation);
+        let results = messages.iter().rev().take_while(|message| message["role"] == "tool").count();
+        messages.len() - results
+    }
+
     /// The names of the functions that the model may call.
     pub(crate) fn functions(&self) -> Vec<String> {
         let tools = self.chat.get("tools").and_then(Value::as_array);
