@@ -1,5 +1,6 @@
 //! Responses that are made although nobody reads them: also after a restart.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::sessions::resume::{Meta, Reader};
 /// How often a model that is still being loaded is asked for.
 const MODEL_PAUSE: Duration = Duration::from_millis(200);
 
-/// Goes on with the responses that a restart has interrupted.
+/// Goes on with the responses that a restart has interrupted. [`Sessions::will_go_on`] was told that it will.
 pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Option<Duration>) {
     let find = |store: &Store| {
         let answer = |&(tenant, id): &(TenantId, SessionId)| {
@@ -32,9 +33,10 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
         Ok(found) => found,
         Err(error) => {
             tracing::error!(error = error.message(), "responses in the background were not looked for");
-            return;
+            return sessions.will_go_on(Some(HashSet::new()));
         }
     };
+    sessions.will_go_on(Some(found.iter().map(|(_, id, ..)| *id).collect()));
     for (tenant, id, meta, record) in found {
         let reader = Reader {
             sessions: sessions.clone(),
@@ -46,7 +48,9 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
         };
         tokio::spawn(async move {
             wait_for(&reader.registry, &meta.plan.record.model).await;
-            match reader.taken_up(tenant, id).await {
+            let taken_up = reader.taken_up(tenant, id).await;
+            reader.sessions.has_gone_on(id);
+            match taken_up {
                 Ok((run, live)) => Answering::new(run, record, Role::Maker(live)).alone().await,
                 // It is shown as failed; its tokens stay for a model that fits.
                 Err(error) => {

@@ -49,6 +49,9 @@ impl Found {
         let in_flight = past::in_flight(&self.sessions, &self.past).await?;
         let in_flight = in_flight.filter(|record| record.id() == Some(self.id.as_str()));
         let mut record = in_flight.or_else(|| found.cloned()).ok_or_else(missing)?;
+        if record.is_background() && self.sessions.may_go_on(self.past.info.id) {
+            return Ok(record);
+        }
         // Nobody makes it any longer.
         let output = record.list("output").to_vec();
         record.fail(&ApiError::interrupted(), output);

@@ -78,6 +78,7 @@ pub(crate) fn app(
     let sessions = options.store.clone().map(Sessions::new);
     if let Some(sessions) = &sessions {
         let interval = options.journal_interval;
+        sessions.will_go_on(None);
         tokio::spawn(background::go_on(sessions.clone(), registry.clone(), interval));
     }
     let (files, batches, queue) = match options.files.as_deref().and_then(open_files) {

@@ -10,7 +10,7 @@ pub(crate) mod resume;
 pub(crate) mod stored;
 pub(crate) mod turn;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::HeaderValue;
@@ -26,6 +26,8 @@ use crate::openai::session_fields::SESSION_ID;
 pub(crate) struct Sessions {
     pub(crate) store: Arc<Store>,
     busy: Arc<Mutex<Busy>>,
+    /// Sessions whose answers are about to go on by themselves; `None` until it is known which.
+    going_on: Arc<Mutex<Option<HashSet<SessionId>>>>,
 }
 
 /// Sessions that somebody has claimed, and the turns that run in them.
@@ -43,7 +45,24 @@ struct Held {
 
 impl Sessions {
     pub(crate) fn new(store: Arc<Store>) -> Self {
-        Self { store, busy: Arc::default() }
+        Self { store, busy: Arc::default(), going_on: Arc::new(Mutex::new(Some(HashSet::new()))) }
+    }
+
+    /// Notes which answers are about to go on by themselves.
+    pub(crate) fn will_go_on(&self, sessions: Option<HashSet<SessionId>>) {
+        *self.going_on.lock().unwrap_or_else(PoisonError::into_inner) = sessions;
+    }
+
+    /// Its answer goes on, or cannot.
+    pub(crate) fn has_gone_on(&self, id: SessionId) {
+        let mut going_on = self.going_on.lock().unwrap_or_else(PoisonError::into_inner);
+        going_on.iter_mut().for_each(|sessions| drop(sessions.remove(&id)));
+    }
+
+    /// Whether its answer may be about to go on by itself.
+    pub(crate) fn may_go_on(&self, id: SessionId) -> bool {
+        let going_on = self.going_on.lock().unwrap_or_else(PoisonError::into_inner);
+        going_on.as_ref().is_none_or(|sessions| sessions.contains(&id))
     }
 
     /// A tenant's session by id or name.
