@@ -43,7 +43,12 @@ impl Found {
         {
             return ResponseRecord::read(&live.response).ok_or_else(missing);
         }
-        let mut record = past::in_flight(&self.sessions, &self.past).await?.ok_or_else(missing)?;
+        let in_flight = past::in_flight(&self.sessions, &self.past).await?;
+        let Some(mut record) = in_flight.filter(|record| record.id() == Some(&self.id)) else {
+            // It has ended since the session was read.
+            let past = past::of_response(&self.sessions, &self.tenant, &self.id).await?;
+            return past.response(&self.id).cloned().ok_or_else(missing);
+        };
         // Nobody makes it any longer.
         let output = record.list("output").to_vec();
         record.fail(&ApiError::interrupted(), output);
