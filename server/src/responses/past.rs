@@ -112,10 +112,12 @@ pub(crate) async fn of_response(sessions: &Sessions, tenant: &Arc<str>, id: &str
     let missing = || ApiError::not_found("response", id, "response_not_found");
     let session = ids::session_of_response(id).ok_or_else(missing)?;
     let past = read(sessions, tenant, session).await?.ok_or_else(missing)?;
-    if past.response(id).is_none() && !is_in_flight(sessions, &past, id).await? {
-        return Err(missing());
+    if past.response(id).is_some() || is_in_flight(sessions, &past, id).await? {
+        return Ok(past);
     }
-    Ok(past)
+    // It may have ended between the two looks.
+    let past = read(sessions, tenant, session).await?.ok_or_else(missing)?;
+    if past.response(id).is_some() { Ok(past) } else { Err(missing()) }
 }
 
 /// The session of a conversation.

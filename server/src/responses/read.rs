@@ -48,7 +48,11 @@ impl Found {
         }
         let in_flight = past::in_flight(&self.sessions, &self.past).await?;
         let in_flight = in_flight.filter(|record| record.id() == Some(self.id.as_str()));
-        let mut record = in_flight.or_else(|| found.cloned()).ok_or_else(missing)?;
+        let Some(mut record) = in_flight.or_else(|| found.cloned()) else {
+            // It has ended since the session was read.
+            let past = past::of_response(&self.sessions, &self.tenant, &self.id).await?;
+            return past.response(&self.id).cloned().ok_or_else(missing);
+        };
         if record.is_background() && self.sessions.may_go_on(self.past.info.id) {
             return Ok(record);
         }
