@@ -56,7 +56,9 @@ impl Sessions {
     /// Its answer goes on, or cannot.
     pub(crate) fn has_gone_on(&self, id: SessionId) {
         let mut going_on = self.going_on.lock().unwrap_or_else(PoisonError::into_inner);
-        going_on.iter_mut().for_each(|sessions| drop(sessions.remove(&id)));
+        if let Some(sessions) = going_on.as_mut() {
+            sessions.remove(&id);
+        }
     }
 
     /// Whether its answer may be about to go on by itself.
