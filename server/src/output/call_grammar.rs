@@ -463,7 +463,7 @@ mod tests {
         assert_eq!(open.reasoning_end(), Some("</think>"));
         let found = open.call_grammar(&tools, &tokenizer, Schemas::All).unwrap();
         assert!(found.starts_with("start: /\\n{0,2}/ answer\n"), "{found}");
-        let schema = "%json {\"type\":\"object\",\"properties\":{},";
+        let schema = "\"arguments\":{\"type\":\"object\",\"properties\":{}}";
         assert!(found.contains(schema), "all schemas hold: {found}");
     }
 }

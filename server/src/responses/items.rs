@@ -215,16 +215,21 @@ pub(crate) fn resolve(items: Vec<Value>, past: &[Value]) -> Result<Vec<Value>, A
     items.into_iter().map(resolved).collect()
 }
 
+/// What the result of a call names it by. Calls that this server made have no other id than their item's.
+fn called(item: &Value) -> Option<&Value> {
+    match item["type"].as_str()? {
+        "function_call" => Some(&item["call_id"]),
+        "mcp_call" => Some(&item["id"]),
+        _ => None,
+    }
+}
+
 /// Each result of a function must belong to a call before it, in `past` or among the items.
 pub(crate) fn check_results(items: &[Value], past: &[Value]) -> Result<(), ApiError> {
-    let called = |item: &'_ Value| item["type"] == "function_call";
-    let mut calls: HashSet<&Value> =
-        past.iter().filter(|item| called(item)).map(|item| &item["call_id"]).collect();
+    let mut calls: HashSet<&Value> = past.iter().filter_map(called).collect();
     for (at, item) in items.iter().enumerate() {
+        calls.extend(called(item));
         let id = &item["call_id"];
-        if called(item) {
-            calls.insert(id);
-        }
         if item["type"] == "function_call_output" && !calls.contains(id) {
             let expected = "the call_id of a function call before it";
             return Err(unexpected(format!("input[{at}].call_id"), expected, id));

@@ -410,13 +410,13 @@ async fn the_store_is_measured() {
     assert_eq!(value("mainstay_sessions{state=\"idle\"}"), 2.0);
     assert_eq!(value("mainstay_sessions{state=\"running\"}"), 0.0);
     assert_eq!(value("mainstay_recovery_seconds{}"), 1.5);
-    assert!(value("mainstay_kv_page_write_total{}") >= 3.0);
+    assert!(value("mainstay_kv_page_write_total{tier=\"disk\"}") >= 3.0);
     assert!(value("mainstay_kv_page_spill_total{model_name=\"org/echo\"}") >= 3.0);
     assert!(value("mainstay_journal_entries_total{}") >= 3.0);
     assert!(value("mainstay_kv_bytes{tier=\"disk\"}") > 0.0);
     for name in [
         "mainstay_kv_page_drop_total{at=\"store\"}",
-        "mainstay_kv_page_verify_fail_total{}",
+        "mainstay_kv_page_verify_fail_total{tier=\"disk\"}",
         "mainstay_ring_occupancy_bytes{}",
         "mainstay_eviction_total{reason=\"quota\"}",
         "mainstay_kv_restore_total{model_name=\"org/echo\"}",
