@@ -92,6 +92,12 @@ impl ResponseRecord {
         }
     }
 
+    /// The records that it has in `before`. Taken out, they are not written again as a part of it.
+    pub(crate) fn take_replaced(&mut self) -> Vec<Self> {
+        let before = self.0.shift_remove("before").unwrap_or_default();
+        before.as_array().into_iter().flatten().filter_map(Self::read).collect()
+    }
+
     /// How many records before it are no longer shown to the model.
     pub(crate) fn skipped(&self) -> usize {
         self.0.get("skipped").and_then(Value::as_u64).unwrap_or(0) as usize

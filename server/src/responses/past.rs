@@ -91,7 +91,7 @@ fn records_of(turns: &[Arc<Turn>], info: &SessionInfo) -> Vec<Placed> {
             record.set("kv", written.kv);
             record.set("session", json!({"id": shown(info.id), "name": name, "turn": turn.number}));
         }
-        for replaced in record.list("before").iter().filter_map(ResponseRecord::read) {
+        for replaced in record.take_replaced() {
             records.push(Placed { turns: at, holder: at + 1, record: replaced });
         }
         // A response of several turns is what its last one says.

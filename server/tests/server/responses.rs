@@ -275,7 +275,17 @@ async fn a_chain_that_has_grown_too_long_is_cut_or_refused() {
         server.get(&format!("{RESPONSES}/{}", last["id"].as_str().unwrap())).await.ok()["output"],
         last["output"]
     );
-    create(&server, "x", json!({"previous_response_id": next["id"], "truncation": "auto"})).await;
+    let mut after = next.clone();
+    for _ in 0..5 {
+        let cut = json!({"previous_response_id": after["id"], "truncation": "auto"});
+        after = create(&server, &long, cut).await;
+    }
+    // What was left out is written once more with each turn that takes its place, not twice.
+    let (tenant, session) = server.id(after["session"]["id"].as_str().unwrap());
+    let turns = server.store.as_deref().unwrap().turns(tenant, session).unwrap();
+    let written = String::from_utf8_lossy(&turns.last().unwrap().meta).into_owned();
+    let id = format!("\"id\":{},\"created_at\"", last["id"]);
+    assert_eq!(written.matches(&id).count(), 1, "{} bytes", written.len());
     server.stop().await;
 }
 
