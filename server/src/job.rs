@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mainstay_engine::store::Durability;
 use mainstay_engine::{Keep, Request, StopRule};
 use tokio::time::Instant;
 
 use crate::detokenize::Decoder;
+use crate::error::ApiError;
 use crate::grammar::Compiled;
+use crate::openai::chat::ChatRequest;
 use crate::openai::options::GenerationOptions;
 use crate::output::Output;
 use crate::prompt::Prompt;
@@ -60,6 +63,48 @@ pub(crate) struct Job {
     pub(crate) keep: Keep,
     /// What every answer is held to.
     pub(crate) constraint: Option<Arc<Compiled>>,
+}
+
+/// Who asks a model for an answer, and how long it may take.
+#[derive(Clone)]
+pub(crate) struct Asker {
+    pub(crate) model: Arc<Model>,
+    pub(crate) tenant: Arc<str>,
+    /// Where the client names no limit; without it, the rest of the context.
+    pub(crate) max_tokens_default: Option<usize>,
+    pub(crate) time: TimeLimits,
+}
+
+impl Asker {
+    /// The job of a chat request whose prompt was made of the text `written`. `durability` holds where the request does
+    /// not say.
+    ///
+    /// # Errors
+    /// 400, where what the answer is to be held to cannot be compiled.
+    pub(crate) async fn job(
+        self,
+        request: ChatRequest,
+        (prompt, written): (Prompt, &str),
+        (continuation, durability): (Continuation, Durability),
+    ) -> Result<Job, ApiError> {
+        let output = request.output(&self.model, written);
+        let constraint = request.held(&self.model, &output).await?;
+        Ok(Job {
+            model: self.model,
+            tenant: self.tenant,
+            prompts: vec![prompt],
+            max_tokens: request.max_tokens,
+            max_tokens_default: self.max_tokens_default,
+            options: request.options,
+            output,
+            logprobs: request.logprobs,
+            echo: Echo::No,
+            continuation,
+            time: self.time,
+            keep: request.keep.keep(durability),
+            constraint,
+        })
+    }
 }
 
 impl Job {

@@ -17,17 +17,15 @@ use super::rounds::{Place, Rounds};
 use super::{ids, now_s};
 use crate::error::ApiError;
 use crate::generate::Run;
-use crate::job::{Continuation, Echo, Job, TimeLimits};
+use crate::job::{Asker, Continuation, TimeLimits};
 use crate::mcp::McpServers;
-use crate::openai::chat::ChatRequest;
 use crate::prompt::Prompt;
 use crate::registry::{Model, Registry};
 use crate::reply::Envelope;
-use crate::sessions::history::Fit;
+use crate::sessions::Sessions;
+use crate::sessions::begin::Beginning;
 use crate::sessions::live::Live;
-use crate::sessions::record::TurnRecord;
-use crate::sessions::turn::{Claimed, Plan, Turn};
-use crate::sessions::{Sessions, options};
+use crate::sessions::turn::Claimed;
 
 /// What answers responses.
 #[derive(Clone)]
@@ -168,29 +166,21 @@ impl Begun<'_> {
         record
     }
 
-    async fn job(&self, chat: ChatRequest, fit: &Fit, durability: Durability) -> Result<Job, ApiError> {
-        let output = chat.output(&self.model, &fit.text);
-        let constraint = chat.held(&self.model, &output).await.map_err(request::renamed)?;
-        Ok(Job {
-            output,
-            constraint,
+    fn asker(&self) -> Asker {
+        Asker {
             model: Arc::clone(&self.model),
             tenant: Arc::clone(&self.tenant),
-            prompts: vec![Prompt::of(fit.tokens.clone())],
-            max_tokens: chat.max_tokens,
             max_tokens_default: self.responder.max_tokens_default,
-            options: chat.options,
-            logprobs: chat.logprobs,
-            echo: Echo::No,
-            continuation: Continuation::OwnText,
             time: self.time,
-            keep: chat.keep.keep(durability),
-        })
+        }
     }
 
     /// An answer that is kept nowhere.
     pub(super) async fn run(&self, planned: Planned) -> Result<Run, ApiError> {
-        Run::start(self.job(planned.chat, &planned.fit, self.responder.durability.1).await?)
+        let prompt = (Prompt::of(planned.fit.tokens), planned.fit.text.as_str());
+        let how = (Continuation::OwnText, self.responder.durability.1);
+        let job = self.asker().job(planned.chat, prompt, how).await;
+        Run::start(job.map_err(request::renamed)?)
     }
 
     /// What it takes to let the model answer more than once.
@@ -262,40 +252,20 @@ impl Begun<'_> {
     ) -> Result<(Run, Arc<Live>), ApiError> {
         let id = record.id().unwrap_or_default().to_owned();
         let Planned { chat, fit, messages, changed, .. } = planned;
-        let asked_durability = chat.keep.durability;
-        let seed = chat.options.sampling.seed;
-        let mut job = self.job(chat, &fit, claimed.settings.durability).await?;
-        if claimed.settings.durability == Durability::Ephemeral {
-            job.keep.durability = Durability::Ephemeral;
-        }
-        let envelope = Envelope::of(id.clone(), now_s(), &self.model);
-        let turn_record = TurnRecord {
-            id,
-            created: envelope.created(),
-            model: self.model.served.id.clone(),
-            messages,
-            seed,
-            sent_len: fit.sent_len,
-            text_kept: fit.text_kept,
-            text_sent: fit.text.len(),
-            text: fit.text,
-            options: options::write(&job, true),
-            response: record.to_json(),
-            ..TurnRecord::default()
-        };
-        let plan = Plan {
-            record: turn_record,
+        let beginning = Beginning {
+            asker: self.asker(),
+            request: chat,
+            claimed,
             turns,
-            kept: u32::try_from(fit.kept).unwrap_or(turns),
-            durability: asked_durability,
-            reason: fit.reason.map(str::to_owned),
-            changed: changed.map(str::to_owned),
+            fit,
+            messages,
+            changed,
+            envelope: Envelope::of(id, now_s(), &self.model),
+            include_usage: true,
+            response: record.to_json(),
+            feed,
+            interval: self.responder.interval,
         };
-        let live = Live::new(job.clone(), envelope, true, &[]).of_response(record.to_json(), feed);
-        let live = Arc::new(live);
-        let turn = Turn::new(claimed, plan, Arc::clone(&live), self.responder.interval);
-        let mut run = Run::of_turn(job, turn, Vec::new())?;
-        run.begin_answer().await?;
-        Ok((run, live))
+        beginning.begin().await.map_err(request::renamed)
     }
 }

@@ -9,7 +9,7 @@ use axum::response::Response;
 use super::{App, Shared};
 use crate::auth::Tenant;
 use crate::error::ApiError;
-use crate::job::{Continuation, Echo, Job, TimeLimits};
+use crate::job::{Asker, Continuation, Job, TimeLimits};
 use crate::openai::chat::{ChatRequest, ChatShape};
 use crate::openai::fields::Fields;
 use crate::openai::session;
@@ -50,8 +50,8 @@ pub(super) async fn post(
     };
     let sessions = app.sessions()?;
     let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
-    let tenant = tenant.0;
-    let turn = SessionChat { model, tenant, session, request, id, max_tokens_default, interval, time };
+    let asker = Asker { model, tenant: tenant.0, max_tokens_default, time };
+    let turn = SessionChat { asker, session, request, id, interval };
     turn.answer(sessions).await
 }
 
@@ -77,22 +77,9 @@ impl App {
         };
         let prompt = prompt::chat(&model, request.input.clone()).await?;
         prompt::check_length(&model, &prompt, request.max_tokens, "messages")?;
-        let output = request.output(&model, prompt.written());
-        let constraint = request.held(&model, &output).await?;
-        Ok(Job {
-            model,
-            tenant: tenant.0,
-            prompts: vec![prompt],
-            max_tokens: request.max_tokens,
-            max_tokens_default: self.options.max_tokens_default,
-            options: request.options,
-            output,
-            logprobs: request.logprobs,
-            echo: Echo::No,
-            continuation,
-            time,
-            keep: request.keep.keep(self.plain_durability()),
-            constraint,
-        })
+        let written = prompt.written().to_owned();
+        let (max_tokens_default, durability) = (self.options.max_tokens_default, self.plain_durability());
+        let asker = Asker { model, tenant: tenant.0, max_tokens_default, time };
+        asker.job(request, (prompt, &written), (continuation, durability)).await
     }
 }

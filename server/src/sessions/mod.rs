@@ -1,5 +1,6 @@
 //! Sessions as the API sees them: whose they are, which of them has a turn running, what their records say.
 
+pub(crate) mod begin;
 pub(crate) mod chat;
 pub(crate) mod history;
 pub(crate) mod live;
