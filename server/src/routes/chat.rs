@@ -34,13 +34,13 @@ pub(super) async fn post(
     let session = SessionFields::read(&fields, &headers)?;
     let is_stored = fields.bool("store")? == Some(true);
     let metadata = session::metadata(&fields)?.unwrap_or_default();
-    let (session, id) = match session {
+    let (session, made) = match session {
         Some(session) => (session, None),
         None if is_stored => {
             check_one(&request)?;
             let place = (&tenant.0, app.options.durability);
             let made = stored::create(app.sessions()?, place, &model, metadata).await?;
-            (SessionFields::own(made.to_string()), Some(stored::completion_id(made)))
+            (SessionFields::own(made.to_string()), Some(made))
         }
         None => {
             let delivery = request.delivery;
@@ -50,9 +50,15 @@ pub(super) async fn post(
     };
     let sessions = app.sessions()?;
     let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
-    let asker = Asker { model, tenant: tenant.0, max_tokens_default, time };
+    let (tenant, id) = (tenant.0, made.map(stored::completion_id));
+    let asker = Asker { model, tenant: tenant.clone(), max_tokens_default, time };
     let turn = SessionChat { asker, session, request, id, interval };
-    turn.answer(sessions).await
+    let answered = turn.answer(sessions).await;
+    if let (Err(_), Some(made)) = (&answered, made) {
+        // Nobody has heard of its session.
+        stored::forget(sessions, &tenant, made).await?;
+    }
+    answered
 }
 
 /// Only one answer can be the turn that is stored.

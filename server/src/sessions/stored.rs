@@ -61,6 +61,15 @@ pub(crate) async fn create(
     sessions.call(make).await
 }
 
+/// Removes the session of a completion that could not be begun.
+///
+/// # Errors
+/// What the store says.
+pub(crate) async fn forget(sessions: &Sessions, tenant: &Arc<str>, id: SessionId) -> Result<(), ApiError> {
+    let name = Arc::clone(tenant);
+    sessions.call(move |store| store.delete(store.tenant(&name)?.id, id)).await
+}
+
 impl Stored {
     fn read(store: &Store, tenant: TenantId, info: SessionInfo) -> Result<Option<Self>, StoreError> {
         let session = SessionRecord::read(&info.settings.meta);

@@ -376,3 +376,26 @@ async fn pages_that_are_not_durable_leave_a_session_as_it_was_also_where_it_was_
     assert_eq!((&answer["session"]["turn"], &answer["kv"]["reason"]), (&json!(2), &Value::Null));
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_stored_completion_that_cannot_begin_leaves_no_session() {
+    let directory = Directory::new();
+    let server = start(with_store(&directory)).await;
+    let long = "word ".repeat(5000);
+    for wrong in [
+        json!({"messages": [user(&long)]}),
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "strange"}}}}),
+    ] {
+        let mut body = chat(json!({"store": true}));
+        body.as_object_mut().unwrap().extend(wrong.as_object().unwrap().clone());
+        server.post(CHAT, &body).await.error(400);
+        assert_eq!(server.get("/v1/sessions").await.ok()["data"], json!([]));
+    }
+    let kept = server.post(CHAT, &chat(json!({"store": true, "max_tokens": 3}))).await.ok();
+    let path = format!("{CHAT}/{}", kept["id"].as_str().unwrap());
+    assert_eq!(
+        server.get(&path).await.ok()["choices"][0]["message"]["content"],
+        kept["choices"][0]["message"]["content"]
+    );
+    server.stop().await;
+}
