@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::query::Params;
 use super::responses::{optional_body, page};
-use super::{App, Shared};
+use super::{App, Named, Shared};
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
@@ -26,9 +26,9 @@ pub(super) fn routes() -> Router<Arc<App>> {
         .route("/v1/conversations/{id}/items/{item}", get(item).delete(remove_item))
 }
 
-impl App {
-    async fn conversation(&self, tenant: Tenant, id: String) -> Result<Conversation, ApiError> {
-        Conversation::of(self.sessions()?, tenant.0, id).await
+impl Named {
+    async fn conversation(&self) -> Result<Conversation, ApiError> {
+        Conversation::of(self.app.sessions()?, self.tenant.0.clone(), self.id.clone()).await
     }
 }
 
@@ -55,54 +55,31 @@ async fn create(
     Ok(Json(made.object()))
 }
 
-async fn retrieve(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(app.conversation(tenant, id).await?.object()))
+async fn retrieve(named: Named) -> Result<Json<Value>, ApiError> {
+    Ok(Json(named.conversation().await?.object()))
 }
 
-async fn change(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let found = app.conversation(tenant, id).await?;
-    let body = optional_body(&app, request).await?;
+async fn change(named: Named, request: Request) -> Result<Json<Value>, ApiError> {
+    let found = named.conversation().await?;
+    let body = optional_body(&named.app, request).await?;
     match session::metadata(&Fields::of(&body))? {
         Some(metadata) => Ok(Json(found.set_metadata(metadata).await?.object())),
         None => Ok(Json(found.object())),
     }
 }
 
-async fn remove(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(app.conversation(tenant, id).await?.delete().await?))
+async fn remove(named: Named) -> Result<Json<Value>, ApiError> {
+    Ok(Json(named.conversation().await?.delete().await?))
 }
 
-async fn list(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let found = app.conversation(tenant, id).await?;
+async fn list(named: Named, uri: Uri) -> Result<Json<Value>, ApiError> {
+    let found = named.conversation().await?;
     page(&Params::of(&uri)?, found.items()).map(Json)
 }
 
-async fn add(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let found = app.conversation(tenant, id).await?;
-    let items = read_items(&app.body(request).await?)?;
+async fn add(named: Named, request: Request) -> Result<Json<Value>, ApiError> {
+    let found = named.conversation().await?;
+    let items = read_items(&named.app.body(request).await?)?;
     if items.is_empty() {
         return Err(ApiError::field("items", "expected an array of items, found none"));
     }
@@ -114,18 +91,10 @@ async fn add(
     })))
 }
 
-async fn item(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path((id, item)): Path<(String, String)>,
-) -> Result<Json<Value>, ApiError> {
-    app.conversation(tenant, id).await?.item(&item).map(Json)
+async fn item(named: Named, Path((_, item)): Path<(String, String)>) -> Result<Json<Value>, ApiError> {
+    named.conversation().await?.item(&item).map(Json)
 }
 
-async fn remove_item(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path((id, item)): Path<(String, String)>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(app.conversation(tenant, id).await?.remove_item(item).await?.object()))
+async fn remove_item(named: Named, Path((_, item)): Path<(String, String)>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(named.conversation().await?.remove_item(item).await?.object()))
 }

@@ -19,12 +19,14 @@ mod stored_chat;
 mod stream;
 mod tokenize;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{FromRequestParts, MatchedPath, Path as InPath, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -181,6 +183,26 @@ fn open_files(root: &Path) -> Option<(Files, Batches, Queue)> {
             tracing::error!(%error, root = %root.display(), "this server keeps no files");
             None
         }
+    }
+}
+
+/// What a path names by its `id`, and who asks for it.
+struct Named {
+    app: Arc<App>,
+    tenant: Tenant,
+    id: String,
+}
+
+impl FromRequestParts<Arc<App>> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        let tenant = parts.extensions.get::<Tenant>().cloned();
+        let tenant = tenant.ok_or_else(|| ApiError::internal("a request without a tenant"))?;
+        let path = InPath::<HashMap<String, String>>::from_request_parts(parts, app).await;
+        let id = path.ok().and_then(|InPath(mut path)| path.remove("id"));
+        let id = id.ok_or_else(|| ApiError::bad_request("expected UTF-8 in the path, found other bytes"))?;
+        Ok(Self { app: Arc::clone(app), tenant, id })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::Uri;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -10,7 +10,7 @@ use axum::{Extension, Json, Router};
 use serde_json::{Map, Value, json};
 
 use super::query::{Order, Params};
-use super::{App, Shared};
+use super::{App, Named, Shared};
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::openai::fields::unexpected;
@@ -43,11 +43,13 @@ impl App {
             mcp: self.mcp.clone(),
         }
     }
+}
 
-    async fn found(&self, tenant: Tenant, id: String) -> Result<Found, ApiError> {
-        let missing = || ApiError::not_found("response", &id, "response_not_found");
-        let sessions = self.sessions.as_ref().ok_or_else(missing)?;
-        Found::of(sessions, tenant.0, id.clone()).await
+impl Named {
+    async fn response(&self) -> Result<Found, ApiError> {
+        let missing = || ApiError::not_found("response", &self.id, "response_not_found");
+        let sessions = self.app.sessions.as_ref().ok_or_else(missing)?;
+        Found::of(sessions, self.tenant.0.clone(), self.id.clone()).await
     }
 }
 
@@ -66,7 +68,7 @@ pub(super) async fn create(
         tokio::spawn(answering.alone());
         return match delivery {
             Delivery::Whole => Ok(Json(object).into_response()),
-            Delivery::Stream => stream(&app, app.found(tenant, id).await?, None).await,
+            Delivery::Stream => stream(&Named { app, tenant, id }, None).await,
         };
     }
     match delivery {
@@ -78,50 +80,32 @@ pub(super) async fn create(
     }
 }
 
-async fn stream(app: &App, found: Found, after: Option<u64>) -> Result<Response, ApiError> {
+async fn stream(named: &Named, after: Option<u64>) -> Result<Response, ApiError> {
+    let (found, app) = (named.response().await?, &named.app);
     let answering = found.answering(&app.registry, app.options.journal_interval, app.time()).await?;
     Ok(answering.stream(after))
 }
 
-async fn retrieve(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    uri: Uri,
-) -> Result<Response, ApiError> {
-    let found = app.found(tenant, id).await?;
+async fn retrieve(named: Named, uri: Uri) -> Result<Response, ApiError> {
     let params = Params::of(&uri)?;
     let after = params.count("starting_after", 0..=u32::MAX)?.map(u64::from);
     match params.choice("stream", &["false", "true"])? {
-        Some(1) => stream(&app, found, after).await,
-        _ => Ok(Json(found.object().await?).into_response()),
+        Some(1) => stream(&named, after).await,
+        _ => Ok(Json(named.response().await?.object().await?).into_response()),
     }
 }
 
-async fn remove(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    app.found(tenant, id.clone()).await?.delete().await?;
-    Ok(Json(json!({"id": id, "object": "response", "deleted": true})))
+async fn remove(named: Named) -> Result<Json<Value>, ApiError> {
+    named.response().await?.delete().await?;
+    Ok(Json(json!({"id": named.id, "object": "response", "deleted": true})))
 }
 
-async fn cancel(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(app.found(tenant, id).await?.cancel().await?))
+async fn cancel(named: Named) -> Result<Json<Value>, ApiError> {
+    Ok(Json(named.response().await?.cancel().await?))
 }
 
-async fn input_items(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let items = app.found(tenant, id).await?.input_items().await?;
+async fn input_items(named: Named, uri: Uri) -> Result<Json<Value>, ApiError> {
+    let items = named.response().await?.input_items().await?;
     page(&Params::of(&uri)?, items).map(Json)
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::Uri;
 use axum::routing::get;
 use axum::{Extension, Json, Router};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::query::Params;
 use super::responses::page;
-use super::{App, Shared};
+use super::{App, Named, Shared};
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
@@ -41,46 +41,32 @@ pub(super) async fn list(
     page(&params.ascending_by_default(), found.iter().map(Stored::object).collect()).map(Json)
 }
 
-async fn retrieve(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(Stored::of(app.sessions()?, &tenant.0, id).await?.object()))
+impl Named {
+    async fn stored(&self) -> Result<Stored, ApiError> {
+        Stored::of(self.app.sessions()?, &self.tenant.0, self.id.clone()).await
+    }
 }
 
-async fn messages(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let found = Stored::of(app.sessions()?, &tenant.0, id).await?;
+async fn retrieve(named: Named) -> Result<Json<Value>, ApiError> {
+    Ok(Json(named.stored().await?.object()))
+}
+
+async fn messages(named: Named, uri: Uri) -> Result<Json<Value>, ApiError> {
+    let found = named.stored().await?;
     let params = Params::of(&uri)?.ascending_by_default();
     let all = params.choice("roles", &["assistant", "all"])? == Some(1);
     page(&params, found.messages(all)).map(Json)
 }
 
-async fn change(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let sessions = app.sessions()?;
-    let found = Stored::of(sessions, &tenant.0, id).await?;
-    let body = app.body(request).await?;
+async fn change(named: Named, request: Request) -> Result<Json<Value>, ApiError> {
+    let (sessions, found) = (named.app.sessions()?, named.stored().await?);
+    let body = named.app.body(request).await?;
     let fields = Fields::of(&body);
     let metadata = session::metadata(&fields)?.ok_or_else(|| fields.missing("metadata", "an object"))?;
     Ok(Json(found.set_metadata(sessions, metadata).await?.object()))
 }
 
-async fn remove(
-    State(app): Shared,
-    Extension(tenant): Extension<Tenant>,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let sessions = app.sessions()?;
-    Stored::of(sessions, &tenant.0, id.clone()).await?.delete(sessions).await?;
-    Ok(Json(json!({"id": id, "object": "chat.completion.deleted", "deleted": true})))
+async fn remove(named: Named) -> Result<Json<Value>, ApiError> {
+    named.stored().await?.delete(named.app.sessions()?).await?;
+    Ok(Json(json!({"id": named.id, "object": "chat.completion.deleted", "deleted": true})))
 }
