@@ -1,9 +1,11 @@
 //! The HTTP side: OpenAI's API over the engine. Text stops here; below this crate there are only tokens.
 //!
 //! The way of a request: `routes/chat.rs` reads the body (`openai/chat.rs`), renders and tokenizes it (`prompt.rs`),
-//! and hands a job to `generate.rs`, which submits it to the engine and turns its events back into text (`choice.rs`:
-//! `detokenize.rs`, `stop.rs`), which `output/` takes apart into reasoning, text and calls. A turn of a session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's
-//! tokens stands for the conversation (`history.rs`), `turn.rs` writes the answer to it. `reply.rs` writes that text as one JSON body or as a stream of events (`sse.rs`).
+//! and hands a job (`job.rs`) to `generate.rs`, which submits it to the engine and turns its events back into text
+//! (`choice.rs`: `detokenize.rs`, `stop.rs`), which `output/` takes apart into reasoning, text and calls. A turn of a
+//! session begins in `sessions/chat.rs`: `opening.rs` finds what of the session's tokens stands for the conversation
+//! (`history.rs`), `begin.rs` submits it, `turn.rs` writes the answer to it. Responses (`responses/create.rs`) take the
+//! same way. `reply.rs` writes the answer as one JSON body or as a stream of events (`sse.rs`).
 
 mod anthropic;
 mod auth;
