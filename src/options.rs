@@ -82,7 +82,7 @@ pub(crate) struct EngineArgs {
     /// Longest sequence in tokens; what the model was made for, or what memory holds, without it.
     #[arg(long, env = "MAINSTAY_CONTEXT", value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
-    /// Memory for keys and values, such as 512M or 4G; a share of the free memory without it.
+    /// Memory for keys and values, such as 512M or 4G; what is left beside the weights without it.
     #[arg(long, env = "MAINSTAY_KV_MEMORY", value_name = "BYTES", value_parser = size::parse)]
     pub(crate) kv_memory: Option<u64>,
     /// Most tokens computed in one step, prompts and answers together.

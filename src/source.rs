@@ -60,17 +60,46 @@ impl Source {
         }
     }
 
+    /// Fetches what has to be fetched.
+    ///
+    /// # Errors
+    /// What the hub says.
+    pub(crate) async fn fetched(self) -> Result<Place> {
+        Ok(match self {
+            Source::Embedded => Place::Embedded,
+            Source::Directory(dir) => Place::Path(dir),
+            Source::Hub(hub) => Place::Path(hub::fetch(&hub).await?),
+        })
+    }
+
     /// Fetches what has to be fetched and opens the checkpoint.
     ///
     /// # Errors
     /// What the hub or the loader says.
     pub(crate) async fn open(self) -> Result<Model> {
-        let dir = match self {
-            Source::Embedded => return open_in_background(Model::embedded).await,
-            Source::Directory(dir) => dir,
-            Source::Hub(hub) => hub::fetch(&hub).await?,
-        };
-        open_in_background(move || Model::open(&dir)).await
+        self.fetched().await?.open().await
+    }
+}
+
+/// Where the files of a model are, on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the binary.
+    Embedded,
+    /// Below a directory.
+    Path(PathBuf),
+}
+
+impl Place {
+    /// Opens the checkpoint.
+    ///
+    /// # Errors
+    /// What the loader says.
+    pub(crate) async fn open(self) -> Result<Model> {
+        match self {
+            Place::Embedded => open_in_background(Model::embedded).await,
+            Place::Path(dir) => open_in_background(move || Model::open(&dir)).await,
+        }
     }
 }
 

@@ -159,7 +159,9 @@ impl ApiError {
 
     /// 429: so many sequences or requests wait already.
     pub(crate) fn queue_full(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("queue_full").retry_after(1)
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            .code("queue_full")
+            .retry_after(1)
     }
 
     /// 404: there is no such session, or it is another tenant's.

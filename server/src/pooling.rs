@@ -230,10 +230,7 @@ impl Model {
 
     /// What it is for: `generate`, `embed`, `rerank`.
     pub(crate) fn tasks(&self) -> impl Iterator<Item = &'static str> {
-        let pooled = self.served.pooled.map(|pooled| match pooled.kind {
-            PooledKind::Embedding => "embed",
-            PooledKind::Score => "rerank",
-        });
+        let pooled = self.served.pooled.map(|pooled| pooled.task());
         self.served.generates.then_some("generate").into_iter().chain(pooled)
     }
 }

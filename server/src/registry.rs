@@ -33,6 +33,16 @@ pub struct PooledShape {
     pub width: usize,
 }
 
+impl PooledShape {
+    /// What a model is for that makes such rows.
+    pub fn task(self) -> &'static str {
+        match self.kind {
+            PooledKind::Embedding => "embed",
+            PooledKind::Score => "rerank",
+        }
+    }
+}
+
 /// A model that can serve requests.
 pub struct ServedModel {
     /// Its name in the API; may contain `/`.
@@ -290,7 +300,8 @@ impl Registry {
         }
         if !has_seat {
             if entry.waiting >= self.inner.waiting_max {
-                let message = format!("{} requests wait for `{id}` to be loaded; try again later", entry.waiting);
+                let message =
+                    format!("{} requests wait for `{id}` to be loaded; try again later", entry.waiting);
                 return Err(ApiError::queue_full(message));
             }
             entry.waiting += 1;

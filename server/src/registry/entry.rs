@@ -23,7 +23,9 @@ pub(super) enum State {
     /// On its way while the server starts: requests are answered 503.
     Starting,
     /// Not loaded; it comes when it is asked for.
-    Away { failure: Option<Failure> },
+    Away {
+        failure: Option<Failure>,
+    },
     /// On its way; requests wait.
     Coming,
     Ready(Arc<Model>),
