@@ -11,7 +11,6 @@ use tokio::task::JoinHandle;
 
 use crate::client::{Client, RemoteArgs};
 use crate::options::ModelArgs;
-use crate::source::Source;
 use crate::{serve, start, store};
 
 /// A server on a free port of the loopback address, under a key that only this process knows.
@@ -79,7 +78,7 @@ impl Connection {
     }
 
     async fn load(args: &ModelArgs, store: Option<Arc<Store>>) -> Result<Self> {
-        let source = Source::parse(args.model.as_deref())?;
+        let source = args.source()?;
         let name = source.name();
         let started = start::alone(source, args.engine.clone(), store.clone()).await?;
         let (device, engine) = (started.device.clone(), started.handle.clone());

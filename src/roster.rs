@@ -9,7 +9,7 @@ use mainstay_server::{FormatChoice, ReasoningFormat, ToolFormat};
 use toml::{Table, Value};
 
 use crate::exit::{self, Usage};
-use crate::options::EngineArgs;
+use crate::options::{EngineArgs, HubArgs};
 use crate::source::Source;
 
 /// The tables of the options file that are no option.
@@ -62,7 +62,8 @@ pub(crate) struct Wanted {
 /// Which models a server is to have.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RosterArgs {
-    /// Models to serve, as MODEL or NAME=MODEL: a directory in Hugging Face layout, or a hub id org/name[@revision].
+    /// Models to serve, as MODEL or NAME=MODEL: a directory in Hugging Face layout, or a hub id
+    /// org/name[:FILE.gguf][@revision].
     /// The small built-in model without any. Tables [[models]] of the options file say more.
     #[arg(id = "model", env = "MAINSTAY_MODEL", value_name = "MODEL")]
     models: Vec<String>,
@@ -72,6 +73,8 @@ pub(crate) struct RosterArgs {
     /// Name of the model in the API, where there is one.
     #[arg(long, env = "MAINSTAY_SERVED_MODEL_NAME", value_name = "NAME", help_heading = "Server")]
     served_model_name: Option<String>,
+    #[command(flatten)]
+    hub: HubArgs,
     #[command(flatten)]
     pub(crate) how: HowArgs,
 }
@@ -90,7 +93,7 @@ impl RosterArgs {
             all.extend(found);
         }
         if all.is_empty() {
-            all.push(self.wanted(None, Source::Embedded));
+            all.push(self.wanted(None, Source::Embedded)?);
         }
         if let Some(name) = &self.served_model_name {
             match all.as_mut_slice() {
@@ -110,16 +113,17 @@ impl RosterArgs {
         Ok(all)
     }
 
-    fn wanted(&self, name: Option<&str>, source: Source) -> Wanted {
+    fn wanted(&self, name: Option<&str>, source: Source) -> Result<Wanted> {
         let name = name.map_or_else(|| source.name(), str::to_owned);
-        Wanted { name, source, how: self.how.clone(), load: self.load, is_pinned: false }
+        let source = source.as_told(&self.hub)?;
+        Ok(Wanted { name, source, how: self.how.clone(), load: self.load, is_pinned: false })
     }
 
     /// `NAME=MODEL` or `MODEL`. A path with `=` in it that exists is one.
     fn named(&self, word: &str) -> Result<Wanted> {
         match word.split_once('=').filter(|(name, _)| !name.is_empty() && !Path::new(word).exists()) {
-            Some((name, model)) => Ok(self.wanted(Some(name), Source::parse(Some(model))?)),
-            None => Ok(self.wanted(None, Source::parse(Some(word))?)),
+            Some((name, model)) => self.wanted(Some(name), Source::parse(Some(model))?),
+            None => self.wanted(None, Source::parse(Some(word))?),
         }
     }
 
@@ -142,7 +146,7 @@ impl RosterArgs {
             Some(other) => bail!("`{key}`: expected a string, found {}", other.type_str()),
         };
         let source = Source::parse(text("model")?)?;
-        let mut wanted = self.wanted(text("name")?, source);
+        let mut wanted = self.wanted(text("name")?, source)?;
         if let Some(load) = text("load")? {
             let wrong = |_| anyhow!("`load`: expected start or demand, found `{load}`");
             wanted.load = Load::from_str(load, false).map_err(wrong)?;
@@ -218,7 +222,7 @@ mod tests {
         let found =
             models(&["org/a", "b=org/c@v1"], "[[models]]\nname = \"d\"\nmodel = \"org/d\"\n").unwrap();
         assert_eq!(names(&found), ["org/a", "b", "d"]);
-        assert!(matches!(&found[1].source, Source::Hub(hub) if hub.revision == "v1"));
+        assert!(matches!(&found[1].source, Source::Hub(hub, _) if hub.revision == "v1"));
         let named = models(&["org/a", "--served-model-name", "x"], "").unwrap();
         assert_eq!(names(&named), ["x"]);
     }
