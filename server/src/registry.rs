@@ -273,7 +273,7 @@ impl Registry {
             if let Some(model) = self.ask(id, seat.is_some())? {
                 return Ok(model);
             }
-            seat.get_or_insert(Seat { registry: self, id });
+            seat.get_or_insert_with(|| Seat { registry: self, id });
             match time.deadline(false) {
                 // The sender is here, so this cannot fail.
                 None => drop(changed.changed().await),
