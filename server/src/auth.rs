@@ -79,6 +79,18 @@ pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenan
     found.ok_or_else(|| ApiError::unauthorized("the API key is not known here"))
 }
 
+/// Checks that the operator asks.
+///
+/// # Errors
+/// 403 where the server has no key of the operator, 401 for another key.
+pub(crate) fn check_operator(keys: &[ApiKey], headers: &HeaderMap) -> Result<(), ApiError> {
+    if keys.is_empty() {
+        let message = "this server is not changed while it runs (start it with --admin-key)";
+        return Err(ApiError::not_operator(message));
+    }
+    authenticate(keys, headers).map(|_| ())
+}
+
 /// Where clients of Anthropic's API put the key.
 const X_API_KEY: &str = "x-api-key";
 

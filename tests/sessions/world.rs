@@ -89,7 +89,7 @@ impl World {
 
     pub(crate) fn create(&self) -> SessionId {
         let tenant = self.store.tenant(TENANT).unwrap().id;
-        let root = self.handle.root(TENANT, b"").unwrap();
+        let root = self.handle.root(TENANT, None, b"").unwrap();
         let settings = Settings { root, durability: Durability::Async, ..Settings::default() };
         self.store.create(tenant, settings).unwrap().id
     }
@@ -117,6 +117,7 @@ impl World {
             logprobs: Some(self.vocab),
             prompt_logprobs: None,
             priority: 0,
+            adapter: None,
             grammar: None,
             keep: Keep::default(),
         };
@@ -144,7 +145,7 @@ impl World {
         let mut tokens = self.store.tokens(tenant.id, session).unwrap();
         tokens.pop();
         let (export, mut parent) =
-            (self.handle.export_pages(), self.handle.root(TENANT, b"").unwrap().unwrap());
+            (self.handle.export_pages(), self.handle.root(TENANT, None, b"").unwrap().unwrap());
         let mut payloads = Vec::new();
         for tokens in tokens.chunks(PAGE_TOKENS) {
             let key = tenant.chain.next(parent, tokens, &[]);

@@ -3,6 +3,7 @@
 use mainstay_backend_api::PAGE_TOKENS;
 use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Root, Store, Tenant};
 
+use crate::Adapter;
 use crate::identity::Identity;
 use crate::request::Reuse;
 
@@ -47,9 +48,18 @@ impl Stored {
     }
 }
 
+/// What a chain begins with.
+pub(crate) fn root<'a>(identity: &Identity, adapter: Option<&Adapter>, salt: &'a [u8]) -> Root<'a> {
+    Root { content: identity.content, adapter: adapter.map(Adapter::hash), rope_table: 0, salt }
+}
+
 impl Chain {
-    pub(crate) fn new(tenant: Tenant, identity: &Identity, salt: &[u8]) -> Self {
-        let root = Root { content: identity.content, adapter: None, rope_table: 0, salt };
+    pub(crate) fn new(
+        tenant: Tenant,
+        identity: &Identity,
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+    ) -> Self {
+        let root = root(identity, adapter, salt);
         let root = tenant.chain.root(&root);
         Self { tenant, root, content: identity.content, class: identity.class }
     }

@@ -1,18 +1,18 @@
 //! The engine seen from outside its thread: a cloneable handle that sends requests and reads counters.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS};
 use mainstay_store::{
-    BundlePages, Durability, ExportPages, KeyChain, PageKey, Root, Store, StoreError, Tenant, TenantId,
+    BundlePages, Durability, ExportPages, KeyChain, PageKey, Store, StoreError, Tenant, TenantId,
     TenantSecret,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
-use crate::chain::Chain;
+use crate::chain::{self, Chain};
 use crate::copies::Copies;
 use crate::identity::{Identity, ModelIdentity};
 use crate::mask::MaskThreads;
@@ -24,7 +24,7 @@ use crate::scheduler::{Scheduler, TierUse, slots_max};
 use crate::sequence::{Sequence, SequenceId, Submission};
 use crate::stats::Counters;
 use crate::tier::Tier;
-use crate::{Event, Keep, Request, RequestError, Stats};
+use crate::{Adapter, Event, Keep, Request, RequestError, Stats};
 
 /// What the operator decided.
 #[derive(Clone)]
@@ -67,16 +67,17 @@ pub struct RequestId(pub u64);
 /// Starts engines and talks to them. When the last handle is gone, the engine finishes what it has and ends.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
-    inbox: UnboundedSender<Message>,
+    pub(crate) inbox: UnboundedSender<Message>,
     /// One permit per sequence that may wait to be started; closed by shutdown.
     seats: Arc<Semaphore>,
     seat_count: usize,
     next_id: AtomicU64,
+    pub(crate) next_adapter: AtomicU32,
     counters: Arc<Counters>,
     limits: Arc<Limits>,
     bounds: Bounds,
@@ -122,6 +123,7 @@ impl Handle {
             seats: Arc::new(Semaphore::new(seat_count)),
             seat_count,
             next_id: AtomicU64::new(0),
+            next_adapter: AtomicU32::new(0),
             counters: Arc::clone(&counters),
             bounds: Bounds {
                 context: limits.context,
@@ -174,6 +176,8 @@ impl Handle {
     fn queue(&self, mut request: Request, goal: Goal) -> Result<Generation, RequestError> {
         let shared = &*self.shared;
         request.check(goal, &shared.bounds)?;
+        let is_here = request.adapter.as_ref().is_none_or(|adapter| adapter.is_of(&shared.inbox));
+        assert!(is_here, "a request names {:?}, which another engine has", request.adapter);
         let seats = Arc::clone(&shared.seats).try_acquire_many_owned(request.choices);
         let seat = seats.map_err(|error| match error {
             TryAcquireError::NoPermits => RequestError::Busy { waiting: shared.seat_count },
@@ -187,7 +191,7 @@ impl Handle {
         tokens.append(&mut request.drawn);
         let (tenant, store) = self.tenant(&request.tenant);
         let keep = &request.keep;
-        let chain = Chain::new(tenant, &shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &shared.identity, (request.adapter.as_ref(), &keep.salt));
         let stored = match store {
             Some(store) => chain.look_up(store, shared.groups, &tokens, keep.reuse),
             None => (chain.nothing(), Vec::new()),
@@ -231,17 +235,27 @@ impl Handle {
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn root(&self, tenant: &str, salt: &[u8]) -> Result<Option<PageKey>, StoreError> {
+    pub fn root(
+        &self,
+        tenant: &str,
+        adapter: Option<&Adapter>,
+        salt: &[u8],
+    ) -> Result<Option<PageKey>, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(None) };
-        let root = Root { content: self.shared.identity.content, adapter: None, rope_table: 0, salt };
+        let root = chain::root(&self.shared.identity, adapter, salt);
         Ok(Some(store.tenant(tenant)?.chain.root(&root)))
     }
 
-    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use; where
-    /// there are none, why, if that is known.
-    pub fn stored_len(&self, tenant: &str, keep: &Keep, tokens: &[u32]) -> (usize, Option<&'static str>) {
+    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use, with what
+    /// `keep` says and under this adapter; where there are none, why, if that is known.
+    pub fn stored_len(
+        &self,
+        tenant: &str,
+        (keep, adapter): (&Keep, Option<&Adapter>),
+        tokens: &[u32],
+    ) -> (usize, Option<&'static str>) {
         let (tenant, Some(store)) = self.tenant(tenant) else { return (0, None) };
-        let chain = Chain::new(tenant, &self.shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &self.shared.identity, (adapter, &keep.salt));
         let (stored, _) = chain.look_up(store, self.shared.groups, tokens, keep.reuse);
         (stored.tokens(), stored.lack)
     }
@@ -260,9 +274,9 @@ impl Handle {
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
+    pub fn import_pages(&self, tenant: &str, adapter: Option<&Adapter>) -> Result<BundlePages, StoreError> {
         let content = self.shared.identity.content;
-        let root = self.root(tenant, b"")?;
+        let root = self.root(tenant, adapter, b"")?;
         Ok(root.map_or(BundlePages::Refuse, |root| BundlePages::Accept { content, root }))
     }
 

@@ -3,6 +3,7 @@
 
 #![warn(missing_docs)]
 
+mod adapter;
 mod chain;
 mod copies;
 pub mod handle;
@@ -17,6 +18,7 @@ mod sequence;
 mod stats;
 mod tier;
 
+pub use adapter::Adapter;
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};
 /// Sessions and their pages on disk, for those above the engine.

@@ -14,7 +14,7 @@ use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::request::Goal;
 use crate::sequence::{LoadId, Rank, Sequence, SequenceId, Submission};
-use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
+use crate::{Adapter, Event, FinishReason, RequestError, RequestId, Score, Stats};
 
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
@@ -515,7 +515,9 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
     let goal = sequence.submission.goal;
     let second = if let Goal::Row { second } = goal { second } else { None };
-    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0, second };
+    let adapter = sequence.request().adapter.as_ref().map(Adapter::id);
+    let tokens_at = start..start + tokens;
+    let mut chunk = Chunk { tokens: tokens_at, position, pages: 0..0, rope_table: 0, second, adapter };
     let table = step.page_table.len();
     for pages in &sequence.pages {
         step.page_table.extend_from_slice(&pages[..chunk.page_count()]);

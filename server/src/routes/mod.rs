@@ -1,5 +1,6 @@
 //! The routes, and what every request passes on its way to one: identity, admission, access log.
 
+mod adapters;
 mod batches;
 mod chat;
 mod completions;
@@ -110,6 +111,7 @@ fn routes(app: Arc<App>) -> Router {
         .route("/v1/embeddings", post(embeddings::post))
         .route("/v1/rerank", post(rerank::post))
         .route("/rerank", post(rerank::post))
+        .merge(adapters::routes())
         .merge(sessions::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
@@ -220,7 +222,9 @@ async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<R
     let options = &app.options;
     let is_shown = options.loopback || options.public_metrics;
     let open = path == "/health" || (matches!(path, "/metrics" | "/openapi.json") && is_shown);
-    if !open {
+    if adapters::PATHS.contains(&path) {
+        auth::check_operator(&options.admin_keys, request.headers())?;
+    } else if !open {
         let tenant = auth::authenticate(&options.api_keys, request.headers());
         if let Err(error) = &tenant
             && path.starts_with("/v1/messages")

@@ -166,7 +166,7 @@ pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, A
 fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Result<Imported, StoreError> {
     let tenant = &owner.tenant;
     let pages = match &wanted.pages {
-        Some(model) => model.served.engine.import_pages(&owner.name)?,
+        Some(model) => model.import_pages(&owner.name)?,
         None => BundlePages::Refuse,
     };
     let mut imported = store.import(tenant, &mut input, ImportAs { id: None, name: wanted.name }, pages)?;
@@ -178,9 +178,9 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         let named = imported.session.settings.model.clone();
         let model = wanted.model.or_else(|| owner.app.registry.loaded(&named));
         let Some(model) = model else { return store.get(tenant.id, id) };
-        let root = model.served.engine.root(&owner.name, b"")?;
+        let root = model.root(&owner.name, b"")?;
         store.patch(tenant.id, id, |settings| {
-            (settings.root, settings.model) = (root, model.served.id.clone());
+            (settings.root, settings.model) = (root, model.id.clone());
         })
     };
     match settle() {
