@@ -61,8 +61,8 @@ pub(crate) const MODES: [Mode; 5] = [
 /// reach.
 #[inline(always)]
 pub(crate) unsafe fn run<C: Bytes, const MODE: usize>(c: C, o: &Operands, panels: usize, rows: usize) {
-    // Where a block has two scales, three vectors of each sum are in flight, not two.
-    let most = if MODES[MODE].subs == 2 { (C::SUMS * 2 / 3).max(2) } else { C::SUMS };
+    // Two panels share loads of activations. Where a block has two scales, three vectors of each sum are in flight.
+    let most = if MODES[MODE].subs == 2 { C::SUMS / 3 } else { C::SUMS / 2 }.max(1);
     let mut row = 0;
     while row < rows {
         let count = most.min(rows - row);
@@ -70,17 +70,11 @@ pub(crate) unsafe fn run<C: Bytes, const MODE: usize>(c: C, o: &Operands, panels
         unsafe {
             match count {
                 1 => all_panels::<C, MODE, 1>(c, o, panels, row),
-                2 => all_panels::<C, MODE, 2>(c, o, panels, row),
-                3 if C::SUMS >= 3 => all_panels::<C, MODE, 3>(c, o, panels, row),
-                4 if C::SUMS >= 4 => all_panels::<C, MODE, 4>(c, o, panels, row),
-                5 if C::SUMS >= 5 => all_panels::<C, MODE, 5>(c, o, panels, row),
-                6 if C::SUMS >= 6 => all_panels::<C, MODE, 6>(c, o, panels, row),
-                7 if C::SUMS >= 7 => all_panels::<C, MODE, 7>(c, o, panels, row),
-                8 if C::SUMS >= 8 => all_panels::<C, MODE, 8>(c, o, panels, row),
-                9 if C::SUMS >= 9 => all_panels::<C, MODE, 9>(c, o, panels, row),
-                10 if C::SUMS >= 10 => all_panels::<C, MODE, 10>(c, o, panels, row),
-                11 if C::SUMS >= 11 => all_panels::<C, MODE, 11>(c, o, panels, row),
-                _ if C::SUMS >= 12 => all_panels::<C, MODE, 12>(c, o, panels, row),
+                2 if C::SUMS >= 4 => all_panels::<C, MODE, 2>(c, o, panels, row),
+                3 if C::SUMS >= 6 => all_panels::<C, MODE, 3>(c, o, panels, row),
+                4 if C::SUMS >= 8 => all_panels::<C, MODE, 4>(c, o, panels, row),
+                5 if C::SUMS >= 10 => all_panels::<C, MODE, 5>(c, o, panels, row),
+                _ if C::SUMS >= 12 => all_panels::<C, MODE, 6>(c, o, panels, row),
                 _ => {}
             }
         }
