@@ -27,7 +27,7 @@ pub use math::Function;
 pub use matmul::{After, PART_ROWS, Part, Product, scratch_len};
 pub use matrix::{Mat, MatMut};
 pub use memory::{Aligned, LINE_BYTES};
-pub use norm::{layer_norm, mean, normalize, rms_norm, rms_norm_in_place};
+pub use norm::{layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place};
 pub use pack::{Form, PackedMatrix, PanelWriter, SourceRows, WeightType, pack_tile};
 pub use quantized::BLOCK;
 pub use quantized::kind::Kind;
