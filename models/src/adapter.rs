@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::LoadError;
 use crate::config::Config;
 use crate::file;
@@ -149,6 +151,23 @@ fn module(name: &str) -> Option<(&str, usize)> {
     }
 }
 
+/// What makes an adapter more than low-rank products, or other ones.
+const OTHER_KINDS: [&str; 13] = [
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "use_qalora",
+    "use_bdlora",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+];
+
 /// Ranks and scales of all modules.
 struct Scaling {
     rank: usize,
@@ -164,17 +183,13 @@ impl Scaling {
         if config.text("peft_type")? != Some("LORA") {
             return Err(config.wrong("peft_type", "LORA"));
         }
-        for key in ["use_dora", "lora_bias", "fan_in_fan_out", "use_qalora"] {
-            if config.flag(key, false)? {
-                return Err(config.wrong(key, "false (other kinds of LoRA are not supported)"));
-            }
-        }
         if !matches!(config.text("bias")?, None | Some("none")) {
             return Err(config.wrong("bias", "none (adapters of biases are not supported)"));
         }
-        for key in ["modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"] {
-            let is_empty = |value: &serde_json::Value| value.as_array().is_some_and(Vec::is_empty);
-            if config.get(key).is_some_and(|value| !is_empty(value)) {
+        for key in OTHER_KINDS {
+            let is_nothing =
+                |value: &Value| *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty);
+            if config.get(key).is_some_and(|value| !is_nothing(value)) {
                 return Err(config.wrong(key, "nothing (only low-rank products are supported)"));
             }
         }

@@ -125,12 +125,12 @@ impl Model {
         }
     }
 
-    /// Where the chain of page keys of a tenant's session begins.
+    /// Where the chain of page keys begins of a tenant's session of this many tokens.
     ///
     /// # Errors
     /// As [`Handle::root`].
-    pub(crate) fn root(&self, tenant: &str, salt: &[u8]) -> Result<Option<PageKey>, StoreError> {
-        self.served.engine.root(tenant, self.adapter.as_ref(), salt)
+    pub(crate) fn root(&self, tenant: &str, salt: &[u8], len: usize) -> Result<Option<PageKey>, StoreError> {
+        self.served.engine.root(tenant, (self.adapter.as_ref(), salt), len)
     }
 
     /// How many of these tokens have stored pages, or why there are none.

@@ -1,13 +1,13 @@
 //! Drives an executor with hand-made steps: sequences with their pages, and nothing of the engine.
 
 use mainstay_backend_api::{
-    Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow, PAGE_TOKENS,
-    PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
+    AdapterId, Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow,
+    PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
-use mainstay_models::{Weights, graph::Graph};
+use mainstay_models::{AdapterWeights, Weights, graph::Graph};
 
 /// A backend and what failures call it.
 pub(crate) struct Named {
@@ -117,6 +117,11 @@ impl Rig {
     /// A new sequence.
     pub(crate) fn open(&self) -> Sequence {
         Sequence { tables: vec![Vec::new(); self.free.len()], ..Sequence::default() }
+    }
+
+    /// A new sequence that will have this many tokens.
+    pub(crate) fn open_for(&self, len: usize) -> Sequence {
+        Sequence { rope_table: self.executor.kv_layout().rope_switch.table(len), ..self.open() }
     }
 
     /// Gives a sequence's pages back.

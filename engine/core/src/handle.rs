@@ -12,7 +12,7 @@ use mainstay_store::{
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
-use crate::chain::{self, Chain};
+use crate::chain::Chain;
 use crate::copies::Copies;
 use crate::identity::{Identity, ModelIdentity};
 use crate::mask::MaskThreads;
@@ -231,19 +231,19 @@ impl Handle {
         &self.shared.identity
     }
 
-    /// Where the chain of page keys of a tenant's session begins.
+    /// Where the chain of page keys of a tenant's session of this many tokens begins.
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
     pub fn root(
         &self,
         tenant: &str,
-        adapter: Option<&Adapter>,
-        salt: &[u8],
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+        len: usize,
     ) -> Result<Option<PageKey>, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(None) };
-        let root = chain::root(&self.shared.identity, adapter, salt);
-        Ok(Some(store.tenant(tenant)?.chain.root(&root)))
+        let chain = Chain::new(store.tenant(tenant)?, &self.shared.identity, (adapter, salt));
+        Ok(Some(chain.root(self.shared.identity.rope_table(len))))
     }
 
     /// How many of these tokens, from the first on, have stored pages that a request of this engine would use, with what
@@ -260,11 +260,11 @@ impl Handle {
         (stored.tokens(), stored.lack)
     }
 
-    /// Which pages an export of a session of this model takes along.
-    pub fn export_pages(&self) -> ExportPages {
+    /// Which pages an export of a session of this model and of this many tokens takes along.
+    pub fn export_pages(&self, len: usize) -> ExportPages {
         let identity = &self.shared.identity;
         ExportPages {
-            content: identity.content,
+            content: identity.contents[identity.rope_table(len)],
             class: identity.class,
             groups: u16::try_from(self.shared.groups).unwrap_or(u16::MAX),
         }
@@ -275,9 +275,11 @@ impl Handle {
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
     pub fn import_pages(&self, tenant: &str, adapter: Option<&Adapter>) -> Result<BundlePages, StoreError> {
-        let content = self.shared.identity.content;
-        let root = self.root(tenant, adapter, b"")?;
-        Ok(root.map_or(BundlePages::Refuse, |root| BundlePages::Accept { content, root }))
+        let Some(store) = &self.shared.store else { return Ok(BundlePages::Refuse) };
+        let identity = &self.shared.identity;
+        let chain = Chain::new(store.tenant(tenant)?, identity, (adapter, b""));
+        let chains = [0, 1].map(|table| (identity.contents[table], chain.root(table)));
+        Ok(BundlePages::Accept { chains })
     }
 
     /// Waits until the pages of all requests that have finished are with the system, where a killed process leaves

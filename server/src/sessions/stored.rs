@@ -51,7 +51,7 @@ pub(crate) async fn create(
         let tenant = store.tenant(&name)?.id;
         let settings = Settings {
             model: model.id.clone(),
-            root: model.root(&name, b"")?,
+            root: model.root(&name, b"", 0)?,
             durability,
             meta: record.to_bytes(),
             ..Settings::default()

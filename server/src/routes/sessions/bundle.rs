@@ -80,7 +80,7 @@ pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<Expo
     if !engine.settle(SETTLE).await {
         tracing::warn!("an export goes without the pages that are still being written");
     }
-    Ok(engine.export_pages())
+    Ok(engine.export_pages(info.token_count as usize))
 }
 
 /// The store's end of an export. Waits for the connection, as long as it is one.
@@ -178,7 +178,8 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         let named = imported.session.settings.model.clone();
         let model = wanted.model.or_else(|| owner.app.registry.loaded(&named));
         let Some(model) = model else { return store.get(tenant.id, id) };
-        let root = model.root(&owner.name, b"")?;
+        let len = imported.session.token_count as usize;
+        let root = model.root(&owner.name, b"", len)?;
         store.patch(tenant.id, id, |settings| {
             (settings.root, settings.model) = (root, model.id.clone());
         })
