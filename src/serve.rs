@@ -55,6 +55,16 @@ pub(crate) struct HttpArgs {
         hide_env_values = true
     )]
     api_key: Vec<String>,
+    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading. Without any key,
+    /// whoever connects from this machine is the operator.
+    #[arg(
+        long,
+        env = "MAINSTAY_ADMIN_KEYS",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    admin_key: Vec<String>,
     /// Allow other machines to connect although there is no key.
     #[arg(long, env = "MAINSTAY_INSECURE", value_parser = switch())]
     insecure: bool,
@@ -116,7 +126,8 @@ pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
     let source = Source::parse(args.model.model.as_deref())?;
     // refuses what needs no model before anything is fetched
     start::backend(&args.model.engine)?;
-    let keys = keys(&args.http.api_key)?;
+    let mut keys = keys("--api-key", &args.http.api_key)?;
+    keys.extend(self::keys("--admin-key", &args.http.admin_key)?.into_iter().map(ApiKey::admin));
     let mcp = mcp::servers(file, &args.http.mcp_server)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(source, args, (keys, mcp)));
@@ -207,8 +218,8 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
     })
 }
 
-fn keys(texts: &[String]) -> Result<Vec<ApiKey>> {
-    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("--api-key: {e}"))));
+fn keys(option: &str, texts: &[String]) -> Result<Vec<ApiKey>> {
+    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("{option}: {e}"))));
     texts.iter().filter(|t| !t.is_empty()).map(parse).collect()
 }
 

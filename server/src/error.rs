@@ -165,6 +165,18 @@ impl ApiError {
         }
     }
 
+    /// 404: an export was to have pages, and there are none.
+    pub(crate) fn no_pages() -> Self {
+        let message = "no keys and values of this session are kept: export it with include=tokens";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("pages_not_found")
+    }
+
+    /// 403: what was asked for is the operator's.
+    pub(crate) fn not_admin() -> Self {
+        let message = "this needs a key of the operator (--admin-key)";
+        Self::new(StatusCode::FORBIDDEN, INVALID, message).code("admin_only")
+    }
+
     /// 404: this server has no object store.
     pub(crate) fn no_tier() -> Self {
         let message =

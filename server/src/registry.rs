@@ -144,6 +144,11 @@ impl Registry {
         }
     }
 
+    /// Whether it names no model.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// The only model, or the first of several, for requests that may leave the name out.
     pub(crate) fn first(&self) -> Result<Arc<Model>, ApiError> {
         match self.snapshot().first() {

@@ -73,7 +73,10 @@ pub(super) async fn export(target: Target, uri: Uri) -> Result<Response, ApiErro
 
 /// Which pages go along, once those of finished turns are with the store.
 pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
-    let model = target.owner.app.registry.get(&info.settings.model)?;
+    let Ok(model) = target.owner.app.registry.get(&info.settings.model) else {
+        // Without its model, what the store has tells whose pages they are.
+        return target.call(Store::stored_pages).await?.ok_or_else(ApiError::no_pages);
+    };
     target.set_root(info, &model).await?;
     let engine = &model.served.engine;
     if !engine.settle(SETTLE).await {
@@ -109,8 +112,16 @@ struct Wanted {
     name: Option<String>,
     /// The model that goes on with the session; without one it keeps the bundle's.
     model: Option<Arc<Model>>,
-    /// Whose pages are taken.
-    pages: Option<Arc<Model>>,
+    pages: Taken,
+}
+
+/// Which pages are taken.
+enum Taken {
+    None,
+    /// What this model would have computed.
+    Of(Arc<Model>),
+    /// All: this server has no model to compare them with, and whoever opens the session with one will.
+    Any,
 }
 
 impl Wanted {
@@ -120,8 +131,9 @@ impl Wanted {
         let model = params.text("model").map(|id| registry.get(id)).transpose()?;
         // Nothing proves who computed a bundle's pages: they are taken only where that is asked for.
         let pages = match params.choice("include", &INCLUDE)? {
-            Some(1) => Some(model.clone().map_or_else(|| registry.first(), Ok)?),
-            _ => None,
+            Some(1) if registry.is_empty() => Taken::Any,
+            Some(1) => Taken::Of(model.clone().map_or_else(|| registry.first(), Ok)?),
+            _ => Taken::None,
         };
         Ok(Self { name: named, model, pages })
     }
@@ -159,8 +171,9 @@ pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, A
 fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Result<Imported, StoreError> {
     let tenant = &owner.tenant;
     let pages = match &wanted.pages {
-        Some(model) => model.served.engine.import_pages(&owner.name)?,
-        None => BundlePages::Refuse,
+        Taken::Of(model) => model.served.engine.import_pages(&owner.name)?,
+        Taken::Any => BundlePages::Any,
+        Taken::None => BundlePages::Refuse,
     };
     let mut imported = store.import(tenant, &mut input, ImportAs { id: None, name: wanted.name }, pages)?;
     let id = imported.session.id;
