@@ -5,6 +5,8 @@
 
 mod chain;
 mod copies;
+mod draft;
+mod drafter;
 pub mod handle;
 pub mod identity;
 mod mask;
@@ -17,6 +19,7 @@ mod sequence;
 mod stats;
 mod tier;
 
+pub use draft::DraftPolicy;
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};
 /// Sessions and their pages on disk, for those above the engine.

@@ -273,14 +273,17 @@ fn a_hundred_thousand_steps_keep_the_books() {
         tiny(&[30, 14], 100, 5, 12),
     ];
     let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
-    let (mut restored, mut completed) = (0, 0);
+    let (mut restored, mut completed, mut drafted, mut kept) = (0, 0, 0, 0);
     for seed in 0..20 {
         let limits = shapes[seed as usize % shapes.len()].clone();
         let fail_every = (seed % 3 == 2).then_some(23 + seed);
         // Every other life has a store, which holds less than what is handed over.
         let stored_pages = (seed % 2 == 1).then_some(40);
         let mut world = World::new(seed, limits, fail_every, stored_pages);
+        world.rig.scheduler.pace = (seed % 4 < 2).then(Pace::default);
         let stats = world.run(6000);
+        drafted += stats.drafted_tokens;
+        kept += stats.draft_kept_tokens;
         restored += stats.restored_tokens;
         copies += world.copies;
         finished += world.finished;
@@ -294,6 +297,7 @@ fn a_hundred_thousand_steps_keep_the_books() {
     assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
     assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
     assert!(completed > 300, "{reached:?}");
+    assert!(kept > 500 && drafted > kept + 500, "{kept} of {drafted}");
 }
 
 #[test]
