@@ -41,7 +41,7 @@ mod tool_prompt;
 pub use auth::{ApiKey, ApiKeyError};
 pub use mcp::{McpServer, McpServerError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
+pub use registry::{About, Listed, Loader, Loading, PooledShape, Registry, ServedModel};
 pub use routes::store::{clean, damage_object, verification};
-pub use registry::{PooledShape, Registry, ServedModel};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

@@ -50,21 +50,37 @@ pub struct ExportPages {
 pub enum BundlePages {
     /// Tokens alone; pages are computed again.
     Refuse,
-    /// Pages of this content, named anew after this root.
+    /// Pages of these contents, named anew after their roots.
     Accept {
-        /// What this engine computes with.
-        content: ContentId,
-        /// Where the session's chain begins here.
-        root: PageKey,
+        /// What this engine computes with, one for each of the model's rope tables, and where a session's chain begins
+        /// here.
+        chains: [(ContentId, PageKey); 2],
     },
     /// Pages of whatever content the bundle says: for a store without a model. A model goes on from them only if it is
     /// of that content.
     Any,
 }
 
-/// Where the chain of a plain session begins: no adapter, the first RoPE table, no salt.
-fn plain_root(chain: &KeyChain, content: ContentId) -> PageKey {
-    chain.root(&Root { content, adapter: None, rope_table: 0, salt: b"" })
+/// Where the chain of a plain session begins: no adapter, no salt.
+fn plain_root(chain: &KeyChain, content: ContentId, rope_table: u32) -> PageKey {
+    chain.root(&Root { content, adapter: None, rope_table, salt: b"" })
+}
+
+impl BundlePages {
+    /// Pages of one content.
+    pub fn accept(content: ContentId, root: PageKey) -> Self {
+        Self::Accept { chains: [(content, root); 2] }
+    }
+
+    /// The root for pages of this content, if they are accepted.
+    pub(crate) fn root_of(self, content: ContentId) -> Option<PageKey> {
+        match self {
+            Self::Refuse | Self::Any => None,
+            Self::Accept { chains } => {
+                chains.into_iter().find(|chain| chain.0 == content).map(|chain| chain.1)
+            }
+        }
+    }
 }
 
 /// What an imported session is to be called.
@@ -234,7 +250,10 @@ impl Store {
         let info = self.get(tenant, id)?;
         let turns = self.turns(tenant, id)?;
         let (chain, root) = (self.chain(tenant)?, info.settings.root);
-        let pages = pages.filter(|pages| root == Some(plain_root(&chain, pages.content)));
+        let pages = pages.filter(|pages| {
+            let plain = [0, 1].map(|table| Some(plain_root(&chain, pages.content, table)));
+            plain.contains(&root)
+        });
         let mut out = Out::new(out, MAGIC)?;
         let mut head = Writer::default();
         head.option(pages.map(|pages| pages.content), |out, content| {
@@ -306,11 +325,11 @@ impl Store {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
         let (content, created_ms, mut settings) = parse_session(&head)?;
-        let accepted = match pages {
-            BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
-            BundlePages::Any => content.map(|content| (content, plain_root(&tenant.chain, content))),
-            BundlePages::Accept { .. } | BundlePages::Refuse => None,
+        let root_of = |content| match pages {
+            BundlePages::Any => Some(plain_root(&tenant.chain, content, 0)),
+            pages => pages.root_of(content),
         };
+        let accepted = content.and_then(|content| Some((content, root_of(content)?)));
         let (turns, tokens, keys) = (Vec::new(), Vec::new(), Vec::new());
         let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
         let (mut taken, mut refused) = (0, 0);
@@ -328,10 +347,10 @@ impl Store {
                 Some((kind, _)) => return Err(StoreError::Bundle(format!("a part of kind {kind}"))),
             }
         }
-        settings.root = match pages {
-            BundlePages::Accept { root, .. } => Some(root),
-            BundlePages::Any => accepted.map(|(_, root)| root),
-            BundlePages::Refuse => None,
+        settings.root = match (accepted, pages) {
+            (Some((_, root)), _) => Some(root),
+            (None, BundlePages::Accept { chains }) => Some(chains[0].1),
+            (None, BundlePages::Refuse | BundlePages::Any) => None,
         };
         settings.name = called.name;
         // A copy is pinned by whoever wants it; a session that moves stays as it is.
