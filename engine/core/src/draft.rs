@@ -26,25 +26,28 @@ pub enum DraftPolicy {
     Off,
 }
 
-/// What followed the last tokens where they stood before: after the longest match, the latest of equals.
-pub(crate) fn look_up(tokens: &[u32], len_max: usize) -> &[u32] {
-    let Some((&last, before)) = tokens.split_last() else { return &[] };
+/// Appends what followed the last tokens where they stood before: after the longest match, the latest of equals. Past
+/// the end it goes on with what it has guessed, as text does that repeats itself.
+pub(crate) fn look_up(tokens: &[u32], len: usize, draft: &mut Vec<u32>) {
+    let Some((&last, before)) = tokens.split_last() else { return };
     let first = before.len().saturating_sub(REACH);
-    let (mut best, mut place) = (MATCH_LEN_MIN - 1, tokens.len());
+    let (mut best, mut place) = (MATCH_LEN_MIN - 1, None);
     for at in (first..before.len()).rev() {
         if tokens[at] != last {
             continue;
         }
         let pairs = tokens[..=at].iter().rev().zip(tokens.iter().rev());
-        let len = pairs.take(MATCH_LEN_ENOUGH).take_while(|(a, b)| a == b).count();
-        if len > best {
-            (best, place) = (len, at + 1);
-            if len == MATCH_LEN_ENOUGH {
+        let matched = pairs.take(MATCH_LEN_ENOUGH).take_while(|(a, b)| a == b).count();
+        if matched > best {
+            (best, place) = (matched, Some(at + 1));
+            if matched == MATCH_LEN_ENOUGH {
                 break;
             }
         }
     }
-    &tokens[place..tokens.len().min(place.saturating_add(len_max))]
+    let Some(place) = place else { return };
+    let period = tokens.len() - place;
+    draft.extend((0..len).map(|i| tokens[place + i % period]));
 }
 
 /// How well the guesses of one sequence have come true.
@@ -56,6 +59,8 @@ pub(crate) struct Luck {
 
 /// Weight of a new guess.
 const WEIGHT: f64 = 0.2;
+/// No luck is certain.
+const RATE_MAX: f64 = 0.98;
 /// What a sequence is believed to be like before it was tried.
 const RATE_BELIEVED: f64 = 0.5;
 /// What a place where nothing was guessed adds, so that bad luck does not last for ever.
@@ -72,7 +77,7 @@ impl Luck {
     pub(crate) fn has_drawn(&mut self, guessed: usize, kept: usize) {
         (0..guessed.min(kept + 1)).for_each(|i| {
             let found = if i < kept { 1.0 } else { 0.0 };
-            self.rate += (found - self.rate) * WEIGHT;
+            self.rate = (self.rate + (found - self.rate) * WEIGHT).min(RATE_MAX);
         });
     }
 
@@ -167,18 +172,25 @@ pub(crate) enum Source {
 mod tests {
     use super::*;
 
+    fn found(tokens: &[u32], len: usize) -> Vec<u32> {
+        let mut draft = Vec::new();
+        look_up(tokens, len, &mut draft);
+        draft
+    }
+
     #[test]
     fn the_longest_match_is_followed_and_the_latest_of_equals() {
-        assert_eq!(look_up(&[1, 2, 3, 4, 9, 1, 2], 8), [3, 4, 9, 1, 2]);
-        assert_eq!(look_up(&[1, 2, 3, 4, 9, 1, 2], 2), [3, 4]);
-        assert_eq!(look_up(&[1, 2, 5, 1, 2, 6, 1, 2], 1), [6]);
-        assert_eq!(look_up(&[7, 1, 2, 5, 1, 2, 6, 7, 1, 2], 1), [5]);
-        assert_eq!(look_up(&[4, 4, 4, 4], 8), [4]);
+        assert_eq!(found(&[1, 2, 3, 4, 9, 1, 2], 5), [3, 4, 9, 1, 2]);
+        assert_eq!(found(&[1, 2, 3, 4, 9, 1, 2], 7), [3, 4, 9, 1, 2, 3, 4]);
+        assert_eq!(found(&[1, 2, 3, 4, 9, 1, 2], 2), [3, 4]);
+        assert_eq!(found(&[1, 2, 5, 1, 2, 6, 1, 2], 1), [6]);
+        assert_eq!(found(&[7, 1, 2, 5, 1, 2, 6, 7, 1, 2], 1), [5]);
+        assert_eq!(found(&[4, 4, 4, 4], 3), [4, 4, 4]);
         for nothing in [&[][..], &[1], &[1, 2, 3], &[9, 2, 8, 2]] {
-            assert_eq!(look_up(nothing, 8), [0; 0], "{nothing:?}");
+            assert_eq!(found(nothing, 8), [0; 0], "{nothing:?}");
         }
         let far: Vec<u32> = [1, 2, 3].into_iter().chain(10..20_000).chain([1, 2]).collect();
-        assert_eq!(look_up(&far, 8), [0; 0], "beyond reach");
+        assert_eq!(found(&far, 8), [0; 0], "beyond reach");
     }
 
     fn pace(base_ms: f64, row_ms: f64) -> Pace {
