@@ -111,7 +111,7 @@ impl Owner {
     }
 
     fn kv(&self, store: &Store, info: &SessionInfo) -> StoredKv {
-        let Ok(model) = self.app.registry.get(&info.settings.model) else {
+        let Some(model) = self.app.registry.loaded(&info.settings.model) else {
             return StoredKv { tokens: 0, reason: Some("model_not_loaded") };
         };
         let engine = &model.served.engine;
@@ -171,10 +171,7 @@ impl Target {
 
 async fn create(State(app): Shared, owner: Owner, request: Request) -> Result<Response, ApiError> {
     let body = owner.body(request).await?;
-    let model = match Fields::of(&body).string("model")? {
-        Some(id) => app.registry.get(id)?,
-        None => app.registry.first()?,
-    };
+    let model = app.registry.named(Fields::of(&body).string("model")?, &app.time()).await?;
     let (durability, named) = (app.options.durability, model.served.id.clone());
     let mut settings = Settings { model: named, durability, ..Settings::default() };
     Wanted::read(&body)?.apply(&mut settings);
