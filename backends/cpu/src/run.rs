@@ -181,7 +181,7 @@ impl Core {
     }
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
     fn program(&mut self, program: &Program) {
         for call in &program.calls {
             if !matches!(call, Call::Linear { .. }) {
