@@ -181,8 +181,9 @@ impl Core {
     }
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
     fn program(&mut self, program: &Program) {
+        self.in_packed = None;
         for call in &program.calls {
             if !matches!(call, Call::Linear { .. }) {
                 self.in_packed = None;
