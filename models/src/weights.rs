@@ -6,6 +6,7 @@
 mod define;
 mod dtype;
 mod header;
+mod memory;
 mod root;
 mod shards;
 mod view;
@@ -22,6 +23,7 @@ use view::{RowMap, Storage};
 
 pub(crate) use define::{Cut, Rows};
 pub use dtype::DType;
+pub use memory::MemoryTensor;
 pub use root::RootCheck;
 pub use view::TensorView;
 
