@@ -7,6 +7,7 @@ mod define;
 mod dtype;
 mod gguf;
 mod header;
+mod memory;
 mod root;
 mod shards;
 mod view;
@@ -23,6 +24,7 @@ use view::{RowMap, Storage};
 
 pub(crate) use define::{Cut, Rows};
 pub use dtype::DType;
+pub use memory::MemoryTensor;
 pub use root::RootCheck;
 pub use view::TensorView;
 

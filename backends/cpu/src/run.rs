@@ -183,6 +183,7 @@ impl Core {
 
 impl<'a> Runner<'a> {
     fn program(&mut self, program: &Program) {
+        self.in_packed = None;
         for call in &program.calls {
             if !matches!(call, Call::Linear { .. }) {
                 self.in_packed = None;
