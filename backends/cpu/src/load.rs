@@ -84,11 +84,12 @@ impl Loader<'_> {
         let parts = key.0.iter().map(|(n, rows)| Ok((self.weights.tensor(n)?, *rows)));
         let source = Source { parts: parts.collect::<Result<_, LoadError>>()?, order: used.order };
         let (rows, cols) = (matrix.rows(), matrix.cols);
-        let mut packed = PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
-            LoadError::Resources {
-                what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
-            }
-        })?;
+        let mut packed =
+            PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
+                LoadError::Resources {
+                    what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
+                }
+            })?;
         pack(&mut packed, &source, self.threads);
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
