@@ -77,10 +77,11 @@ pub(crate) struct HttpArgs {
         hide_env_values = true
     )]
     api_key: Vec<String>,
-    /// A key of the operator's, who may load adapters while the server runs; may be repeated or separated by commas.
+    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading adapters. Without
+    /// any key, whoever connects from this machine is the operator.
     #[arg(
         long,
-        env = "MAINSTAY_ADMIN_KEY",
+        env = "MAINSTAY_ADMIN_KEYS",
         value_name = "KEY",
         value_delimiter = ',',
         hide_env_values = true
@@ -132,7 +133,8 @@ pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
     for model in &models {
         start::backend(&model.how.engine)?;
     }
-    let keys = [keys("--api-key", &args.http.api_key)?, keys("--admin-key", &args.http.admin_key)?];
+    let mut keys = keys("--api-key", &args.http.api_key)?;
+    keys.extend(self::keys("--admin-key", &args.http.admin_key)?.into_iter().map(ApiKey::admin));
     let mcp = mcp::servers(file, &args.http.mcp_server)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(models, args, (keys, mcp)));
@@ -144,9 +146,9 @@ pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
 async fn serve(
     models: Vec<Wanted>,
     args: ServeArgs,
-    ([keys, admin_keys], mcp): ([Vec<ApiKey>; 2], Vec<McpServer>),
+    (keys, mcp): (Vec<ApiKey>, Vec<McpServer>),
 ) -> Result<()> {
-    let address = address(&args.http, !keys.is_empty()).await?;
+    let address = address(&args.http, !keys.iter().all(ApiKey::is_admin)).await?;
     let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
     let local = listener.local_addr()?;
     let (trigger, signal) = shutdown_channel();
@@ -170,7 +172,6 @@ async fn serve(
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
         mcp_servers: mcp,
-        admin_keys,
         adapter_dirs: args.models.lora_dir.clone(),
         ..server_options(&args.http, keys, address)
     };

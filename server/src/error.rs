@@ -143,11 +143,6 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).param("lora_name").code("adapter_not_found")
     }
 
-    /// 403: the operator alone may do this.
-    pub(crate) fn not_operator(message: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, INVALID, message).code("admin_only")
-    }
-
     /// 503: the server is starting.
     pub(crate) fn model_loading(id: &str) -> Self {
         Self::unavailable(format!("the model `{id}` is being loaded"), "model_loading")
@@ -210,6 +205,18 @@ impl ApiError {
             }
             _ => Self::internal("the disk of this server failed"),
         }
+    }
+
+    /// 404: an export was to have pages, and there are none.
+    pub(crate) fn no_pages() -> Self {
+        let message = "no keys and values of this session are kept: export it with include=tokens";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("pages_not_found")
+    }
+
+    /// 403: what was asked for is the operator's.
+    pub(crate) fn not_admin() -> Self {
+        let message = "this needs a key of the operator (--admin-key)";
+        Self::new(StatusCode::FORBIDDEN, INVALID, message).code("admin_only")
     }
 
     /// 404: this server has no object store.

@@ -45,5 +45,6 @@ pub use registry::{
     About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, NotLoaded, PooledShape, Registry,
     ServedModel,
 };
+pub use routes::store::{clean, damage_object, verification};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

@@ -262,6 +262,11 @@ impl Registry {
         self.roster().owner(id)?.loaded(id).ok().flatten()
     }
 
+    /// Whether it names this model.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        self.roster().entry(id).is_some()
+    }
+
     /// The only model, or the first of several, for requests that may leave the name out.
     ///
     /// # Errors

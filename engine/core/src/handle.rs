@@ -14,6 +14,8 @@ use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
 use crate::chain::Chain;
 use crate::copies::Copies;
+use crate::draft::{DraftPolicy, Pace};
+use crate::drafter::Drafter;
 use crate::identity::{Identity, ModelIdentity};
 use crate::mask::MaskThreads;
 use crate::planner::{Planner, RestorePolicy};
@@ -43,6 +45,8 @@ pub struct EngineOptions {
     pub store: Option<Arc<Store>>,
     /// Whether stored pages are read back.
     pub restore: RestorePolicy,
+    /// Whether tokens are guessed ahead.
+    pub draft: DraftPolicy,
 }
 
 impl EngineOptions {
@@ -56,6 +60,7 @@ impl EngineOptions {
             model: ModelIdentity::default(),
             store: None,
             restore: RestorePolicy::default(),
+            draft: DraftPolicy::default(),
         }
     }
 }
@@ -108,6 +113,19 @@ impl Handle {
     /// # Errors
     /// If the system gives no thread, or the limits leave no room for a single token.
     pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> std::io::Result<Self> {
+        Self::start_with(executor, None, options)
+    }
+
+    /// The same, with a smaller model of the same vocabulary, and the limits it was loaded with, that guesses what the
+    /// executor draws. It changes no token, and is not asked where that would not be faster.
+    ///
+    /// # Errors
+    /// As [`Handle::start`].
+    pub fn start_with(
+        executor: Box<dyn Executor>,
+        draft: Option<(Box<dyn Executor>, Limits)>,
+        options: EngineOptions,
+    ) -> std::io::Result<Self> {
         let limits = usable(options.limits)?;
         let (sender, inbox) = unbounded_channel();
         let seat_count = options.waiting.min(Semaphore::MAX_PERMITS).min(u32::MAX as usize);
@@ -139,7 +157,9 @@ impl Handle {
             class,
         });
         let pool = KvPool::new(&limits.pages);
-        let (scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
+        let (mut scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
+        let guesses = options.draft == DraftPolicy::Auto && uses.is_invariant;
+        scheduler.pace = guesses.then(Pace::default);
         let engine = Engine {
             executor,
             scheduler,
@@ -148,6 +168,7 @@ impl Handle {
             counters,
             planner,
             copies,
+            drafter: draft.map(|(executor, limits)| Drafter::new(executor, limits)),
             masks,
             put_off: None,
             tier,

@@ -6,6 +6,8 @@
 mod adapter;
 mod chain;
 mod copies;
+mod draft;
+mod drafter;
 pub mod handle;
 pub mod identity;
 mod mask;
@@ -19,6 +21,7 @@ mod stats;
 mod tier;
 
 pub use adapter::Adapter;
+pub use draft::DraftPolicy;
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};
 /// Sessions and their pages on disk, for those above the engine.

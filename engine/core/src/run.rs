@@ -11,6 +11,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::oneshot;
 
 use crate::copies::Copies;
+use crate::drafter::Drafter;
 use crate::mask::{MaskThreads, Masked};
 use crate::planner::Planner;
 use crate::pool::KvPool;
@@ -49,6 +50,8 @@ pub(crate) struct Engine {
     pub(crate) counters: Arc<Counters>,
     pub(crate) planner: Planner,
     pub(crate) copies: Copies,
+    /// A smaller model that guesses, until its device fails.
+    pub(crate) drafter: Option<Drafter>,
     pub(crate) masks: MaskThreads,
     /// Until when the next step is put off for masks.
     pub(crate) put_off: Option<Instant>,
@@ -90,6 +93,7 @@ impl Engine {
         let mut stalled = true;
         while self.receive(&mut open, stalled) {
             self.take_copies();
+            self.guess();
             self.scheduler.plan(&mut self.pool, &mut step, &mut self.planner);
             self.begin_copies();
             self.report();
@@ -112,6 +116,28 @@ impl Engine {
         }
     }
 
+    /// Has the smaller model guess, if there is one.
+    fn guess(&mut self) {
+        let Some(drafter) = &mut self.drafter else { return };
+        let wanted = self.scheduler.wants();
+        if wanted.is_empty() {
+            return;
+        }
+        let begun = Instant::now();
+        match drafter.guess(&wanted) {
+            Ok(guesses) => {
+                let count = guesses.iter().map(|(_, draft)| draft.len()).sum();
+                drop(wanted);
+                if let Some(pace) = &mut self.scheduler.pace {
+                    pace.has_guessed(count, begun.elapsed());
+                }
+                self.scheduler.offer(guesses);
+            }
+            // Requests do without.
+            Err(_) => self.drafter = None,
+        }
+    }
+
     fn compute(&mut self, step: &Step, out: &mut StepOutput) {
         let begun = Instant::now();
         match self.executor.submit(step).and_then(|()| self.executor.finish(out)) {
@@ -121,6 +147,9 @@ impl Engine {
                 let took = begun.elapsed();
                 self.put_off = Some(Instant::now() + took / MASK_SHARE);
                 self.planner.has_computed(step.tokens.len(), took);
+                if let Some(pace) = &mut self.scheduler.pace {
+                    pace.has_computed(step.tokens.len(), took);
+                }
                 self.scheduler.commit(&mut self.pool, out);
             }
             Err(error) => self.scheduler.fail(&mut self.pool, &error),

@@ -8,22 +8,19 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::routing::post;
 
-use super::{App, Shared};
+use super::{Admin, App, Shared};
 use crate::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::registry::{ListedAdapter, Replace};
-
-/// Both paths, which the operator's key opens and no other.
-pub(super) const PATHS: [&str; 2] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"];
 
 /// Longest name of an adapter, bytes.
 const NAME_BYTES_MAX: usize = 256;
 
 pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new().route(PATHS[0], post(load)).route(PATHS[1], post(unload))
+    Router::new().route("/v1/load_lora_adapter", post(load)).route("/v1/unload_lora_adapter", post(unload))
 }
 
-async fn load(State(app): Shared, request: Request) -> Result<String, ApiError> {
+async fn load(_: Admin, State(app): Shared, request: Request) -> Result<String, ApiError> {
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
     let id = fields.required_string("lora_name")?;
@@ -43,7 +40,7 @@ async fn load(State(app): Shared, request: Request) -> Result<String, ApiError> 
     Ok(format!("Success: LoRA adapter '{id}' added successfully."))
 }
 
-async fn unload(State(app): Shared, request: Request) -> Result<String, ApiError> {
+async fn unload(_: Admin, State(app): Shared, request: Request) -> Result<String, ApiError> {
     let body = app.body(request).await?;
     let id = Fields::of(&body).required_string("lora_name")?.to_owned();
     app.registry.remove_adapter(&id)?;

@@ -16,6 +16,7 @@ mod rerank;
 mod responses;
 mod responses_ws;
 mod sessions;
+pub(crate) mod store;
 mod stored_chat;
 mod stream;
 mod tokenize;
@@ -37,7 +38,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use crate::anthropic::error::MessagesError;
-use crate::auth::{self, Tenant};
+use crate::auth::{self, Role, Tenant};
 use crate::batches::{Batches, Queue, Work, Worker};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
@@ -113,6 +114,7 @@ fn routes(app: Arc<App>) -> Router {
         .route("/rerank", post(rerank::post))
         .merge(adapters::routes())
         .merge(sessions::routes())
+        .merge(store::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
@@ -208,6 +210,20 @@ impl FromRequestParts<Arc<App>> for Named {
     }
 }
 
+/// Proof that the operator asks.
+struct Admin;
+
+impl FromRequestParts<Arc<App>> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<App>) -> Result<Self, ApiError> {
+        match parts.extensions.get::<Role>() {
+            Some(Role::Admin) => Ok(Self),
+            _ => Err(ApiError::not_admin()),
+        }
+    }
+}
+
 async fn no_route(method: Method, uri: Uri) -> ApiError {
     ApiError::no_route(method.as_str(), uri.path())
 }
@@ -222,17 +238,20 @@ async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<R
     let options = &app.options;
     let is_shown = options.loopback || options.public_metrics;
     let open = path == "/health" || (matches!(path, "/metrics" | "/openapi.json") && is_shown);
-    if adapters::PATHS.contains(&path) {
-        auth::check_operator(&options.admin_keys, request.headers())?;
-    } else if !open {
-        let tenant = auth::authenticate(&options.api_keys, request.headers());
-        if let Err(error) = &tenant
+    if !open {
+        let caller = auth::authenticate(&options.api_keys, request.headers());
+        if let Err(error) = &caller
             && path.starts_with("/v1/messages")
         {
             return Ok(MessagesError(error.clone()).into_response());
         }
-        let tenant = tenant?;
+        let (tenant, mut role) = caller?;
+        if options.api_keys.is_empty() && options.loopback {
+            // Whoever is on this machine could as well open the data directory.
+            role = Role::Admin;
+        }
         request.extensions_mut().insert::<Tenant>(tenant);
+        request.extensions_mut().insert::<Role>(role);
     }
     if app.shutdown.stage() >= ShutdownStage::Drain && request.uri().path() != "/metrics" {
         return Err(ApiError::unavailable("the server is shutting down", "shutting_down"));

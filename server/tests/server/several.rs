@@ -14,7 +14,7 @@ use mainstay_engine::Handle;
 use mainstay_engine::store::Store;
 use mainstay_models::AdapterWeights;
 use mainstay_server::{
-    About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, NotLoaded, Registry, ServedModel,
+    About, ApiKey, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, NotLoaded, Registry, ServedModel,
     ServerOptions,
 };
 use serde_json::{Value, json};
@@ -108,7 +108,7 @@ async fn several(fakes: &Arc<Fakes>, waiting_max: usize) -> (Server, Registry) {
     let other = start(Setup::default()).await;
     let options = ServerOptions {
         store: fakes.store.clone(),
-        admin_keys: vec!["operator".parse().unwrap()],
+        api_keys: vec!["operator".parse::<ApiKey>().unwrap().admin()],
         adapter_dirs: fakes.adapters.iter().cloned().collect(),
         ..ServerOptions::default()
     };
@@ -329,7 +329,7 @@ async fn the_operator_alone_loads_adapters_from_directories_that_were_named() {
     let (server, _) = several(&fakes, 16).await;
     let one = json!({"lora_name": "new", "lora_path": inside.path().join("one")});
     for key in [None, Some("guess")] {
-        assert_eq!(operate(&server, LOAD, key, one.clone()).await.error(401)["code"], "invalid_api_key");
+        assert_eq!(operate(&server, LOAD, key, one.clone()).await.error(403)["code"], "admin_only");
     }
     let operator = Some("operator");
     let elsewhere = json!({"lora_name": "new", "lora_path": outside.path()});
@@ -362,7 +362,7 @@ async fn the_operator_alone_loads_adapters_from_directories_that_were_named() {
     server.post(CHAT, &ask("new", json!({}))).await.error(404);
     let none = start(Setup::default()).await;
     let reply = operate(&none, LOAD, operator, json!({"lora_name": "n", "lora_path": "/"})).await;
-    assert_eq!(reply.error(403)["code"], "admin_only");
+    assert_eq!(reply.error(400)["param"], "lora_path", "on this machine everyone may, but from nowhere");
 }
 
 #[tokio::test]
