@@ -143,7 +143,7 @@ async fn tokenize_and_detokenize_undo_each_other() {
 async fn models_are_listed_and_found_by_names_with_slashes() {
     let server = start(Setup::default()).await;
     let model = json!({"id": MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "mainstay",
-                       "max_model_len": CONTEXT, "tasks": ["generate", "embed"]});
+                       "max_model_len": CONTEXT, "tasks": ["generate", "embed"], "state": "loaded"});
     assert_eq!(server.get("/v1/models").await.ok(), json!({"object": "list", "data": [model]}));
     assert_eq!(server.get("/v1/models/org/echo").await.ok(), model);
     assert_eq!(server.get("/v1/models/org%2Fecho").await.ok(), model);
