@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::graph::{Activation, Attend, Graph, Mask, Op, Rope};
+use mainstay_models::graph::{Activation, Attend, Gate, Graph, Mask, Op, Rope};
 use serde_json::{Value, json};
 
 fn fixture(family: &str, name: &str) -> Value {
@@ -165,7 +165,10 @@ fn activations_are_mapped() {
     ] {
         let graph = changed("llama", &json!({"hidden_act": name})).unwrap();
         assert!(
-            graph.blocks[0].ops.iter().any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == expected))
+            graph.blocks[0]
+                .ops
+                .iter()
+                .any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == Gate::By(expected)))
         );
     }
 }

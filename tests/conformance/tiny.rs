@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, RopeLayout, Value, Vector,
+    Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled,
+    PooledKind, Rope, RopeLayout, Value, Vector,
 };
 
 use crate::random::Random;
@@ -29,7 +29,7 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
     build(&mut block, input);
     let kv = block.ops.iter().find_map(|op| match op {
         Op::Attend(Attend { kv_heads: heads, head_dim, mask: Mask::Causal { window }, .. }) => {
-            Some(KvSpec { heads: *heads, head_dim: *head_dim, window: *window })
+            Some(KvSpec::heads(*heads, *head_dim, *window))
         }
         _ => None,
     });
@@ -42,7 +42,7 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
         layers: vec![Layer { block: 0, prefix: "layer.".into() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }] },
         pooled: None,
-        kv: vec![kv.unwrap_or(KvSpec { heads: 1, head_dim: 8, window: None })],
+        kv: vec![kv.unwrap_or(KvSpec::heads(1, 8, None))],
         hidden,
         vocab: hidden,
         context: CONTEXT,
@@ -122,7 +122,7 @@ fn element_wise() -> Vec<(String, Graph)> {
                 format!("GatedActivate {f:?}"),
                 one(hidden, |b, x| {
                     let input = linear(b, x, "w", 2 * hidden, hidden);
-                    b.push(Op::GatedActivate { input, f });
+                    b.push(Op::GatedActivate { input, f: Gate::By(f) });
                 }),
             );
         }
@@ -166,7 +166,8 @@ fn rotations(random: &mut Random) -> Vec<(String, Graph)> {
     for (head_dim, dim) in [(8, 8), (24, 24), (24, 10), (64, 64), (64, 32), (48, 2)] {
         for layout in LAYOUTS {
             let tables = vec![table(random, dim / 2), table(random, dim / 2)];
-            let rope = Rope { tables, head_dim, dim, layout, scale: random.pick(&[1.0, 1.3]) };
+            let first = random.below(head_dim - dim + 1);
+            let rope = Rope { tables, head_dim, first, dim, layout, scale: random.pick(&[1.0, 1.3]) };
             let name = format!("Rope {layout:?}, {dim} of {head_dim}");
             graphs.push((
                 name,
@@ -185,9 +186,10 @@ fn attentions(random: &mut Random) -> Vec<(String, Graph)> {
         [(1, 1, 8), (4, 4, 16), (4, 2, 24), (8, 1, 20), (6, 2, 64), (2, 1, 128)]
     {
         for window in [None, Some(1), Some(5), Some(40)] {
-            let softcap = random.coin().then_some(2.0);
-            let name =
-                format!("Attend {heads}/{kv_heads} x {head_dim}, window {window:?}, softcap {softcap:?}");
+            let (softcap, sinks) = (random.coin().then_some(2.0), random.coin());
+            let name = format!(
+                "Attend {heads}/{kv_heads} x {head_dim}, window {window:?}, softcap {softcap:?}, sinks {sinks}"
+            );
             graphs.push((
                 name,
                 one(64, |b, x| {
@@ -207,6 +209,7 @@ fn attentions(random: &mut Random) -> Vec<(String, Graph)> {
                         scale,
                         mask: Mask::Causal { window },
                         softcap,
+                        sinks: sinks.then(|| Vector::one("sinks", heads)),
                     }));
                     linear(b, y, "o", 64, wide);
                 }),
@@ -224,6 +227,7 @@ struct Recipe {
     head_dim: usize,
     window: Option<usize>,
     softcap: Option<f32>,
+    sinks: bool,
     rope: Option<Rope>,
     /// q/k norm: over this many elements, per head or per row.
     head_norm: Option<HeadNorm>,
@@ -249,6 +253,7 @@ impl Recipe {
         let rope = Rope {
             tables: vec![table(random, dim / 2), table(random, dim / 2)],
             head_dim,
+            first: random.below(head_dim - dim + 1),
             dim,
             layout: random.pick(&LAYOUTS),
             scale: random.pick(&[1.0, 1.2]),
@@ -259,6 +264,7 @@ impl Recipe {
             head_dim,
             window: random.pick(&[None, None, Some(3), Some(33)]),
             softcap: random.pick(&[None, None, Some(5.0)]),
+            sinks: random.below(4) == 0,
             rope: (random.below(5) > 0).then_some(rope),
             head_norm: random.pick(&[None, Some(HeadNorm::PerHead), Some(HeadNorm::PerRow)]),
             stacked: random.coin(),
@@ -302,7 +308,9 @@ impl Recipe {
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
         let scale = (head_dim as f32).sqrt().recip();
         let (mask, softcap) = (Mask::Causal { window: self.window }, self.softcap);
-        let rows = b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, mask, softcap }));
+        let sinks = self.sinks.then(|| Vector::one("sinks", heads));
+        let rows =
+            b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, mask, softcap, sinks }));
         linear(b, rows, "o", hidden, wide)
     }
 
@@ -324,7 +332,7 @@ impl Recipe {
         let rows = if self.gated {
             let weight = Matrix::stacked(&[("gate", self.inner), ("up", self.inner)], hidden);
             let both = b.push(Op::Linear { input, weight, bias: None });
-            b.push(Op::GatedActivate { input: both, f })
+            b.push(Op::GatedActivate { input: both, f: Gate::By(f) })
         } else {
             let up = linear(b, input, "up", self.inner, hidden);
             b.push(Op::Activate { input: up, f })
@@ -360,7 +368,7 @@ pub(crate) fn model(random: &mut Random) -> Graph {
     }
     let spec = |kind: usize| {
         let r = &recipes[kind];
-        KvSpec { heads: r.kv_heads, head_dim: r.head_dim, window: r.window }
+        KvSpec::heads(r.kv_heads, r.head_dim, r.window)
     };
     Graph {
         family: "seeded",

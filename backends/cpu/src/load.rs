@@ -82,12 +82,21 @@ impl Loader<'_> {
             parts.iter().zip(&key.0).map(|(t, (_, rows))| source(t, *rows)).collect();
         let first = sources.first().map_or(WeightType::F32, |s| s.rows.dtype);
         let dtype = if sources.iter().all(|s| s.rows.dtype == first) { first } else { WeightType::F32 };
-        let rows = matrix.rows();
-        let mut packed =
-            PackedMatrix::zeroed(dtype, rows, matrix.cols).ok_or_else(|| LoadError::Resources {
-                what: format!("no memory for the {rows} x {} weights `{}`", matrix.cols, key.0[0].0),
-            })?;
-        pack(&mut packed, &sources, used.order, self.threads);
+        let (rows, cols) = match used.order {
+            RowOrder::Plain | RowOrder::Halves => (matrix.rows(), matrix.cols),
+            RowOrder::Some { count, .. } => (count, matrix.cols),
+            RowOrder::Columns { count, .. } => (matrix.cols, count),
+        };
+        let mut packed = PackedMatrix::zeroed(dtype, rows, cols).ok_or_else(|| LoadError::Resources {
+            what: format!("no memory for the {cols} x {rows} weights `{}`", key.0[0].0),
+        })?;
+        if let RowOrder::Columns { first, .. } = used.order {
+            let bytes = columns(&sources, first, (rows, cols));
+            let turned = Source { rows: SourceRows { dtype, bytes: &bytes }, count: rows };
+            pack(&mut packed, &[turned], used.order, self.threads);
+        } else {
+            pack(&mut packed, &sources, used.order, self.threads);
+        }
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
         Ok(packed)
@@ -121,10 +130,24 @@ fn source<'a>(tensor: &TensorView<'a>, count: usize) -> Source<'a> {
     Source { rows: SourceRows { dtype, bytes: tensor.bytes }, count }
 }
 
-/// The graph's row that is stored as row `row` of `rows`.
+/// The columns of `cols` rows from `first` on, as `rows` rows.
+fn columns(sources: &[Source<'_>], first: usize, (rows, cols): (usize, usize)) -> Vec<u8> {
+    let size = sources.first().map_or(0, |s| s.rows.dtype.size_bytes());
+    let mut turned = vec![0; rows * cols * size];
+    for col in 0..cols {
+        let (part, from) = locate(sources, first + col);
+        let stored = part.bytes[from * rows * size..][..rows * size].chunks_exact(size);
+        let places = turned[col * size..].chunks_mut(cols * size);
+        places.zip(stored).for_each(|(to, element)| to[..size].copy_from_slice(element));
+    }
+    turned
+}
+
+/// The source's row that is stored as row `row` of `rows`.
 fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     match order {
-        RowOrder::Plain => row,
+        RowOrder::Plain | RowOrder::Columns { .. } => row,
+        RowOrder::Some { first, .. } => first + row,
         RowOrder::Halves => {
             let (panel, lane) = (row / LANES, row % LANES);
             panel / 2 * LANES + lane + panel % 2 * (rows / 2)

@@ -4,8 +4,8 @@ use crate::LoadError;
 use crate::config::Config;
 use crate::families::rope;
 use crate::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, Value, Vector,
+    Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled,
+    PooledKind, Rope, Value, Vector,
 };
 
 pub(super) const LAYERS_MAX: usize = 4096;
@@ -122,7 +122,7 @@ impl Decoder {
             layers,
             epilogue: self.epilogue(),
             pooled: Some(self.pooled()),
-            kv: self.windows.iter().map(|&window| KvSpec { heads, head_dim, window }).collect(),
+            kv: self.windows.iter().map(|&window| KvSpec::heads(heads, head_dim, window)).collect(),
             hidden: self.hidden,
             vocab: self.vocab,
             context: self.context,
@@ -193,6 +193,7 @@ impl Decoder {
             scale: (self.head_dim as f64).powf(-0.5) as f32,
             mask: Mask::Causal { window },
             softcap: None,
+            sinks: None,
         }));
         let weight = Matrix::one("self_attn.o_proj.weight", self.hidden, q_width);
         let bias = self.biases.out.then(|| Vector::one("self_attn.o_proj.bias", self.hidden));
@@ -205,7 +206,7 @@ impl Decoder {
         let weight = Matrix { parts: names("weight"), cols: self.hidden };
         let bias = self.biases.mlp.then(|| Vector { parts: names("bias") });
         let rows = block.push(Op::Linear { input, weight, bias });
-        let rows = block.push(Op::GatedActivate { input: rows, f: self.activation });
+        let rows = block.push(Op::GatedActivate { input: rows, f: Gate::By(self.activation) });
         let weight = Matrix::one("mlp.down_proj.weight", self.hidden, self.inner);
         let bias = self.biases.mlp.then(|| Vector::one("mlp.down_proj.bias", self.hidden));
         block.push(Op::Linear { input: rows, weight, bias })

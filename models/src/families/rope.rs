@@ -46,7 +46,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
         }
     }
     let tables = vec![Arc::from(inv_freq)];
-    Ok(Rope { tables, head_dim, dim: head_dim, layout: RopeLayout::Half, scale: 1.0 })
+    Ok(Rope { tables, head_dim, first: 0, dim: head_dim, layout: RopeLayout::Half, scale: 1.0 })
 }
 
 /// theta^(-2i / dim) for i in 0..dim/2 (RoFormer, arXiv 2104.09864).
