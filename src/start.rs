@@ -157,7 +157,7 @@ pub(crate) fn device_name(backend: &dyn Backend) -> String {
 pub(crate) fn kv_dtype(choice: KvType, weights: &Weights) -> KvDType {
     let bytes = |f32s: bool| -> usize {
         let views = weights.names().filter_map(|n| weights.tensor(n).ok());
-        views.filter(|t| (t.dtype == DType::F32) == f32s).map(|t| t.bytes.len()).sum()
+        views.filter(|t| (t.dtype == DType::F32) == f32s).map(|t| t.stored_bytes()).sum()
     };
     match choice {
         KvType::F32 => KvDType::F32,
@@ -240,8 +240,8 @@ fn warm(weights: &Weights, weight_bytes: u64) {
     }
     const SYSTEM_PAGE_BYTES: usize = 4096;
     let mut progress = Progress::start("reading weights", weight_bytes);
-    for view in weights.names().filter_map(|n| weights.tensor(n).ok()) {
-        for piece in view.bytes.chunks(1 << 24) {
+    for bytes in weights.stored_bytes() {
+        for piece in bytes.chunks(1 << 24) {
             let touched = piece.iter().step_by(SYSTEM_PAGE_BYTES).fold(0u8, |sum, b| sum.wrapping_add(*b));
             std::hint::black_box(touched);
             progress.advance(piece.len() as u64);

@@ -683,7 +683,7 @@ impl Graph {
 
     /// Bytes of all weights as they are stored, each tensor counted once.
     pub fn weight_bytes(&self, weights: &Weights) -> u64 {
-        weights.names().filter_map(|n| weights.tensor(n).ok()).map(|t| t.bytes.len() as u64).sum()
+        weights.names().filter_map(|n| weights.tensor(n).ok()).map(|t| t.stored_bytes() as u64).sum()
     }
 }
 

@@ -128,12 +128,13 @@ impl Source<'_> {
     fn tensors(&self, parts: &[(String, usize)], prefix: &str) -> Result<Vec<Tensor>, LoadError> {
         let read = |(name, _): &(String, usize)| {
             let view = self.weights.tensor(&format!("{prefix}{name}"))?;
-            let dtype = match view.dtype {
-                mainstay_models::weights::DType::F32 => DType::F32,
+            let (dtype, bytes) = view.to_plain();
+            let dtype = match dtype {
                 mainstay_models::weights::DType::F16 => DType::F16,
                 mainstay_models::weights::DType::BF16 => DType::BF16,
+                _ => DType::F32,
             };
-            Tensor::from_raw_buffer(view.bytes, dtype, view.shape, self.device).map_err(load_error)
+            Tensor::from_raw_buffer(&bytes, dtype, view.shape, self.device).map_err(load_error)
         };
         parts.iter().map(read).collect()
     }

@@ -1,5 +1,6 @@
 //! Weights from the checkpoint into panels, each matrix once however many blocks name it.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -78,8 +79,9 @@ impl Loader<'_> {
             return Ok(Arc::clone(packed));
         }
         let parts = key.0.iter().map(|(n, _)| self.weights.tensor(n)).collect::<Result<Vec<_>, _>>()?;
+        let plain: Vec<_> = parts.iter().map(TensorView::to_plain).collect();
         let sources: Vec<Source<'_>> =
-            parts.iter().zip(&key.0).map(|(t, (_, rows))| source(t, *rows)).collect();
+            plain.iter().zip(&key.0).map(|(p, (_, rows))| source(p, *rows)).collect();
         let first = sources.first().map_or(WeightType::F32, |s| s.rows.dtype);
         let dtype = if sources.iter().all(|s| s.rows.dtype == first) { first } else { WeightType::F32 };
         let (rows, cols) = match used.order {
@@ -121,13 +123,13 @@ struct Source<'a> {
     count: usize,
 }
 
-fn source<'a>(tensor: &TensorView<'a>, count: usize) -> Source<'a> {
-    let dtype = match tensor.dtype {
-        DType::F32 => WeightType::F32,
+fn source<'a>((dtype, bytes): &'a (DType, Cow<'_, [u8]>), count: usize) -> Source<'a> {
+    let dtype = match dtype {
         DType::F16 => WeightType::F16,
         DType::BF16 => WeightType::BF16,
+        _ => WeightType::F32,
     };
-    Source { rows: SourceRows { dtype, bytes: tensor.bytes }, count }
+    Source { rows: SourceRows { dtype, bytes }, count }
 }
 
 /// The columns of `cols` rows from `first` on, as `rows` rows.
