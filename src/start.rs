@@ -252,7 +252,7 @@ fn warm(weights: &Weights, weight_bytes: u64) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op};
+    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op, RopeSwitch};
 
     use super::*;
 
@@ -279,6 +279,7 @@ mod tests {
             hidden: 32,
             vocab: 100,
             context: 1000,
+            rope_switch: RopeSwitch::default(),
         }
     }
 

@@ -78,6 +78,7 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
         DType::F32 => safetensors::Dtype::F32,
         DType::F16 => safetensors::Dtype::F16,
         DType::BF16 => safetensors::Dtype::BF16,
+        other => panic!("{other:?} is no plain float"),
     };
     let views = stored.iter().map(|(name, (shape, bytes))| {
         (name, TensorView::new(kind, shape.clone(), bytes).expect("sizes fit"))
@@ -91,6 +92,7 @@ fn store(values: &[f32], dtype: DType) -> Vec<u8> {
         DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        other => panic!("{other:?} is no plain float"),
     }
 }
 
@@ -117,7 +119,7 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
     }
     let mut vector = |v: &Vector, centre: f32, spread: f32| {
         for (name, len) in &v.parts {
-            let values = (0..*len).map(|_| centre + random.signed() * spread).collect();
+            let values = (0..*len).map(|_| centre - v.offset + random.signed() * spread).collect();
             tensors.insert(format!("{prefix}{name}"), (vec![*len], values));
         }
     };

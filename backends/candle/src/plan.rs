@@ -122,7 +122,8 @@ impl Source<'_> {
     }
 
     fn vector(&self, vector: &Vector, prefix: &str) -> Result<Tensor, LoadError> {
-        stacked_f32(&self.tensors(&vector.parts, prefix)?).map_err(load_error)
+        let numbers = vector.read(prefix, self.weights)?;
+        Tensor::from_vec(numbers, vector.width(), self.device).map_err(load_error)
     }
 
     fn tensors(&self, parts: &[(String, usize)], prefix: &str) -> Result<Vec<Tensor>, LoadError> {

@@ -106,12 +106,7 @@ impl Loader<'_> {
 
     fn vector(&mut self, used: &VectorUse, prefix: &str) -> Result<Arc<[f32]>, LoadError> {
         let len = used.vector.width();
-        let mut plain = vec![0.0; len];
-        let mut first = 0;
-        for (name, part) in &used.vector.parts {
-            self.weights.tensor(&format!("{prefix}{name}"))?.read_f32(&mut plain[first..first + part]);
-            first += part;
-        }
+        let plain = used.vector.read(prefix, self.weights)?;
         let mut values: Vec<f32> = (0..len).map(|row| plain[source_row(row, len, used.order)]).collect();
         values.resize(len.next_multiple_of(LANES), 0.0);
         Ok(values.into())

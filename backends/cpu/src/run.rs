@@ -9,7 +9,7 @@ use mainstay_backend_api::{Limits, Step};
 use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
 use mainstay_kernels_cpu::kv::BlockShape;
 use mainstay_kernels_cpu::{
-    Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_in_place, rope, rope_angles,
+    Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
@@ -187,6 +187,11 @@ impl Runner<'_> {
                     let width = self.vector_width(program, weight);
                     let weight = &self.weights.vectors[weight][..width];
                     self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
+                }
+                Call::NormAdd { weight, eps, input, out } => {
+                    let width = self.vector_width(program, weight);
+                    let weight = &self.weights.vectors[weight][..width];
+                    self.row_wise(input, out, |x, o| rms_norm_add(x, weight, eps, o));
                 }
                 Call::LayerNorm { weight, bias, eps, input, out } => {
                     let width = self.vector_width(program, weight);

@@ -28,7 +28,7 @@ pub use math::{Function, Gate};
 pub use matmul::{After, PART_ROWS, Part, Product, scratch_len};
 pub use matrix::{Mat, MatMut};
 pub use memory::{Aligned, LINE_BYTES};
-pub use norm::{layer_norm, mean, normalize, rms_norm, rms_norm_in_place};
+pub use norm::{layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place};
 pub use pack::{PackedMatrix, PanelWriter, SourceRows, WeightType, pack_tile};
 pub use rope::{Pairing, rope, rope_angles};
 pub use simd::LANES;

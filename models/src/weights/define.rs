@@ -138,13 +138,7 @@ impl Weights {
         }
     }
 
-    fn pick(
-        &self,
-        name: &str,
-        shape: &mut [usize],
-        map: &mut RowMap,
-        rows: &Rows,
-    ) -> Result<(), LoadError> {
+    fn pick(&self, name: &str, shape: &mut [usize], map: &mut RowMap, rows: &Rows) -> Result<(), LoadError> {
         let Some(count) = shape.first_mut() else {
             return Err(self.wrong(name, "expected rows, found a single number".to_owned()));
         };

@@ -79,7 +79,7 @@ pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<Expo
     if !engine.settle(SETTLE).await {
         tracing::warn!("an export goes without the pages that are still being written");
     }
-    Ok(engine.export_pages())
+    Ok(engine.export_pages(info.token_count as usize))
 }
 
 /// The store's end of an export. Waits for the connection, as long as it is one.
@@ -171,7 +171,8 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         let named = imported.session.settings.model.clone();
         let model = wanted.model.or_else(|| owner.app.registry.get(&named).ok());
         let Some(model) = model else { return store.get(tenant.id, id) };
-        let root = model.served.engine.root(&owner.name, b"")?;
+        let len = imported.session.token_count as usize;
+        let root = model.served.engine.root(&owner.name, b"", len)?;
         store.patch(tenant.id, id, |settings| {
             (settings.root, settings.model) = (root, model.served.id.clone());
         })

@@ -160,9 +160,9 @@ impl Target {
         if info.settings.root.is_some() {
             return Ok(());
         }
-        let (model, name) = (Arc::clone(model), self.owner.name.clone());
+        let (model, name, len) = (Arc::clone(model), self.owner.name.clone(), info.token_count as usize);
         let set = move |store: &Store, tenant, id| {
-            let root = model.served.engine.root(&name, b"")?;
+            let root = model.served.engine.root(&name, b"", len)?;
             store.patch(tenant, id, |settings| settings.root = root)
         };
         self.call(set).await.map(|_| ())
@@ -180,7 +180,7 @@ async fn create(State(app): Shared, owner: Owner, request: Request) -> Result<Re
     Wanted::read(&body)?.apply(&mut settings);
     let (name, tenant) = (owner.name.clone(), owner.tenant.id);
     let make = move |store: &Store| {
-        settings.root = model.served.engine.root(&name, b"")?;
+        settings.root = model.served.engine.root(&name, b"", 0)?;
         store.create(tenant, settings)
     };
     let made = owner.sessions.call(make).await?;

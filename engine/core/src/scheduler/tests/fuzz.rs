@@ -145,14 +145,18 @@ struct World {
     finished: usize,
     completed: usize,
     copies: usize,
+    /// Chunks that began anew by the second rope table.
+    crossed: usize,
 }
 
 impl World {
+    /// Every fourth seed gives a model with two rope tables.
     fn new(seed: u64, limits: Limits, fail_every: Option<u64>, stored_pages: Option<u64>) -> Self {
         let mut random = Random(seed);
         let bases = (0..3).map(|_| (0..90).map(|_| random.below(VOCAB) as u32).collect()).collect();
         let echo = EchoExecutor::new(VOCAB, limits.clone());
         let echo = fail_every.into_iter().fold(echo, EchoExecutor::failing_every);
+        let echo = if seed % 4 == 3 { echo.switching_at(75) } else { echo };
         Self {
             context: limits.context,
             choices_max: slots_max(&limits).min(4),
@@ -164,6 +168,7 @@ impl World {
             finished: 0,
             completed: 0,
             copies: 0,
+            crossed: 0,
         }
     }
 
@@ -249,6 +254,8 @@ impl World {
             self.act();
             self.rig.turn();
             self.copies += self.rig.step.copies.len();
+            let anew = |chunk: &&Chunk| chunk.rope_table == 1 && chunk.position == 0;
+            self.crossed += self.rig.step.chunks.iter().filter(anew).count();
             self.listen();
         }
         self.rig.drain();
@@ -273,7 +280,7 @@ fn a_hundred_thousand_steps_keep_the_books() {
         tiny(&[30, 14], 100, 5, 12),
     ];
     let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
-    let (mut restored, mut completed) = (0, 0);
+    let (mut restored, mut completed, mut crossed) = (0, 0, 0);
     for seed in 0..20 {
         let limits = shapes[seed as usize % shapes.len()].clone();
         let fail_every = (seed % 3 == 2).then_some(23 + seed);
@@ -283,6 +290,7 @@ fn a_hundred_thousand_steps_keep_the_books() {
         let stats = world.run(6000);
         restored += stats.restored_tokens;
         copies += world.copies;
+        crossed += world.crossed;
         finished += world.finished;
         completed += world.completed;
         steps += stats.steps;
@@ -290,10 +298,10 @@ fn a_hundred_thousand_steps_keep_the_books() {
         cached += stats.cached_tokens;
     }
     // The seeds must reach what they are there for.
-    let reached = (steps, finished, preemptions, cached, copies, restored, completed);
+    let reached = (steps, finished, preemptions, cached, copies, restored, completed, crossed);
     assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
     assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
-    assert!(completed > 300, "{reached:?}");
+    assert!(completed > 300 && crossed > 500, "{reached:?}");
 }
 
 #[test]
