@@ -5,6 +5,7 @@
 
 mod define;
 mod dtype;
+mod experts;
 mod header;
 mod root;
 mod shards;
@@ -99,6 +100,7 @@ impl Weights {
         let mut weights = Self::empty(dir);
         if single.exists() || !index.exists() {
             weights.add(&single, map(&single)?)?;
+            weights.name_experts()?;
             return Ok(weights);
         }
         let shards = shards::read(&index)?;
@@ -120,6 +122,7 @@ impl Weights {
                 ));
             }
         }
+        weights.name_experts()?;
         Ok(weights)
     }
 

@@ -215,7 +215,7 @@ fn norms_behind_products_are_added_to_the_residual() {
     let mut b = Block::default();
     let x = b.push(Op::Input);
     let g = b.push(linear(x, 96, HIDDEN));
-    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let g = b.push(Op::GatedActivate { input: g, f: Gate::By(Activation::GeluTanh) });
     let d = b.push(linear(g, HIDDEN, 48));
     let n = b.push(norm(d, HIDDEN));
     let sum = b.push(Op::Add { a: x, b: n });
