@@ -6,12 +6,15 @@
 
 mod arena;
 mod executor;
+mod experts;
+mod latent;
 mod load;
 mod machine;
 mod pages;
 mod place;
 mod plan;
 mod pool;
+mod products;
 mod run;
 mod whole;
 

@@ -3,7 +3,7 @@
 
 use half::f16;
 use mainstay_kernels_cpu::{
-    After, BLOCK, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType,
+    After, BLOCK, Integers, Isa, Kernels, Kind, LANES, MatMut, PackedMatrix, Part, Product, WeightType,
     scratch_len,
 };
 
@@ -158,8 +158,9 @@ fn plainly(m: &Matrix, row: &[Integers], x: &[([i32; BLOCK], f32)], start: f32) 
 fn quantize(kernels: &Kernels, input: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let per_row = mainstay_kernels_cpu::Form::Integers.input_len(1, cols);
     let mut packed = vec![f32::NAN; rows * per_row];
-    for (i, place) in packed.chunks_mut(kernels.tile_rows() * per_row).enumerate() {
-        kernels.quantize_tile(Mat::new(input, rows, cols, cols), i, place);
+    let tile = kernels.tile_rows();
+    for (place, rows) in packed.chunks_mut(tile * per_row).zip(input.chunks(tile * cols)) {
+        kernels.quantize_tile(rows.chunks_exact(cols), place);
     }
     packed
 }
@@ -193,8 +194,7 @@ fn check(kernels: &Kernels, m: &Matrix, rows: usize, cut: (usize, usize)) {
     let mut bias: Vec<f32> = (0..m.rows.len()).map(|i| noise(i + 9)).collect();
     bias.resize(m.packed.panels() * LANES, 0.0);
     let packed = quantize(kernels, &input, rows, m.cols);
-    let product =
-        Product { weight: &m.packed, bias: Some(&bias), input: &packed, rows, after: After::Store };
+    let product = Product { weight: &m.packed, bias: Some(&bias), input: &packed, rows, after: After::Store };
     let stride = m.packed.panels() * LANES;
     let mut out = vec![f32::NAN; rows * stride];
     multiply(kernels, &product, cut, &mut out);
@@ -269,7 +269,8 @@ fn panels_of_several_kinds_are_one_product() {
     for kernels in Isa::supported().map(|isa| Kernels::new(isa).expect("supported")) {
         for m in [1, 3, 30] {
             let input = quantize(&kernels, &activations(m, cols), m, cols);
-            let product = |weight| Product { weight, bias: None, input: &input, rows: m, after: After::Store };
+            let product =
+                |weight| Product { weight, bias: None, input: &input, rows: m, after: After::Store };
             let mut found = vec![f32::NAN; m * rows];
             multiply(&kernels, &product(&packed), (5, 100), &mut found);
             for (p, one) in whole.iter().enumerate() {
