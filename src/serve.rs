@@ -77,8 +77,8 @@ pub(crate) struct HttpArgs {
         hide_env_values = true
     )]
     api_key: Vec<String>,
-    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading. Without any key,
-    /// whoever connects from this machine is the operator.
+    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading adapters. Without
+    /// any key, whoever connects from this machine is the operator.
     #[arg(
         long,
         env = "MAINSTAY_ADMIN_KEYS",
@@ -148,7 +148,7 @@ async fn serve(
     args: ServeArgs,
     (keys, mcp): (Vec<ApiKey>, Vec<McpServer>),
 ) -> Result<()> {
-    let address = address(&args.http, !keys.is_empty()).await?;
+    let address = address(&args.http, !keys.iter().all(ApiKey::is_admin)).await?;
     let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
     let local = listener.local_addr()?;
     let (trigger, signal) = shutdown_channel();
@@ -172,6 +172,7 @@ async fn serve(
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
         mcp_servers: mcp,
+        adapter_dirs: args.models.lora_dir.clone(),
         ..server_options(&args.http, keys, address)
     };
     let server = mainstay_server::serve(listener, registry.clone(), options, signal);

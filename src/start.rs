@@ -52,7 +52,8 @@ pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
                 return Err(Usage("--threads: expected at least 1, found 0".into()).into());
             }
             let backend = CpuBackend::new(CpuOptions { threads: args.threads, isa });
-            Ok(Box::new(backend.map_err(|e| Usage(e.to_string()))?))
+            let backend = backend.map_err(|e| Usage(e.to_string()))?;
+            Ok(Box::new(if args.takes_adapters { backend.with_adapters() } else { backend }))
         }
         BackendChoice::Candle => Ok(Box::new(CandleBackend::best())),
         BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),

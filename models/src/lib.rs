@@ -1,5 +1,6 @@
 //! What a model is: its graph, weights, tokenizer and chat template. No arithmetic, no devices, no HTTP.
 
+pub mod adapter;
 pub mod config;
 pub mod error;
 pub mod families;
@@ -13,6 +14,7 @@ pub mod template;
 pub mod tokenizer;
 pub mod weights;
 
+pub use adapter::{AdapterWeights, LowRank};
 pub use error::LoadError;
 pub use model::{Generation, Hashes, Model};
 pub use weights::Weights;

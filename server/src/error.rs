@@ -137,6 +137,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).param("model").code("model_not_found")
     }
 
+    /// 404: no such adapter.
+    pub(crate) fn no_adapter(id: &str) -> Self {
+        let message = format!("The lora adapter '{id}' cannot be found.");
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).param("lora_name").code("adapter_not_found")
+    }
+
     /// 503: the server is starting.
     pub(crate) fn model_loading(id: &str) -> Self {
         Self::unavailable(format!("the model `{id}` is being loaded"), "model_loading")

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
-use mainstay_backend_api::{Limits, Step};
+use mainstay_backend_api::{AdapterId, Limits, Step};
 use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
 use mainstay_kernels_cpu::kv::BlockShape;
 use mainstay_kernels_cpu::{
@@ -13,6 +13,7 @@ use mainstay_kernels_cpu::{
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
+use crate::adapter::Adapters;
 use crate::arena::{Arena, Slot};
 use crate::executor::{RowResult, Scratch};
 use crate::load::BlockWeights;
@@ -43,6 +44,7 @@ pub(crate) struct Core {
     pub(crate) arena: Arena,
     pub(crate) pages: Pages,
     pub(crate) work: Work,
+    pub(crate) adapters: Adapters,
     pub(crate) scratch: Vec<Mutex<Scratch>>,
     pub(crate) rows: Vec<Mutex<RowResult>>,
 }
@@ -55,6 +57,10 @@ pub(crate) struct Work {
     pub(crate) runs: Vec<Piece>,
     /// Tokens of one chunk whose attention is one job.
     pub(crate) tasks: Vec<Piece>,
+    /// Rows that have an adapter, and which.
+    pub(crate) adapted: Vec<(usize, AdapterId)>,
+    /// The highest rank of these.
+    pub(crate) rank: usize,
 }
 
 /// Consecutive tokens of one chunk.
@@ -74,6 +80,8 @@ impl Work {
             tokens: Vec::with_capacity(tokens),
             runs: Vec::with_capacity(tokens),
             tasks: Vec::with_capacity(tokens),
+            adapted: Vec::with_capacity(tokens),
+            rank: 0,
         }
     }
 
@@ -82,10 +90,13 @@ impl Work {
         self.tokens.clear();
         self.runs.clear();
         self.tasks.clear();
+        self.adapted.clear();
         for (chunk, c) in step.chunks.iter().enumerate() {
             assert_eq!(c.tokens.start, self.tokens.len(), "chunks lie end to end");
             let (first, len) = (c.tokens.start, c.tokens.len());
             self.tokens.extend((0..len).map(|i| (c.position + i, chunk)));
+            self.adapted
+                .extend(c.adapter.into_iter().flat_map(|id| (first..first + len).map(move |row| (row, id))));
             let mut start = 0;
             while start < len {
                 let end = len.min(start + PAGE_TOKENS - (c.position + start) % PAGE_TOKENS);
@@ -121,9 +132,18 @@ pub(crate) struct Runner<'a> {
     pub(crate) layer: usize,
     /// What is packed, while products follow each other.
     pub(crate) in_packed: Option<Packed>,
+    /// Whether the current block is a layer's.
+    is_layer: bool,
 }
 
 impl Core {
+    /// Cuts a step for the jobs.
+    pub(crate) fn prepare(&mut self, step: &Step) {
+        self.work.prepare(step);
+        let ranks = self.work.adapted.iter().map(|(_, id)| self.adapters[id].rank());
+        self.work.rank = ranks.max().unwrap_or(0);
+    }
+
     /// This thread's share of a step.
     pub(crate) fn step(&self, worker: &Worker<'_>, step: &Step) {
         let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
@@ -138,17 +158,20 @@ impl Core {
             weights: &self.prologue,
             layer: 0,
             in_packed: None,
+            is_layer: false,
         };
         if rows == 0 {
             return;
         }
         runner.angles();
         runner.program(&self.plan.prologue);
+        runner.is_layer = true;
         for (layer, (block, weights)) in self.layers.iter().enumerate() {
             runner.layer = layer;
             runner.weights = weights;
             runner.program(&self.plan.blocks[*block]);
         }
+        runner.is_layer = false;
         if !step.pooled.is_empty() {
             runner.rows = step.pooled.len();
             runner.weights = &self.pooled;
@@ -196,7 +219,10 @@ impl Runner<'_> {
                 Call::Pool { kind, input, out } => self.pool(kind, input, out),
                 Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
                 Call::Linear { weight, bias, input, after, out } => {
-                    self.linear((weight, bias), input, after, out)
+                    self.linear((weight, bias), input, after, out);
+                    if self.is_layer && !self.core.work.adapted.is_empty() {
+                        self.adapt(weight, input, out);
+                    }
                 }
                 Call::Norm { weight, eps, input, out } => {
                     let width = self.vector_width(program, weight);

@@ -1,7 +1,7 @@
 //! The engine seen from outside its thread: a cloneable handle that sends requests and reads counters.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS};
@@ -26,7 +26,7 @@ use crate::scheduler::{Scheduler, TierUse, slots_max};
 use crate::sequence::{Sequence, SequenceId, Submission};
 use crate::stats::Counters;
 use crate::tier::Tier;
-use crate::{Event, Keep, Request, RequestError, Stats};
+use crate::{Adapter, Event, Keep, Request, RequestError, Stats};
 
 /// What the operator decided.
 #[derive(Clone)]
@@ -72,16 +72,17 @@ pub struct RequestId(pub u64);
 /// Starts engines and talks to them. When the last handle is gone, the engine finishes what it has and ends.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
-    inbox: UnboundedSender<Message>,
+    pub(crate) inbox: UnboundedSender<Message>,
     /// One permit per sequence that may wait to be started; closed by shutdown.
     seats: Arc<Semaphore>,
     seat_count: usize,
     next_id: AtomicU64,
+    pub(crate) next_adapter: AtomicU32,
     counters: Arc<Counters>,
     limits: Arc<Limits>,
     bounds: Bounds,
@@ -140,6 +141,7 @@ impl Handle {
             seats: Arc::new(Semaphore::new(seat_count)),
             seat_count,
             next_id: AtomicU64::new(0),
+            next_adapter: AtomicU32::new(0),
             counters: Arc::clone(&counters),
             bounds: Bounds {
                 context: limits.context,
@@ -195,6 +197,8 @@ impl Handle {
     fn queue(&self, mut request: Request, goal: Goal) -> Result<Generation, RequestError> {
         let shared = &*self.shared;
         request.check(goal, &shared.bounds)?;
+        let is_here = request.adapter.as_ref().is_none_or(|adapter| adapter.is_of(&shared.inbox));
+        assert!(is_here, "a request names {:?}, which another engine has", request.adapter);
         let seats = Arc::clone(&shared.seats).try_acquire_many_owned(request.choices);
         let seat = seats.map_err(|error| match error {
             TryAcquireError::NoPermits => RequestError::Busy { waiting: shared.seat_count },
@@ -208,7 +212,7 @@ impl Handle {
         tokens.append(&mut request.drawn);
         let (tenant, store) = self.tenant(&request.tenant);
         let keep = &request.keep;
-        let chain = Chain::new(tenant, &shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &shared.identity, (request.adapter.as_ref(), &keep.salt));
         let stored = match store {
             Some(store) => chain.look_up(store, shared.groups, &tokens, keep.reuse),
             None => (chain.nothing(), Vec::new()),
@@ -252,17 +256,27 @@ impl Handle {
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn root(&self, tenant: &str, salt: &[u8], len: usize) -> Result<Option<PageKey>, StoreError> {
+    pub fn root(
+        &self,
+        tenant: &str,
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+        len: usize,
+    ) -> Result<Option<PageKey>, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(None) };
-        let chain = Chain::new(store.tenant(tenant)?, &self.shared.identity, salt);
+        let chain = Chain::new(store.tenant(tenant)?, &self.shared.identity, (adapter, salt));
         Ok(Some(chain.root(self.shared.identity.rope_table(len))))
     }
 
-    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use; where
-    /// there are none, why, if that is known.
-    pub fn stored_len(&self, tenant: &str, keep: &Keep, tokens: &[u32]) -> (usize, Option<&'static str>) {
+    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use, with what
+    /// `keep` says and under this adapter; where there are none, why, if that is known.
+    pub fn stored_len(
+        &self,
+        tenant: &str,
+        (keep, adapter): (&Keep, Option<&Adapter>),
+        tokens: &[u32],
+    ) -> (usize, Option<&'static str>) {
         let (tenant, Some(store)) = self.tenant(tenant) else { return (0, None) };
-        let chain = Chain::new(tenant, &self.shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &self.shared.identity, (adapter, &keep.salt));
         let (stored, _) = chain.look_up(store, self.shared.groups, tokens, keep.reuse);
         (stored.tokens(), stored.lack)
     }
@@ -281,10 +295,10 @@ impl Handle {
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
+    pub fn import_pages(&self, tenant: &str, adapter: Option<&Adapter>) -> Result<BundlePages, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(BundlePages::Refuse) };
         let identity = &self.shared.identity;
-        let chain = Chain::new(store.tenant(tenant)?, identity, b"");
+        let chain = Chain::new(store.tenant(tenant)?, identity, (adapter, b""));
         let chains = [0, 1].map(|table| (identity.contents[table], chain.root(table)));
         Ok(BundlePages::Accept { chains })
     }

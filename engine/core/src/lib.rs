@@ -3,6 +3,7 @@
 
 #![warn(missing_docs)]
 
+mod adapter;
 mod chain;
 mod copies;
 mod draft;
@@ -19,6 +20,7 @@ mod sequence;
 mod stats;
 mod tier;
 
+pub use adapter::Adapter;
 pub use draft::DraftPolicy;
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};

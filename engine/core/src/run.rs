@@ -4,7 +4,8 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mainstay_backend_api::{Executor, Step, StepOutput};
+use mainstay_backend_api::{AdapterId, Executor, Step, StepOutput};
+use mainstay_models::{AdapterWeights, LoadError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::oneshot;
@@ -32,6 +33,10 @@ pub(crate) enum Message {
     Masked(Masked),
     /// Tell when the pages of what has finished are with the system; `false` if that takes longer.
     Flush(Duration, oneshot::Sender<bool>),
+    /// Bring an adapter to the device, and tell when it is there.
+    LoadAdapter(AdapterId, Box<AdapterWeights>, oneshot::Sender<Result<(), LoadError>>),
+    /// Nobody has this adapter any more.
+    DropAdapter(AdapterId),
     /// Finish what was accepted, then end.
     Shutdown,
 }
@@ -191,6 +196,14 @@ impl Engine {
                     self.report();
                 }
                 Message::Flush(patience, reply) => self.flush(patience, reply),
+                Message::LoadAdapter(id, weights, reply) => {
+                    // Whoever asked may have left; then it stays until the engine ends, and nobody can name it.
+                    let _ = reply.send(self.executor.set_adapter(id, Some(&weights)));
+                }
+                Message::DropAdapter(id) => {
+                    // To let go of what is there needs nothing that may lack.
+                    let _ = self.executor.set_adapter(id, None);
+                }
                 Message::Shutdown => *open = false,
             }
         }

@@ -16,7 +16,7 @@ use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::request::Goal;
 use crate::sequence::{LoadId, Rank, Sequence, SequenceId, Submission};
-use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
+use crate::{Adapter, Event, FinishReason, RequestError, RequestId, Score, Stats};
 
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
@@ -618,8 +618,9 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     let end = step.tokens.len();
     let goal = sequence.submission.goal;
     let second = if let Goal::Row { second } = goal { second } else { None };
+    let adapter = sequence.request().adapter.as_ref().map(Adapter::id);
     let (all, rope_table) = (start..end, sequence.rope_table);
-    let mut chunk = Chunk { tokens: all, position, pages: 0..0, rope_table, second };
+    let mut chunk = Chunk { tokens: all, position, pages: 0..0, rope_table, second, adapter };
     let table = step.page_table.len();
     for pages in &sequence.pages {
         step.page_table.extend_from_slice(&pages[..chunk.page_count()]);

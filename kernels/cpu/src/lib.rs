@@ -10,6 +10,7 @@ mod elementwise;
 mod isa;
 pub mod kv;
 pub mod latent;
+mod low_rank;
 mod math;
 mod matmul;
 mod matrix;
@@ -25,6 +26,7 @@ mod table;
 mod tile;
 
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
+pub use low_rank::{low_rank_in, low_rank_out};
 pub use math::{Function, Gate};
 pub use matmul::{After, PART_ROWS, Part, Product, scratch_len};
 pub use matrix::{Mat, MatMut};

@@ -63,6 +63,7 @@ fn of_list(page: &mut Page, app: &App) {
         }),
     ];
     let shown = app.registry.shown();
+    let shown: Vec<&Shown> = shown.iter().filter(|model| model.parent.is_none()).collect();
     for (name, kind, help, value) in numbers {
         page.family(name, kind, help);
         for model in &shown {

@@ -1,5 +1,6 @@
 //! The routes, and what every request passes on its way to one: identity, admission, access log.
 
+mod adapters;
 mod batches;
 mod chat;
 mod completions;
@@ -111,6 +112,7 @@ fn routes(app: Arc<App>) -> Router {
         .route("/v1/embeddings", post(embeddings::post))
         .route("/v1/rerank", post(rerank::post))
         .route("/rerank", post(rerank::post))
+        .merge(adapters::routes())
         .merge(sessions::routes())
         .merge(store::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))

@@ -227,6 +227,7 @@ impl Feed {
             pages: pages..step.page_table.len(),
             rope_table: 0,
             second: None,
+            adapter: None,
         });
         step.outputs.extend((0..count).map(|i| OutputRow {
             row: start + i,

@@ -179,7 +179,7 @@ pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, A
 fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Result<Imported, StoreError> {
     let tenant = &owner.tenant;
     let pages = match &wanted.pages {
-        Taken::Of(model) => model.served.engine.import_pages(&owner.name)?,
+        Taken::Of(model) => model.import_pages(&owner.name)?,
         Taken::Any => BundlePages::Any,
         Taken::None => BundlePages::Refuse,
     };
@@ -193,9 +193,9 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         let model = wanted.model.or_else(|| owner.app.registry.loaded(&named));
         let Some(model) = model else { return store.get(tenant.id, id) };
         let len = imported.session.token_count as usize;
-        let root = model.served.engine.root(&owner.name, b"", len)?;
+        let root = model.root(&owner.name, b"", len)?;
         store.patch(tenant.id, id, |settings| {
-            (settings.root, settings.model) = (root, model.served.id.clone());
+            (settings.root, settings.model) = (root, model.id.clone());
         })
     };
     match settle() {
