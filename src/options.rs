@@ -98,8 +98,8 @@ impl From<DraftChoice> for DraftPolicy {
 /// Where the model comes from and what runs it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// A directory in Hugging Face layout, or a hub id org/name[:FILE.gguf][@revision]; the small built-in model without
-    /// it.
+    /// A directory in Hugging Face layout, a .gguf file, or a hub id org/name[:FILE.gguf][@revision]; the small built-in
+    /// model without it.
     #[arg(env = "MAINSTAY_MODEL")]
     pub(crate) model: Option<String>,
     #[command(flatten)]
