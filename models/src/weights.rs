@@ -8,6 +8,7 @@ mod dtype;
 mod gguf;
 mod header;
 mod memory;
+mod nested;
 mod root;
 mod shards;
 mod view;
@@ -102,6 +103,7 @@ impl Weights {
         let mut weights = Self::empty(dir);
         if single.exists() || !index.exists() {
             weights.add(&single, map(&single)?)?;
+            weights.name_text_model()?;
             return Ok(weights);
         }
         let shards = shards::read(&index)?;
@@ -123,6 +125,7 @@ impl Weights {
                 ));
             }
         }
+        weights.name_text_model()?;
         Ok(weights)
     }
 
