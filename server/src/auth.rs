@@ -10,7 +10,7 @@ use crate::error::ApiError;
 
 /// What a key opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// What belongs to its tenant.
     User,
     /// Also what belongs to the operator: the store as a whole, and what is loaded.

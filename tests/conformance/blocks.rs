@@ -27,7 +27,7 @@ fn case(dtype: DType) -> Case {
     let graph = families::graph(&config).unwrap_or_else(|e| panic!("{e}"));
     let mut random = Random::new(9);
     let weights = weights(&graph, dtype, &mut random);
-    let texts = [1, 35, 90].map(|len| (random.tokens(graph.vocab, len), 0));
+    let texts = [1, 35, 90].map(|len| random.tokens(graph.vocab, len));
     Case { name: format!("{dtype:?}"), graph, weights, kv: KvDType::F32, texts: texts.into() }
 }
 
