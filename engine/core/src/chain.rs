@@ -4,6 +4,7 @@ use mainstay_backend_api::PAGE_TOKENS;
 use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Root, Store, Tenant};
 
 use crate::identity::Identity;
+use crate::prefix;
 use crate::request::Reuse;
 
 /// The tokens of one full page.
@@ -28,7 +29,8 @@ pub(crate) struct Chain {
     class: ClassId,
 }
 
-/// How much of a sequence's tokens the store has, from the first on.
+/// How much of a sequence's tokens the store has, from the first on: every page of groups that see all, and of those
+/// with a window the pages that the next token sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stored {
     /// Full pages.
@@ -85,20 +87,20 @@ impl Chain {
         Stored { pages: 0, tail: 0, class: self.class, lack: None }
     }
 
-    /// The keys of all full pages, and how much of them the store has in every group.
+    /// The keys of all full pages, and how much of them the store has, where these are the windows of the groups.
     pub(crate) fn look_up(
         &self,
         store: &Store,
-        groups: usize,
+        windows: &[Option<usize>],
         tokens: &[u32],
         reuse: Reuse,
     ) -> (Stored, Vec<PageKey>) {
         let full = &tokens[..tokens.len() / PAGE_TOKENS * PAGE_TOKENS];
         let keys: Vec<PageKey> = self.tenant.chain.keys(self.root, full).collect();
-        let own = self.find(store, (self.class, groups), tokens, &keys);
+        let own = self.find(store, (self.class, windows), tokens, &keys);
         let others = || {
             let classes = store.classes().into_iter().filter(|class| *class != self.class);
-            let found = classes.map(|class| self.find(store, (class, groups), tokens, &keys));
+            let found = classes.map(|class| self.find(store, (class, windows), tokens, &keys));
             found.max_by_key(Stored::tokens).filter(|found| found.tokens() > own.tokens())
         };
         let found = match (reuse, own.tokens()) {
@@ -112,18 +114,46 @@ impl Chain {
     fn find(
         &self,
         store: &Store,
-        (class, groups): (ClassId, usize),
+        (class, windows): (ClassId, &[Option<usize>]),
         tokens: &[u32],
         keys: &[PageKey],
     ) -> Stored {
+        let like = |group| self.name(class, group, self.root);
+        let (windowed, full): (Vec<usize>, Vec<usize>) =
+            (0..windows.len()).partition(|&group| windows[group].is_some());
+        let run = |&group: &usize| store.chain_len(&like(group), keys);
+        let run = full.iter().map(run).min().unwrap_or(if windowed.is_empty() { 0 } else { keys.len() });
+        let mut held = vec![Vec::new(); windows.len()];
+        windowed.iter().for_each(|&group| held[group] = store.held(&like(group), &keys[..run]));
+        let has = |group: usize, page: usize| held[group][page];
+        // Without a group that sees all, the last page that is there tells how far to look.
+        let last = |&group: &usize| held[group].iter().rposition(|&held| held).map_or(0, |last| last + 1);
+        let most = if full.is_empty() { windowed.iter().map(last).min().unwrap_or(0) } else { run };
+        let stored = |pages: usize| {
+            let (parent, rest) = (keys[..pages].last(), &tokens[pages * PAGE_TOKENS..]);
+            let tail = self.tail(store, (class, windows.len()), parent, rest);
+            Stored { pages, tail, class, lack: None }
+        };
+        // A tail may be of use where the page before it is not: its next token sees less of what lies before.
+        let found = stored(most);
+        match prefix::missing(found.tokens(), windows, has) {
+            None => found,
+            Some(_) => stored(prefix::usable(most, windows, has)),
+        }
+    }
+
+    /// Tokens of the longest tail that all groups have after a page, or after the root.
+    fn tail(
+        &self,
+        store: &Store,
+        (class, groups): (ClassId, usize),
+        parent: Option<&PageKey>,
+        rest: &[u32],
+    ) -> usize {
         let name = |group, key| self.name(class, group, key);
-        let run = |group| store.chain_len(&name(group, self.root), keys);
-        let pages = (0..groups).map(run).min().unwrap_or(0);
-        let parent = pages.checked_sub(1).map_or(self.root, |last| keys[last]);
-        let rest = &tokens[pages * PAGE_TOKENS..];
         let rest = &rest[..rest.len().min(PAGE_TOKENS)];
-        let tail = store.find_tail(&name(0, self.root), parent, rest);
+        let tail = store.find_tail(&name(0, self.root), *parent.unwrap_or(&self.root), rest);
         let tail = tail.filter(|(found, _)| (1..groups).all(|group| store.contains(&name(group, found.key))));
-        Stored { pages, tail: tail.map_or(0, |(_, len)| len), class, lack: None }
+        tail.map_or(0, |(_, len)| len)
     }
 }

@@ -46,23 +46,23 @@ impl Index {
         self.entries.contains_key(name)
     }
 
-    /// Whether a page of this key stands here, computed by anyone.
-    pub(crate) fn contains_key(&self, tenant: TenantId, key: PageKey) -> bool {
-        self.classes
-            .iter()
-            .any(|&class| self.contains(&PageName { tenant, key, class, group: 0, kind: Kind::Attention }))
+    /// The pages of this key: of all groups, whoever computed them.
+    fn of_key(&self, tenant: TenantId, key: PageKey) -> impl Iterator<Item = &Entry> {
+        let (class, group, kind) = (ClassId([0; 32]), 0, Kind::Attention);
+        let entries = self.entries.range(PageName { tenant, key, class, group, kind }..);
+        let of_key = entries.take_while(move |(name, _)| (name.tenant, name.key) == (tenant, key));
+        of_key.map(|(_, entry)| entry)
     }
 
-    /// Bytes on disk of the pages of this key, whoever computed them.
+    /// Whether a page of this key stands here, of any group: which of them a session needs at this place depends on
+    /// windows, of which a store knows nothing.
+    pub(crate) fn contains_key(&self, tenant: TenantId, key: PageKey) -> bool {
+        self.of_key(tenant, key).next().is_some()
+    }
+
+    /// Bytes on disk of the pages of this key.
     pub(crate) fn key_bytes(&self, tenant: TenantId, key: PageKey) -> u64 {
-        let names = self.classes.iter().map(|&class| PageName {
-            tenant,
-            key,
-            class,
-            group: 0,
-            kind: Kind::Attention,
-        });
-        names.filter_map(|name| self.entries.get(&name)).map(|entry| entry.slot.disk_bytes()).sum()
+        self.of_key(tenant, key).map(|entry| entry.slot.disk_bytes()).sum()
     }
 
     /// Classes of the pages of this store.
