@@ -124,7 +124,10 @@ impl EchoExecutor {
             self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
         };
         let end = chunk.position + own.len();
-        assert!(self.layout.groups.iter().all(|group| group.window.is_none()), "a window hides what is pooled");
+        assert!(
+            self.layout.groups.iter().all(|group| group.window.is_none()),
+            "a window hides what is pooled"
+        );
         let state = if self.slots.is_empty() {
             (0..).zip(own).fold(SEED, |state, (position, &token)| absorb(state, token, position))
         } else {
@@ -270,12 +273,7 @@ pub fn expected_logprob(of: (usize, Option<usize>), tokens: &[u32], token: u32) 
     alone(of, tokens, Want::Score(token), Step::default()).logprobs[0]
 }
 
-fn alone(
-    (vocab, window): (usize, Option<usize>),
-    tokens: &[u32],
-    want: Want,
-    mut step: Step,
-) -> StepOutput {
+fn alone((vocab, window): (usize, Option<usize>), tokens: &[u32], want: Want, mut step: Step) -> StepOutput {
     let seen = (0..).zip(tokens).skip(tokens.len() - tokens.len().min(window.unwrap_or(usize::MAX)));
     let state = seen.fold(SEED, |state, (position, &token)| absorb(state, token, position));
     let mut logits = Vec::with_capacity(vocab);
@@ -512,7 +510,12 @@ mod tests {
                 // The token at 64 sees back to 25, and to 45.
                 step.page_table = [1, 2, 3, 4, 0, 2, 3, 4].map(PageId).to_vec();
             }
-            let want = expected_of((VOCAB, Some(40)), &tokens[..(at + 64).min(100)], (&Sampling::greedy(), None), &[]);
+            let want = expected_of(
+                (VOCAB, Some(40)),
+                &tokens[..(at + 64).min(100)],
+                (&Sampling::greedy(), None),
+                &[],
+            );
             assert_eq!(run(&mut echo, &step).unwrap(), want, "from {at}");
         }
         assert_ne!(

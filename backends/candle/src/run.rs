@@ -8,8 +8,8 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError, StoredPage,
-    Ticket,
+    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead, PageRef,
+    StepError, StoredPage, Ticket, oldest_page,
 };
 use mainstay_models::graph::{Activation, Attend, Ids, Mask, Op, PoolKind, Rope, RopeLayout};
 
@@ -284,11 +284,12 @@ fn attend_causally(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<T
         let range = chunk.tokens.start * width..chunk.tokens.end * width;
         scope.pages.append(&slot(PartIndex::Keys), chunk.position, &keys[range.clone()]);
         scope.pages.append(&slot(PartIndex::Values), chunk.position, &rows[range]);
-        // What was appended is read back too, so that it is rounded to the stored type.
-        let end = chunk.position + chunk.tokens.len();
+        // What was appended is read back too, so that it is rounded to the stored type. Pages that no row sees are gone.
+        let window = if let Mask::Causal { window } = a.mask { window } else { None };
+        let seen = oldest_page(window, chunk.position) * PAGE_TOKENS..chunk.position + chunk.tokens.len();
         let read = |part| {
-            let shape = (a.kv_heads, end, a.head_dim);
-            Tensor::from_vec(scope.pages.gather(&slot(part), end), shape, values[a.q].device())
+            let shape = (a.kv_heads, seen.len(), a.head_dim);
+            Tensor::from_vec(scope.pages.gather(&slot(part), seen.clone()), shape, values[a.q].device())
         };
         outputs.push(attend_chunk(
             a,
@@ -300,9 +301,10 @@ fn attend_causally(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<T
     Tensor::cat(&outputs, 0)
 }
 
-/// The rows `[tokens, heads * head_dim]` of one sequence, from its keys and values `[kv_heads, end, head_dim]`.
+/// The rows `[tokens, heads * head_dim]` of one sequence, from its keys and values `[kv_heads, seen, head_dim]`, the
+/// newest of which is the chunk's last token.
 fn attend_chunk(a: &Attend, chunk: &Chunk, q: &Tensor, (k, v): &(Tensor, Tensor)) -> Result<Tensor> {
-    let (per_kv, end) = (a.heads / a.kv_heads, k.dim(1)?);
+    let (per_kv, seen) = (a.heads / a.kv_heads, k.dim(1)?);
     let k = k.t()?;
     let mut outputs = Vec::new();
     for first in chunk.tokens.clone().step_by(ATTEND_ROWS) {
@@ -313,21 +315,21 @@ fn attend_chunk(a: &Attend, chunk: &Chunk, q: &Tensor, (k, v): &(Tensor, Tensor)
         if let Some(cap) = a.softcap {
             scores = softcap(&scores, cap)?;
         }
-        let mut scores = scores.reshape((a.heads, rows, end))?;
+        let mut scores = scores.reshape((a.heads, rows, seen))?;
         if let Mask::Causal { window } = a.mask {
-            let mask = mask(chunk.position + first - chunk.tokens.start, rows, end, window);
-            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, end), scores.device())?)?;
+            let row = seen - (chunk.tokens.end - first);
+            let mask = mask(row..row + rows, seen, window);
+            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, seen), scores.device())?)?;
         }
-        let weights = ops::softmax_last_dim(&scores)?.reshape((a.kv_heads, per_kv * rows, end))?;
+        let weights = ops::softmax_last_dim(&scores)?.reshape((a.kv_heads, per_kv * rows, seen))?;
         let mixed = weights.matmul(v)?.reshape((a.heads, rows, a.head_dim))?;
         outputs.push(mixed.transpose(0, 1)?.contiguous()?.reshape((rows, a.heads * a.head_dim))?);
     }
     Tensor::cat(&outputs, 0)
 }
 
-/// 0 where a row sees a position and -inf elsewhere, `[rows, end]`; the first row stands at `position`.
-fn mask(position: usize, rows: usize, end: usize, window: Option<usize>) -> Vec<f32> {
+/// 0 where a row sees a column and -inf elsewhere, `[rows, columns]`; rows and columns are numbered alike.
+fn mask(rows: Range<usize>, columns: usize, window: Option<usize>) -> Vec<f32> {
     let sees = |row: usize, column: usize| column <= row && window.is_none_or(|w| row < column + w);
-    let rows = position..position + rows;
-    rows.flat_map(|r| (0..end).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
+    rows.flat_map(|r| (0..columns).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
 }

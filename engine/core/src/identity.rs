@@ -157,7 +157,9 @@ mod tests {
 
     fn layout(dtype: KvDType) -> KvLayout {
         let part = |name| Part { name, rows: 2, width: 8, dtype };
-        KvLayout { groups: vec![Group { layers: vec![0, 1], window: None, parts: vec![part("k"), part("v")] }] }
+        KvLayout {
+            groups: vec![Group { layers: vec![0, 1], window: None, parts: vec![part("k"), part("v")] }],
+        }
     }
 
     fn class(path: &str, sources: &'static str) -> NumericClass {

@@ -51,7 +51,7 @@ mod tests {
                 for other in [0xff, 0b1111_0111, 0b0011_1100, 0b1000_1111] {
                     let held = [held, other];
                     let found = usable(8, &windows, |group, page| held[group] >> page & 1 == 1);
-                    assert_eq!(found, tried(8, &windows, &held), "{windows:?} of {held:b?}");
+                    assert_eq!(found, tried(8, &windows, &held), "{windows:?} of {held:?}");
                 }
             }
         }

@@ -258,17 +258,21 @@ impl Sequence {
         let wanted = stored.filter(|_| !is_declined);
         let (tokens, shared) =
             wanted.as_ref().map_or((begin, begin / PAGE_TOKENS), |wanted| (wanted.tokens(), wanted.full));
-        // What is loaded comes before the first step, and takes the place of nothing else.
-        let step = if wanted.is_some() { 0 } else { tokens_per_step };
         let mut pages = Vec::with_capacity(known.len());
         for (group, known) in known.iter().enumerate() {
-            let (first, end) = (pool.oldest(group, tokens), self.end(group, tokens + step, pool));
+            let window = pool.windows()[group];
+            let first = pool.oldest(group, tokens);
             let known = |i: usize| known.get(i).copied().filter(|_| (first..shared).contains(&i));
-            let table: Vec<PageId> = (0..end).map(|i| known(i).unwrap_or_default()).collect();
+            let end = end(self.tokens.len(), tokens + tokens_per_step, window);
+            let mut table: Vec<PageId> = (0..end).map(|i| known(i).unwrap_or_default()).collect();
             let held = || table.iter().filter(|page| page.0 != 0);
             let freed = held().filter(|&&page| pool.refs(group, page) == 0).count();
             if pool.free_len(group) < freed + end.saturating_sub(first) - held().count() + spare {
                 return false;
+            }
+            if wanted.is_some() && window.is_some() {
+                // Those of the first step are taken before it.
+                table.truncate(tokens.div_ceil(PAGE_TOKENS));
             }
             pages.push(table);
         }
@@ -287,14 +291,6 @@ impl Sequence {
             self.declined("planner");
         }
         true
-    }
-
-    /// One past the last page of a group that it needs to compute up to `tokens` next: of a windowed group, pages are
-    /// taken step by step, since as many are given back.
-    fn end(&self, group: usize, tokens: usize, pool: &KvPool) -> usize {
-        let len = self.tokens.len();
-        let end = if pool.windows()[group].is_some() { len.min(tokens) } else { len };
-        end.div_ceil(PAGE_TOKENS)
     }
 
     /// The stored pages that it could wait for, where they reach further than what is on the device.
@@ -366,7 +362,8 @@ impl Sequence {
         let Some(mut loading) = self.loading.take() else { return };
         self.is_mixed |= self.stored.class != self.submission.chain.class();
         let (wanted, came) = (&loading.wanted, loading.came + count);
-        for &(group, page) in wanted.pages[loading.came..came].iter().filter(|(_, page)| *page < wanted.full) {
+        for &(group, page) in wanted.pages[loading.came..came].iter().filter(|(_, page)| *page < wanted.full)
+        {
             self.publish(group, page, pool);
         }
         loading.came = came;
@@ -500,24 +497,22 @@ impl Sequence {
         if self.loading.is_some() {
             return true;
         }
-        let first = self.computed / PAGE_TOKENS;
+        let (first, len, next) =
+            (self.computed / PAGE_TOKENS, self.tokens.len(), self.computed + tokens_per_step);
         let new = |group: usize, pages: &[PageId], pool: &KvPool| {
-            self.end(group, self.computed + tokens_per_step, pool).saturating_sub(pages.len())
+            end(len, next, pool.windows()[group]).saturating_sub(pages.len())
         };
-        let is_shared = |group: usize, pages: &[PageId], pool: &KvPool| {
-            pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1)
+        let is_short = |(group, pages): (usize, &Vec<PageId>)| {
+            let is_shared = pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1);
+            pool.free_len(group) < new(group, pages, pool) + usize::from(is_shared)
         };
-        let short = |(group, pages): (usize, &Vec<PageId>)| {
-            let needed = new(group, pages, pool) + usize::from(is_shared(group, pages, pool));
-            pool.free_len(group) < needed
-        };
-        if self.pages.iter().enumerate().any(short) {
+        if self.pages.iter().enumerate().any(is_short) {
             return false;
         }
-        let new: Vec<usize> =
-            self.pages.iter().enumerate().map(|(group, pages)| new(group, pages, pool)).collect();
-        for (group, (pages, new)) in self.pages.iter_mut().zip(new).enumerate() {
-            pages.extend((0..new).map(|_| pool.take(group).expect("free pages were counted")));
+        for (group, pages) in self.pages.iter_mut().enumerate() {
+            for _ in 0..new(group, pages, pool) {
+                pages.push(pool.take(group).expect("free pages were counted"));
+            }
             let old = pages[first];
             if pool.refs(group, old) > 1 {
                 pages[first] = pool.take(group).expect("free pages were counted");
@@ -569,4 +564,10 @@ impl Sequence {
         self.loading = None;
         self.is_mixed = false;
     }
+}
+
+/// One past the last page of a group that a sequence of `len` tokens needs to compute up to `next` of them: where there is
+/// a window, pages are taken step by step, since as many are given back.
+fn end(len: usize, next: usize, window: Option<usize>) -> usize {
+    if window.is_some() { len.min(next).div_ceil(PAGE_TOKENS) } else { len.div_ceil(PAGE_TOKENS) }
 }

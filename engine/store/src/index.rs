@@ -209,4 +209,27 @@ pub(crate) mod tests {
         segment.add(slot.disk_bytes());
         index.insert(segment, slot, &[]);
     }
+
+    #[test]
+    fn a_key_has_the_pages_of_all_groups_and_classes() {
+        let tenant = TenantId([1; 16]);
+        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(tenant, 1)));
+        let name = |key: u8, class: u8, group| PageName {
+            tenant,
+            key: PageKey([key; 32]),
+            class: ClassId([class; 32]),
+            group,
+            kind: Kind::Attention,
+        };
+        for name in [name(1, 5, 0), name(1, 5, 1), name(1, 9, 1), name(2, 5, 1), name(4, 5, 0)] {
+            insert(&mut index, &segment, name, PageKey([0; 32]));
+        }
+        // A page is a block of header and one of payload.
+        for (key, pages) in [(1, 3), (2, 1), (3, 0), (4, 1)] {
+            let key = PageKey([key; 32]);
+            assert_eq!(index.key_bytes(tenant, key), pages * 8192);
+            assert_eq!(index.contains_key(tenant, key), pages > 0);
+        }
+        assert!(!index.contains_key(TenantId([0; 16]), PageKey([1; 32])));
+    }
 }

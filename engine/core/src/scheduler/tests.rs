@@ -2,6 +2,7 @@
 
 mod fuzz;
 mod rig;
+mod windows;
 
 use super::*;
 use crate::{KvReport, KvState};
