@@ -6,6 +6,7 @@ pub mod families;
 mod file;
 pub mod graph;
 pub mod model;
+pub mod quant;
 mod sentence;
 pub mod template;
 pub mod tokenizer;

@@ -1,8 +1,14 @@
-//! The bytes of a checkpoint: mapped safetensors files and a table of names, every entry verified at opening.
+//! The bytes of a checkpoint: mapped files and a table of names, every entry verified at opening.
+//!
+//! A tensor that a backend asks for need not be one that is stored: the table maps the names that the families know
+//! (those of Hugging Face) to rows, columns or combinations of what the files hold.
 
+mod define;
+mod dtype;
 mod header;
 mod root;
 mod shards;
+mod view;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,71 +18,12 @@ use std::path::{Path, PathBuf};
 use crate::LoadError;
 use crate::file;
 
+use view::{RowMap, Storage};
+
+pub(crate) use define::{Cut, Rows};
+pub use dtype::DType;
 pub use root::RootCheck;
-
-/// Element type of a stored tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// 4 bytes, IEEE 754.
-    F32,
-    /// 2 bytes, IEEE 754 half.
-    F16,
-    /// 2 bytes, bfloat16.
-    BF16,
-}
-
-impl DType {
-    /// Bytes of one element.
-    pub fn size_bytes(self) -> usize {
-        match self {
-            DType::F32 => 4,
-            DType::F16 | DType::BF16 => 2,
-        }
-    }
-
-    /// The type that safetensors calls by this name.
-    fn parse(name: &str) -> Option<Self> {
-        match name {
-            "F32" => Some(DType::F32),
-            "F16" => Some(DType::F16),
-            "BF16" => Some(DType::BF16),
-            _ => None,
-        }
-    }
-}
-
-/// One tensor as it lies in its file, little-endian, row-major. `bytes` need not be aligned.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorView<'a> {
-    /// Element type.
-    pub dtype: DType,
-    /// Dimensions, outermost first.
-    pub shape: &'a [usize],
-    /// `product(shape) * dtype.size_bytes()` bytes.
-    pub bytes: &'a [u8],
-}
-
-impl TensorView<'_> {
-    /// Writes the elements as f32 into `out` (exact for every [`DType`]).
-    ///
-    /// # Panics
-    /// If `out` has another length than the tensor.
-    pub fn read_f32(&self, out: &mut [f32]) {
-        let len = self.bytes.len() / self.dtype.size_bytes();
-        assert_eq!(out.len(), len, "a tensor of {len} elements is read into {}", out.len());
-        match self.dtype {
-            DType::F32 => convert(self.bytes, out, f32::from_le_bytes),
-            DType::F16 => convert(self.bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
-            DType::BF16 => convert(self.bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
-        }
-    }
-}
-
-fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], f: impl Fn([u8; N]) -> f32) {
-    for (element, to) in bytes.as_chunks::<N>().0.iter().zip(out) {
-        *to = f(*element);
-    }
-}
+pub use view::TensorView;
 
 /// All tensors of a checkpoint.
 #[derive(Debug)]
@@ -84,10 +31,13 @@ pub struct Weights {
     /// The file or directory that was opened, for messages about tensors that are in no file.
     origin: PathBuf,
     files: Vec<Mapped>,
-    tensors: BTreeMap<String, Entry>,
+    /// What the files hold, by the names there.
+    stored: BTreeMap<String, Entry>,
+    /// What can be asked for.
+    tensors: BTreeMap<String, Tensor>,
 }
 
-/// One safetensors file.
+/// One file with tensors.
 #[derive(Debug)]
 struct Mapped {
     path: PathBuf,
@@ -111,13 +61,31 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// Where a tensor lies; `range` is inside the file and as long as dtype and shape say.
+/// A stored tensor; its span is inside the file and as long as dtype and shape say.
 #[derive(Debug)]
 struct Entry {
-    file: usize,
-    dtype: String,
+    /// Its elements as the file calls them.
+    type_name: String,
+    /// `None` where they are no weights, or only with another tensor.
+    dtype: Option<DType>,
     shape: Vec<usize>,
+    span: Span,
+}
+
+/// Bytes of a file.
+#[derive(Clone, Debug)]
+struct Span {
+    file: usize,
     range: Range<usize>,
+}
+
+/// A tensor that can be asked for.
+#[derive(Debug)]
+struct Tensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    storage: Storage<Span>,
+    rows: RowMap,
 }
 
 impl Weights {
@@ -139,7 +107,7 @@ impl Weights {
             weights.add(&path, map(&path)?)?;
         }
         for (tensor, shard) in &shards.tensors {
-            let found = weights.tensors.get(tensor).map(|e| &weights.files[e.file].path);
+            let found = weights.stored.get(tensor).map(|e| &weights.files[e.span.file].path);
             let expected = dir.join(&shards.files[*shard]);
             if found != Some(&expected) {
                 return Err(LoadError::format(
@@ -183,7 +151,7 @@ impl Weights {
         if tensor.shape == shape {
             return Ok(());
         }
-        let path = self.files[self.tensors[name].file].path.clone();
+        let path = self.origin_of(name).to_owned();
         let (expected, found) = (shape.to_vec(), tensor.shape.to_vec());
         Err(LoadError::Shape { path, name: name.to_owned(), expected, found })
     }
@@ -193,42 +161,67 @@ impl Weights {
         &self.origin
     }
 
-    /// All names, sorted.
+    /// The bytes of every stored tensor, in the order of their names.
+    pub fn stored_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.stored.values().map(|entry| self.bytes(&entry.span))
+    }
+
+    /// The names of all tensors that can be asked for, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
     fn find(&self, name: &str, expected: &[usize]) -> Result<TensorView<'_>, LoadError> {
-        let entry = self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor {
-            path: self.origin.clone(),
-            name: name.to_owned(),
-            expected: expected.to_vec(),
-        })?;
-        let file = &self.files[entry.file];
-        let dtype = DType::parse(&entry.dtype).ok_or_else(|| {
-            let found = &entry.dtype;
-            LoadError::format(
-                &file.path,
-                format!("tensor `{name}`: expected dtype F32, F16 or BF16, found {found}"),
-            )
-        })?;
-        Ok(TensorView { dtype, shape: &entry.shape, bytes: &file.bytes[entry.range.clone()] })
+        if let Some(tensor) = self.tensors.get(name) {
+            let Tensor { dtype, shape, storage, rows } = tensor;
+            let storage = storage.map(|span| self.bytes(span));
+            return Ok(TensorView { dtype: *dtype, shape, storage, rows: *rows });
+        }
+        let Some(entry) = self.stored.get(name) else {
+            let (path, name, expected) = (self.origin.clone(), name.to_owned(), expected.to_vec());
+            return Err(LoadError::MissingTensor { path, name, expected });
+        };
+        let found = &entry.type_name;
+        let what = format!("tensor `{name}`: expected dtype F32, F16 or BF16, found {found}");
+        Err(LoadError::format(self.origin_of(name), what))
+    }
+
+    fn bytes(&self, span: &Span) -> &[u8] {
+        &self.files[span.file].bytes[span.range.clone()]
+    }
+
+    /// The file that holds a tensor (the first of what it is made of), or all of them.
+    fn origin_of(&self, name: &str) -> &Path {
+        let first = match self.tensors.get(name).map(|t| &t.storage) {
+            Some(Storage::Rows(span) | Storage::Columns { bytes: span, .. }) => Some(span),
+            Some(Storage::Mxfp4 { codes, .. }) => Some(codes),
+            None => self.stored.get(name).map(|e| &e.span),
+        };
+        first.map_or(&self.origin, |span| &self.files[span.file].path)
     }
 
     fn empty(origin: &Path) -> Self {
-        Self { origin: origin.to_owned(), files: Vec::new(), tensors: BTreeMap::new() }
+        let (files, stored, tensors) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { origin: origin.to_owned(), files, stored, tensors }
     }
 
+    /// Adds a safetensors file; its plain tensors can be asked for by their own names.
     fn add(&mut self, path: &Path, bytes: Bytes) -> Result<(), LoadError> {
         let file = self.files.len();
         for t in header::read(path, &bytes)? {
-            let entry = Entry { file, dtype: t.dtype, shape: t.shape, range: t.range };
-            if let Some(other) = self.tensors.get(&t.name) {
-                let other = self.files[other.file].path.display();
+            if let Some(other) = self.stored.get(&t.name) {
+                let other = self.files[other.span.file].path.display();
                 let what = format!("tensor `{}`: expected once, found in {other} too", t.name);
                 return Err(LoadError::format(path, what));
             }
-            self.tensors.insert(t.name, entry);
+            let span = Span { file, range: t.range };
+            let dtype = DType::parse(&t.dtype);
+            if let Some(dtype) = dtype {
+                let (shape, storage) = (t.shape.clone(), Storage::Rows(span.clone()));
+                let tensor = Tensor { dtype, shape, storage, rows: RowMap::PLAIN };
+                self.tensors.insert(t.name.clone(), tensor);
+            }
+            self.stored.insert(t.name, Entry { type_name: t.dtype, dtype, shape: t.shape, span });
         }
         self.files.push(Mapped { path: path.to_owned(), bytes });
         Ok(())

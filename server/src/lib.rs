@@ -41,6 +41,6 @@ mod tool_prompt;
 pub use auth::{ApiKey, ApiKeyError};
 pub use mcp::{McpServer, McpServerError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
-pub use registry::{PooledShape, Registry, ServedModel};
+pub use registry::{About, Listed, Loader, Loading, PooledShape, Registry, ServedModel};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

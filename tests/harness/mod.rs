@@ -129,6 +129,11 @@ impl Rig {
         Sequence { tables: vec![Vec::new(); self.free.len()], ..Sequence::default() }
     }
 
+    /// A new sequence that will have this many tokens.
+    pub(crate) fn open_for(&self, len: usize) -> Sequence {
+        Sequence { rope_table: self.executor.kv_layout().rope_switch.table(len), ..self.open() }
+    }
+
     /// Gives a sequence's pages back.
     pub(crate) fn close(&mut self, sequence: Sequence) {
         for (free, table) in self.free.iter_mut().zip(sequence.tables) {

@@ -1,5 +1,6 @@
 //! Parity with Hugging Face transformers: stored logits and greedy tokens of small seeded checkpoints.
 
+mod crossing;
 mod embeddings;
 #[path = "../harness/mod.rs"]
 #[expect(dead_code, reason = "parity copies and moves no pages")]
@@ -22,7 +23,18 @@ const REBATCHED: f32 = 1e-4;
 /// With keys and values in bf16, greedy tokens must agree where the best logit leads by this much.
 const BF16_MARGIN: f32 = 1.0;
 
-const FAMILIES: [&str; 4] = ["llama", "qwen2", "qwen3", "mistral"];
+const FAMILIES: [&str; 10] = [
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "phi3_longrope",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+];
 
 fn each(test: impl Fn(&dyn Backend, &str, &Model, &[Prompt])) {
     for family in FAMILIES {
@@ -50,7 +62,7 @@ fn rig(backend: &dyn Backend, model: &Model, kv: KvDType) -> Rig {
 
 /// Every stored logit and every greedy token of one prompt.
 fn assert_parity(rig: &mut Rig, prompt: &Prompt, what: &str) {
-    let mut sequence = rig.open();
+    let mut sequence = rig.open_for(prompt.ids.len());
     let rows = rig.step(&mut [(&mut sequence, &prompt.ids)]).remove(0);
     assert_prompt(&rows, prompt, what);
     let mut row = rows;
@@ -89,11 +101,11 @@ fn a_prompt_in_chunks_gives_the_same_logits() {
     each(|backend, what, model, prompts| {
         let mut rig = rig(backend, model, KvDType::F32);
         for (i, prompt) in prompts.iter().enumerate() {
-            let mut whole = rig.open();
+            let mut whole = rig.open_for(prompt.ids.len());
             let expected = rig.prefill(&mut whole, &prompt.ids, prompt.ids.len());
             for chunk in [1, 7, 32] {
                 let what = format!("{what}, prompt {i} in chunks of {chunk}");
-                let mut sequence = rig.open();
+                let mut sequence = rig.open_for(prompt.ids.len());
                 let rows = rig.prefill(&mut sequence, &prompt.ids, chunk);
                 assert_prompt(&rows, prompt, &what);
                 assert_same(&rows.logits, &expected.logits, Rule::of(&rig, REBATCHED), &what);
@@ -108,13 +120,13 @@ fn a_prompt_in_chunks_gives_the_same_logits() {
 fn all_prompts_in_one_step_give_the_same_logits() {
     each(|backend, what, model, prompts| {
         let mut rig = rig(backend, model, KvDType::F32);
-        let mut sequences: Vec<_> = prompts.iter().map(|_| rig.open()).collect();
+        let mut sequences: Vec<_> = prompts.iter().map(|p| rig.open_for(p.ids.len())).collect();
         let ids = prompts.iter().map(|p| &p.ids[..]);
         let mut rows = rig.step(&mut sequences.iter_mut().zip(ids).collect::<Vec<_>>());
         for (i, (rows, prompt)) in rows.iter().zip(prompts).enumerate() {
             let what = format!("{what}, prompt {i} among all");
             assert_prompt(rows, prompt, &what);
-            let mut alone = rig.open();
+            let mut alone = rig.open_for(prompt.ids.len());
             let expected = rig.prefill(&mut alone, &prompt.ids, prompt.ids.len());
             assert_same(&rows.logits, &expected.logits, Rule::of(&rig, REBATCHED), &what);
             rig.close(alone);
@@ -134,7 +146,7 @@ fn all_prompts_in_one_step_give_the_same_logits() {
 /// Feeds the stored greedy tokens and compares each prediction whose margin is wide enough.
 fn assert_greedy_where_clear(rig: &mut Rig, prompt: &Prompt, what: &str) -> usize {
     let fed: Vec<u32> = prompt.ids.iter().chain(&prompt.greedy).copied().collect();
-    let mut sequence = rig.open();
+    let mut sequence = rig.open_for(prompt.ids.len());
     let rows = rig.prefill(&mut sequence, &fed[..fed.len() - 1], 40);
     rig.close(sequence);
     let found = &rows.tokens[prompt.ids.len() - 1..];

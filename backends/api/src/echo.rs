@@ -6,7 +6,8 @@
 use std::collections::HashSet;
 use std::sync::mpsc::Receiver;
 
-use mainstay_models::{LoadError, Weights, graph::Graph};
+use mainstay_models::graph::{Graph, RopeSwitch};
+use mainstay_models::{LoadError, Weights};
 
 use crate::kv::{
     CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, StoredPage,
@@ -31,7 +32,9 @@ impl Backend for EchoBackend {
         _weights: &Weights,
         limits: &Limits,
     ) -> Result<Box<dyn Executor>, LoadError> {
-        Ok(Box::new(EchoExecutor::new(graph.vocab, limits.clone())))
+        let mut executor = EchoExecutor::new(graph.vocab, limits.clone());
+        executor.layout.rope_switch = graph.rope_switch;
+        Ok(Box::new(executor))
     }
 }
 
@@ -61,7 +64,10 @@ impl EchoExecutor {
         let group = |layer| Group { layers: vec![layer], window: None, parts: vec![part("k"), part("v")] };
         Self {
             vocab,
-            layout: KvLayout { groups: (0..limits.pages.len()).map(group).collect() },
+            layout: KvLayout {
+                groups: (0..limits.pages.len()).map(group).collect(),
+                rope_switch: RopeSwitch::default(),
+            },
             slots: limits.pages.iter().map(|n| vec![(u32::MAX, u32::MAX); n * PAGE_TOKENS]).collect(),
             limits,
             scratch: SampleScratch::new(vocab),
@@ -83,6 +89,13 @@ impl EchoExecutor {
     /// Every `n`th step fails, and leaves what a real failure may leave: pages half written.
     pub fn failing_every(mut self, n: u64) -> Self {
         self.fail_every = Some(n);
+        self
+    }
+
+    /// Sequences of more than `len` tokens turn by a second table. A sequence whose pages are of two tables, or of the
+    /// wrong one, draws other tokens than [`expected`] tells.
+    pub fn switching_at(mut self, len: usize) -> Self {
+        self.layout.rope_switch = RopeSwitch(Some(len));
         self
     }
 
@@ -110,7 +123,7 @@ impl EchoExecutor {
             for group in 0..self.slots.len() {
                 let page = chunk.table(step, group)[position / PAGE_TOKENS];
                 let page = PageRef { group: group as u32, page };
-                *self.slot(page, position % PAGE_TOKENS) = (token, position as u32);
+                *self.slot(page, position % PAGE_TOKENS) = (token, turned(position as u32, chunk.rope_table));
             }
         }
     }
@@ -121,7 +134,8 @@ impl EchoExecutor {
         let own = &step.tokens[chunk.tokens.clone()];
         let read = |position: usize| {
             let page = chunk.table(step, 0)[position / PAGE_TOKENS];
-            self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
+            let (token, at) = self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
+            (token, turned(at, chunk.rope_table))
         };
         let end = chunk.position + own.len();
         assert!(
@@ -143,7 +157,8 @@ impl EchoExecutor {
         let widest = windows.iter().copied().max().unwrap_or(usize::MAX);
         let slot = |group: usize, position: usize| {
             let page = chunk.table(step, group)[position / PAGE_TOKENS];
-            self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
+            let (token, at) = self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
+            (token, turned(at, chunk.rope_table))
         };
         for output in step.outputs.iter().filter(|output| chunk.tokens.contains(&output.row)) {
             let end = output.position;
@@ -198,6 +213,7 @@ impl Executor for EchoExecutor {
 
     fn submit(&mut self, step: &Step) -> Result<(), StepError> {
         check(step, &self.limits, &self.layout, self.vocab);
+        check_tables(step, self.layout.rope_switch);
         assert!(self.submitted.is_none(), "a step was submitted before the last one was finished");
         if let Some(gate) = &self.gate
             && gate.recv().is_err()
@@ -317,6 +333,12 @@ fn row(state: u64) -> Vec<f32> {
 
 const SEED: u64 = 0x6d61_696e_7374_6179;
 
+/// A position as it is kept by this rope table, and from what was kept back to the position: by another table than it was
+/// kept by, it becomes none that there is.
+fn turned(position: u32, rope_table: usize) -> u32 {
+    position ^ (rope_table as u32) << 31
+}
+
 fn absorb(state: u64, token: u32, position: u32) -> u64 {
     mix(state ^ (u64::from(position) << 32 | u64::from(token)))
 }
@@ -333,6 +355,15 @@ fn mix(x: u64) -> u64 {
 fn push_logits(state: u64, vocab: usize, logits: &mut Vec<f32>) {
     let logit = |id: u64| (mix(state.wrapping_add(id)) >> 40) as f32 * (8.0 / (1 << 24) as f32) - 4.0;
     logits.extend((0..vocab as u64).map(logit));
+}
+
+/// Asserts that sequences turn by the table of their length. Of a prompt in chunks only the last shows how long it is.
+fn check_tables(step: &Step, switch: RopeSwitch) {
+    for chunk in &step.chunks {
+        let (end, table) = (chunk.position + chunk.tokens.len(), chunk.rope_table);
+        let known = switch.table(end)..=switch.table(usize::MAX);
+        assert!(known.contains(&table), "rope table {table} of a sequence with {end} tokens, {switch:?}");
+    }
 }
 
 /// Asserts that a step is one that any executor must accept.

@@ -1,6 +1,6 @@
 //! How keys and values lie in pages: described from the graph, never assumed.
 
-use mainstay_models::graph::Graph;
+use mainstay_models::graph::{Graph, RopeSwitch};
 
 /// Tokens in a page, on every backend.
 pub const PAGE_TOKENS: usize = 32;
@@ -150,6 +150,9 @@ impl Group {
 pub struct KvLayout {
     /// The groups.
     pub groups: Vec<Group>,
+    /// By which table the keys of a sequence are turned before they are stored: pages of one table are of no use to the
+    /// other.
+    pub rope_switch: RopeSwitch,
 }
 
 impl CopyDone {
@@ -187,7 +190,7 @@ impl KvLayout {
             }
         }
         groups.sort_by_key(|group| group.window);
-        Self { groups }
+        Self { groups, rope_switch: graph.rope_switch }
     }
 
     /// The windows of the groups.
@@ -247,6 +250,7 @@ mod tests {
             hidden: 16,
             vocab: 10,
             context: 4096,
+            rope_switch: RopeSwitch::default(),
         };
         let groups = KvLayout::of(&graph, KvDType::F32).groups;
         let found: Vec<_> = groups.iter().map(|group| (group.window, &group.layers[..])).collect();

@@ -103,18 +103,20 @@ impl Source<'_> {
     }
 
     fn vector(&self, vector: &Vector, prefix: &str) -> Result<Tensor, LoadError> {
-        stacked_f32(&self.tensors(&vector.parts, prefix)?).map_err(load_error)
+        let numbers = vector.read(prefix, self.weights)?;
+        Tensor::from_vec(numbers, vector.width(), self.device).map_err(load_error)
     }
 
     fn tensors(&self, parts: &[(String, usize)], prefix: &str) -> Result<Vec<Tensor>, LoadError> {
         let read = |(name, _): &(String, usize)| {
             let view = self.weights.tensor(&format!("{prefix}{name}"))?;
-            let dtype = match view.dtype {
-                mainstay_models::weights::DType::F32 => DType::F32,
+            let (dtype, bytes) = view.to_plain();
+            let dtype = match dtype {
                 mainstay_models::weights::DType::F16 => DType::F16,
                 mainstay_models::weights::DType::BF16 => DType::BF16,
+                _ => DType::F32,
             };
-            Tensor::from_raw_buffer(view.bytes, dtype, view.shape, self.device).map_err(load_error)
+            Tensor::from_raw_buffer(&bytes, dtype, view.shape, self.device).map_err(load_error)
         };
         parts.iter().map(read).collect()
     }

@@ -91,6 +91,13 @@ pub(crate) enum Call<P> {
         input: P,
         out: P,
     },
+    /// The norm, added to what is there.
+    NormAdd {
+        weight: WeightIndex,
+        eps: f32,
+        input: P,
+        out: P,
+    },
     LayerNorm {
         weight: WeightIndex,
         bias: WeightIndex,
@@ -275,6 +282,9 @@ impl<P: Copy> Call<P> {
             Call::Norm { weight, eps, input, out } => {
                 Call::Norm { weight, eps, input: f(input, Read), out: f(out, Write) }
             }
+            Call::NormAdd { weight, eps, input, out } => {
+                Call::NormAdd { weight, eps, input: f(input, Read), out: f(out, Write) }
+            }
             Call::LayerNorm { weight, bias, eps, input, out } => {
                 Call::LayerNorm { weight, bias, eps, input: f(input, Read), out: f(out, Write) }
             }
@@ -359,8 +369,8 @@ impl<'a> Fuse<'a> {
                 self.absorbed[*input] = true;
             }
             Op::Add { a, b } => {
-                if let Some((linear, _)) = self.residual(v, *a, *b) {
-                    self.absorbed[linear] = true;
+                if let Some((addend, _)) = self.residual(v, *a, *b) {
+                    self.absorbed[addend] = true;
                 }
             }
             Op::Attend(attend) => {
@@ -386,15 +396,16 @@ impl<'a> Fuse<'a> {
         matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
     }
 
-    /// For the sum `v`: the product to add, and the value that dies here and takes it.
+    /// For the sum `v`: the product or norm to add, and the value that dies here and takes it.
     fn residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
         if matches!(self.role, Role::Epilogue | Role::Pooled) {
             return None;
         }
-        [(b, a), (a, b)].into_iter().find(|&(linear, rest)| {
-            let free = matches!(self.ops[linear], Op::Linear { .. }) && self.readers[linear] == 1;
+        [(b, a), (a, b)].into_iter().find(|&(addend, rest)| {
+            let free = matches!(self.ops[addend], Op::Linear { .. } | Op::RmsNorm { .. })
+                && self.readers[addend] == 1;
             let own =
-                !self.ops[linear].inputs().contains(&rest) && !matches!(self.ops[rest], Op::Slice { .. });
+                !self.ops[addend].inputs().contains(&rest) && !matches!(self.ops[rest], Op::Slice { .. });
             let sliced = self.ops.iter().any(|op| matches!(op, Op::Slice { input, .. } if *input == rest));
             free && own && !sliced && (v + 1..self.ops.len()).all(|later| !self.may_read(later, rest))
         })
@@ -450,9 +461,15 @@ impl<'a> Fuse<'a> {
                 out: v,
             },
             Op::Add { a, b } => match self.absorbed_residual(v, *a, *b) {
-                Some((linear, rest)) => {
+                Some((addend, rest)) => {
                     self.draft.alias(v, rest);
-                    self.linear(linear, v, After::Accumulate)
+                    match &ops[addend] {
+                        Op::RmsNorm { input, weight, eps } => {
+                            let weight = self.draft.vector(weight, RowOrder::Plain);
+                            Call::NormAdd { weight, eps: *eps, input: *input, out: v }
+                        }
+                        _ => self.linear(addend, v, After::Accumulate),
+                    }
                 }
                 None => Call::Add { a: *a, b: *b, out: v },
             },
@@ -483,13 +500,19 @@ impl<'a> Fuse<'a> {
         }
     }
 
-    /// Which of a sum's operands was absorbed as a product.
+    /// Which of a sum's operands was absorbed.
     fn absorbed_residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
-        self.residual(v, a, b).filter(|&(linear, _)| self.absorbed[linear])
+        self.residual(v, a, b).filter(|&(addend, _)| self.absorbed[addend])
     }
 
+    /// In the place of its input, where nobody else reads that.
     fn map(&mut self, v: Value, input: Value, f: Map) -> Call<Value> {
-        self.draft.calls.push(Call::Copy { input, out: v });
+        let is_view = matches!(self.ops[input], Op::Input | Op::SelectRows { .. } | Op::Slice { .. });
+        if self.readers[input] == 1 && !is_view {
+            self.draft.alias(v, input);
+        } else {
+            self.draft.calls.push(Call::Copy { input, out: v });
+        }
         Call::Map { f, out: v }
     }
 

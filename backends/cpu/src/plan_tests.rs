@@ -1,7 +1,7 @@
 //! What is fused, and that values that live together lie apart.
 
 use mainstay_backend_api::KvDType;
-use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind};
+use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind, RopeSwitch};
 
 use super::*;
 use crate::plan::Access;
@@ -40,6 +40,7 @@ fn graph(block: Block) -> Graph {
         hidden: HIDDEN,
         vocab: 50,
         context: 64,
+        rope_switch: RopeSwitch::default(),
     }
 }
 
@@ -92,6 +93,7 @@ fn kinds(program: &Program) -> Vec<&'static str> {
         Call::Linear { after: After::Activate(_), .. } => "linear+activate",
         Call::Linear { after: After::Gate(_), .. } => "linear+gate",
         Call::Norm { .. } => "norm",
+        Call::NormAdd { .. } => "norm+add",
         Call::Add { .. } => "add",
         Call::Map { .. } => "map",
         Call::Rope { .. } => "rope",
@@ -172,7 +174,7 @@ fn halves_that_cut_a_panel_are_not_fused() {
     let d = b.push(Op::Activate { input: d, f: Activation::Relu });
     b.push(Op::Softcap { input: d, cap: 3.0 });
     let plan = Plan::new(&graph(b), &limits()).unwrap();
-    let wanted = ["linear", "gate", "copy", "map", "linear+activate", "copy", "map", "copy"];
+    let wanted = ["linear", "gate", "map", "linear+activate", "map", "copy"];
     assert_eq!(kinds(&plan.blocks[0]), wanted);
     check_places(&plan.blocks[0]);
 }
@@ -198,6 +200,53 @@ fn ops_in_the_wrong_place_are_refused_at_load() {
     let mut wrong = graph(llama());
     wrong.blocks[0].ops.push(Op::SelectRows { input: 0 });
     assert!(matches!(Plan::new(&wrong, &limits()), Err(LoadError::Unsupported { backend: "cpu", .. })));
+}
+
+#[test]
+fn norms_behind_products_are_added_to_the_residual() {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let g = b.push(linear(x, 96, HIDDEN));
+    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let d = b.push(linear(g, HIDDEN, 48));
+    let n = b.push(norm(d, HIDDEN));
+    let sum = b.push(Op::Add { a: x, b: n });
+    let n = b.push(norm(sum, HIDDEN));
+    let d = b.push(linear(n, HIDDEN, HIDDEN));
+    let n = b.push(norm(d, HIDDEN));
+    b.push(Op::Add { a: n, b: sum });
+    let mut graph = graph(b);
+    graph.prologue.push(Op::Scale { input: 0, factor: 8.0 });
+    graph.epilogue.push(Op::Softcap { input: 2, cap: 30.0 });
+    let plan = Plan::new(&graph, &limits()).unwrap();
+    let wanted = ["linear+gate", "linear", "norm+add", "norm", "linear", "norm+add"];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    assert_eq!(kinds(&plan.prologue), ["embed", "map"]);
+    assert_eq!(kinds(&plan.epilogue), ["select", "linear", "map"]);
+    [&plan.prologue, &plan.blocks[0], &plan.epilogue].into_iter().for_each(check_places);
+    let Call::Embed { out, .. } = plan.prologue.calls[0] else { panic!("{:?}", plan.prologue.calls) };
+    let Call::Map { out: scaled, .. } = plan.prologue.calls[1] else { panic!("{:?}", plan.prologue.calls) };
+    let Call::Linear { input, .. } = plan.blocks[0].calls[0] else { panic!("{:?}", plan.blocks[0].calls) };
+    assert!(out == scaled && scaled == input, "rows are scaled where the layers find them");
+
+    // A norm of the residual itself cannot be added to it.
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    b.push(Op::Add { a: x, b: n });
+    let plan = Plan::new(&self::graph(b), &limits()).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["norm", "add", "copy"]);
+    // Nor does a value that is read again take it, or is mapped in its place.
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let l = b.push(linear(x, HIDDEN, HIDDEN));
+    let s = b.push(Op::Scale { input: l, factor: 2.0 });
+    let n = b.push(norm(s, HIDDEN));
+    let sum = b.push(Op::Add { a: l, b: n });
+    b.push(Op::Add { a: sum, b: l });
+    let plan = Plan::new(&self::graph(b), &limits()).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["linear", "copy", "map", "norm", "add", "add", "copy"]);
+    check_places(&plan.blocks[0]);
 }
 
 fn pooled(width: usize, build: impl FnOnce(&mut Block, Value)) -> Option<Pooled> {

@@ -9,8 +9,8 @@ use mainstay_backend_api::{Limits, Step, oldest_page};
 use mainstay_kernels_cpu::attend::{AttendShape, Sight};
 use mainstay_kernels_cpu::kv::KvPart;
 use mainstay_kernels_cpu::{
-    After, Kernels, LANES, PART_ROWS, Part, Product, layer_norm, mean, normalize, pack_tile, rms_norm,
-    rms_norm_in_place, rope, rope_angles,
+    After, Form, Kernels, LANES, PART_ROWS, PackedMatrix, Part, Product, layer_norm, mean, normalize,
+    pack_tile, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
@@ -125,6 +125,8 @@ struct Runner<'a> {
     rows: usize,
     weights: &'a BlockWeights,
     layer: usize,
+    /// The value that is packed, and how, while products of it follow each other.
+    in_packed: Option<(Slot, Form)>,
 }
 
 impl Core {
@@ -133,8 +135,16 @@ impl Core {
         let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
         let rows = step.tokens.len();
         let scratch = &mut *scratch;
-        let mut runner =
-            Runner { core: self, worker, step, scratch, rows, weights: &self.prologue, layer: 0 };
+        let mut runner = Runner {
+            core: self,
+            worker,
+            step,
+            scratch,
+            rows,
+            weights: &self.prologue,
+            layer: 0,
+            in_packed: None,
+        };
         if rows == 0 {
             return;
         }
@@ -182,6 +192,9 @@ impl Core {
 impl Runner<'_> {
     fn program(&mut self, program: &Program) {
         for call in &program.calls {
+            if !matches!(call, Call::Linear { .. }) {
+                self.in_packed = None;
+            }
             match *call {
                 Call::Embed { ids, weight, out } => self.embed(ids, weight, out),
                 Call::Select { input, out } => self.select(input, out),
@@ -194,6 +207,11 @@ impl Runner<'_> {
                     let width = self.vector_width(program, weight);
                     let weight = &self.weights.vectors[weight][..width];
                     self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
+                }
+                Call::NormAdd { weight, eps, input, out } => {
+                    let width = self.vector_width(program, weight);
+                    let weight = &self.weights.vectors[weight][..width];
+                    self.row_wise(input, out, |x, o| rms_norm_add(x, weight, eps, o));
                 }
                 Call::LayerNorm { weight, bias, eps, input, out } => {
                     let width = self.vector_width(program, weight);
@@ -327,22 +345,35 @@ impl Runner<'_> {
         });
     }
 
+    /// A value's rows as a weight's products take them.
+    fn packed(&mut self, input: Slot, weight: &PackedMatrix) -> &'a [f32] {
+        let (core, rows, tile) = (self.core, self.rows, self.core.kernels.tile_rows());
+        let (form, cols) = (weight.form(), weight.cols());
+        if form == Form::Floats && rows == 1 {
+            return core.arena.read_flat(input, cols);
+        }
+        if self.in_packed != Some((input, form)) {
+            self.worker.each(rows.div_ceil(tile), |job| {
+                let first = job.index() * tile;
+                let last = (first + tile).min(rows);
+                let range = form.input_len(first, cols)..form.input_len(last, cols);
+                let place = core.arena.write_flat(core.plan.packed, range, &job);
+                let values = core.arena.read(input, 0..rows);
+                match form {
+                    Form::Floats => pack_tile(values, tile, job.index(), place),
+                    Form::Integers => core.kernels.quantize_tile(values, job.index(), place),
+                }
+            });
+        }
+        self.in_packed = Some((input, form));
+        core.arena.read_flat(core.plan.packed, form.input_len(rows, cols))
+    }
+
     fn linear(&mut self, (weight, bias): (usize, Option<usize>), input: Slot, after: After, out: Slot) {
         let core = self.core;
         let (rows, tile) = (self.rows, core.kernels.tile_rows());
         let weight = &*self.weights.matrices[weight];
-        let cols = weight.cols();
-        let packed = if rows == 1 {
-            core.arena.read_flat(input, cols)
-        } else {
-            self.worker.each(rows.div_ceil(tile), |job| {
-                let first = job.index() * tile;
-                let range = first * cols..(first + tile).min(rows) * cols;
-                let place = core.arena.write_flat(core.plan.packed, range, &job);
-                pack_tile(core.arena.read(input, 0..rows), tile, job.index(), place);
-            });
-            core.arena.read_flat(core.plan.packed, rows * cols)
-        };
+        let packed = self.packed(input, weight);
         let bias = bias.map(|b| &*self.weights.vectors[b]);
         let product = Product { weight, bias, input: packed, rows, after };
         let gated = matches!(after, After::Gate(_));

@@ -367,7 +367,7 @@ impl Cost {
 
 fn stored_bytes(matrix: &mainstay_models::graph::Matrix, prefix: &str, weights: &Weights) -> f64 {
     let views = matrix.parts.iter().filter_map(|(name, _)| weights.tensor(&format!("{prefix}{name}")).ok());
-    views.map(|view| view.bytes.len() as f64).sum()
+    views.map(|view| view.stored_bytes() as f64).sum()
 }
 
 #[cfg(test)]

@@ -92,19 +92,20 @@ impl FromStr for Shape {
     }
 }
 
-/// A safetensors file in memory with every tensor that the graph names: random matrices, vectors of ones.
+/// A safetensors file in memory with every tensor that the graph names: random matrices, vectors of ones; F16, BF16, or
+/// else F32.
 pub(crate) fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
     let tensors = tensors(graph);
     let mut header = Map::new();
     let mut end = 0;
     for (name, shape) in &tensors {
         let start = end;
-        end += shape.iter().product::<usize>() * dtype.size_bytes();
-        let kind = match dtype {
-            DType::F32 => "F32",
-            DType::F16 => "F16",
-            DType::BF16 => "BF16",
+        let (kind, size_bytes) = match dtype {
+            DType::F16 => ("F16", 2),
+            DType::BF16 => ("BF16", 2),
+            _ => ("F32", 4),
         };
+        end += shape.iter().product::<usize>() * size_bytes;
         header.insert(name.clone(), json!({"dtype": kind, "shape": shape, "data_offsets": [start, end]}));
     }
     let header = Value::Object(header).to_string();
@@ -124,9 +125,9 @@ pub(crate) fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
 
 fn push(bytes: &mut Vec<u8>, value: f32, dtype: DType) {
     match dtype {
-        DType::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
         DType::F16 => bytes.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
         DType::BF16 => bytes.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+        _ => bytes.extend_from_slice(&value.to_le_bytes()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Names of a sequence's pages: whose, of which model, computed by whom; and what the store has of them.
 
 use mainstay_backend_api::PAGE_TOKENS;
+use mainstay_models::graph::RopeSwitch;
 use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Root, Store, Tenant};
 
 use crate::identity::Identity;
@@ -24,8 +25,10 @@ pub(crate) struct Header {
 #[derive(Clone, Debug)]
 pub(crate) struct Chain {
     tenant: Tenant,
-    root: PageKey,
-    content: ContentId,
+    /// By rope table.
+    roots: [PageKey; 2],
+    contents: [ContentId; 2],
+    rope_switch: RopeSwitch,
     class: ClassId,
 }
 
@@ -51,14 +54,23 @@ impl Stored {
 
 impl Chain {
     pub(crate) fn new(tenant: Tenant, identity: &Identity, salt: &[u8]) -> Self {
-        let root = Root { content: identity.content, adapter: None, rope_table: 0, salt };
-        let root = tenant.chain.root(&root);
-        Self { tenant, root, content: identity.content, class: identity.class }
+        let root = |rope_table: usize| {
+            let content = identity.contents[rope_table];
+            tenant.chain.root(&Root { content, adapter: None, rope_table: rope_table as u32, salt })
+        };
+        let roots = [root(0), root(1)];
+        let (contents, rope_switch, class) = (identity.contents, identity.rope_switch, identity.class);
+        Self { tenant, roots, contents, rope_switch, class }
     }
 
-    /// The parent of a sequence's first page.
-    pub(crate) fn root(&self) -> PageKey {
-        self.root
+    /// Which rope table a sequence of this many tokens turns by, all of them.
+    pub(crate) fn rope_table(&self, len: usize) -> usize {
+        self.rope_switch.table(len)
+    }
+
+    /// The parent of the first page of a sequence that turns by this rope table.
+    pub(crate) fn root(&self, rope_table: usize) -> PageKey {
+        self.roots[rope_table]
     }
 
     /// Who computes here.
@@ -72,10 +84,16 @@ impl Chain {
     }
 
     /// How the store names a page of a group: full, or a tail of fewer tokens.
-    pub(crate) fn page(&self, class: ClassId, group: usize, parent: PageKey, tokens: &[u32]) -> PageHeader {
+    pub(crate) fn page(
+        &self,
+        (class, group): (ClassId, usize),
+        rope_table: usize,
+        parent: PageKey,
+        tokens: &[u32],
+    ) -> PageHeader {
         let key = self.tenant.chain.next(parent, tokens, &[]);
         let name = self.name(class, group, key);
-        PageHeader { name, content: self.content, parent, tokens: tokens.to_vec() }
+        PageHeader { name, content: self.contents[rope_table], parent, tokens: tokens.to_vec() }
     }
 
     fn name(&self, class: ClassId, group: usize, key: PageKey) -> PageName {
@@ -87,7 +105,7 @@ impl Chain {
         Stored { pages: 0, tail: 0, class: self.class, lack: None }
     }
 
-    /// The keys of all full pages, and how much of them the store has, where these are the windows of the groups.
+    /// How much of these tokens the store has, where these are the windows of the groups, and the keys of all full pages.
     pub(crate) fn look_up(
         &self,
         store: &Store,
@@ -96,21 +114,40 @@ impl Chain {
         reuse: Reuse,
     ) -> (Stored, Vec<PageKey>) {
         let full = &tokens[..tokens.len() / PAGE_TOKENS * PAGE_TOKENS];
-        let keys: Vec<PageKey> = self.tenant.chain.keys(self.root, full).collect();
+        let table = self.rope_table(tokens.len());
+        let named = |table: usize| {
+            let root = self.roots[table];
+            let mut keys = vec![root];
+            keys.extend(self.tenant.chain.keys(root, full));
+            keys
+        };
+        let mut keys = named(table);
         let own = self.find(store, (self.class, windows), tokens, &keys);
         let others = || {
             let classes = store.classes().into_iter().filter(|class| *class != self.class);
             let found = classes.map(|class| self.find(store, (class, windows), tokens, &keys));
             found.max_by_key(Stored::tokens).filter(|found| found.tokens() > own.tokens())
         };
+        // What it had when it was shorter.
+        let shorter = || {
+            let found = (table > 0).then(|| self.find(store, (self.class, windows), tokens, &named(0)));
+            found.filter(|found| found.tokens() > 0)
+        };
+        let lack = || match (others(), shorter()) {
+            (Some(_), _) => Some("numeric_class"),
+            (None, Some(_)) => Some("rope_table"),
+            (None, None) => None,
+        };
         let found = match (reuse, own.tokens()) {
             (Reuse::Equivalent, _) => others().unwrap_or(own),
-            (Reuse::Exact, 0) => Stored { lack: others().map(|_| "numeric_class"), ..own },
+            (Reuse::Exact, 0) => Stored { lack: lack(), ..own },
             (Reuse::Exact, _) => own,
         };
+        keys.remove(0);
         (found, keys)
     }
 
+    /// `keys` are those of all full pages, the root before the first.
     fn find(
         &self,
         store: &Store,
@@ -118,20 +155,20 @@ impl Chain {
         tokens: &[u32],
         keys: &[PageKey],
     ) -> Stored {
-        let like = |group| self.name(class, group, self.root);
+        let like = |group| self.name(class, group, keys[0]);
         let (windowed, full): (Vec<usize>, Vec<usize>) =
             (0..windows.len()).partition(|&group| windows[group].is_some());
-        let run = |&group: &usize| store.chain_len(&like(group), keys);
-        let run = full.iter().map(run).min().unwrap_or(if windowed.is_empty() { 0 } else { keys.len() });
+        let run = |&group: &usize| store.chain_len(&like(group), &keys[1..]);
+        let run = full.iter().map(run).min().unwrap_or(if windowed.is_empty() { 0 } else { keys.len() - 1 });
         let mut held = vec![Vec::new(); windows.len()];
-        windowed.iter().for_each(|&group| held[group] = store.held(&like(group), &keys[..run]));
+        windowed.iter().for_each(|&group| held[group] = store.held(&like(group), &keys[1..=run]));
         let has = |group: usize, page: usize| held[group][page];
         // Without a group that sees all, the last page that is there tells how far to look.
         let last = |&group: &usize| held[group].iter().rposition(|&held| held).map_or(0, |last| last + 1);
         let most = if full.is_empty() { windowed.iter().map(last).min().unwrap_or(0) } else { run };
         let stored = |pages: usize| {
-            let (parent, rest) = (keys[..pages].last(), &tokens[pages * PAGE_TOKENS..]);
-            let tail = self.tail(store, (class, windows.len()), parent, rest);
+            let rest = &tokens[pages * PAGE_TOKENS..];
+            let tail = self.tail(store, (class, windows.len()), keys[pages], rest);
             Stored { pages, tail, class, lack: None }
         };
         // A tail may be of use where the page before it is not: its next token sees less of what lies before.
@@ -142,17 +179,11 @@ impl Chain {
         }
     }
 
-    /// Tokens of the longest tail that all groups have after a page, or after the root.
-    fn tail(
-        &self,
-        store: &Store,
-        (class, groups): (ClassId, usize),
-        parent: Option<&PageKey>,
-        rest: &[u32],
-    ) -> usize {
+    /// Tokens of the longest tail that all groups have after a page, or the root.
+    fn tail(&self, store: &Store, (class, groups): (ClassId, usize), parent: PageKey, rest: &[u32]) -> usize {
         let name = |group, key| self.name(class, group, key);
         let rest = &rest[..rest.len().min(PAGE_TOKENS)];
-        let tail = store.find_tail(&name(0, self.root), *parent.unwrap_or(&self.root), rest);
+        let tail = store.find_tail(&name(0, parent), parent, rest);
         let tail = tail.filter(|(found, _)| (1..groups).all(|group| store.contains(&name(group, found.key))));
         tail.map_or(0, |(_, len)| len)
     }

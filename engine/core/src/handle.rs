@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS, pages_max};
 use mainstay_store::{
-    BundlePages, Durability, ExportPages, KeyChain, PageKey, Root, Store, StoreError, Tenant, TenantId,
+    BundlePages, Durability, ExportPages, KeyChain, PageKey, Store, StoreError, Tenant, TenantId,
     TenantSecret,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -227,14 +227,14 @@ impl Handle {
         &self.shared.identity
     }
 
-    /// Where the chain of page keys of a tenant's session begins.
+    /// Where the chain of page keys of a tenant's session of this many tokens begins.
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn root(&self, tenant: &str, salt: &[u8]) -> Result<Option<PageKey>, StoreError> {
+    pub fn root(&self, tenant: &str, salt: &[u8], len: usize) -> Result<Option<PageKey>, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(None) };
-        let root = Root { content: self.shared.identity.content, adapter: None, rope_table: 0, salt };
-        Ok(Some(store.tenant(tenant)?.chain.root(&root)))
+        let chain = Chain::new(store.tenant(tenant)?, &self.shared.identity, salt);
+        Ok(Some(chain.root(self.shared.identity.rope_table(len))))
     }
 
     /// How many of these tokens, from the first on, have stored pages that a request of this engine would use; where
@@ -246,11 +246,11 @@ impl Handle {
         (stored.tokens(), stored.lack)
     }
 
-    /// Which pages an export of a session of this model takes along.
-    pub fn export_pages(&self) -> ExportPages {
+    /// Which pages an export of a session of this model and of this many tokens takes along.
+    pub fn export_pages(&self, len: usize) -> ExportPages {
         let identity = &self.shared.identity;
         ExportPages {
-            content: identity.content,
+            content: identity.contents[identity.rope_table(len)],
             class: identity.class,
             groups: u16::try_from(self.shared.windows.len()).unwrap_or(u16::MAX),
         }
@@ -261,9 +261,11 @@ impl Handle {
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
     pub fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
-        let content = self.shared.identity.content;
-        let root = self.root(tenant, b"")?;
-        Ok(root.map_or(BundlePages::Refuse, |root| BundlePages::Accept { content, root }))
+        let Some(store) = &self.shared.store else { return Ok(BundlePages::Refuse) };
+        let identity = &self.shared.identity;
+        let chain = Chain::new(store.tenant(tenant)?, identity, b"");
+        let chains = [0, 1].map(|table| (identity.contents[table], chain.root(table)));
+        Ok(BundlePages::Accept { chains })
     }
 
     /// Waits until the pages of all requests that have finished are with the system, where a killed process leaves

@@ -19,7 +19,7 @@ use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    /// Sequences without pages, by rank: not yet started, or preempted.
+    /// Sequences without pages, by rank: not yet started, preempted, or about to be computed anew by another rope table.
     waiting: VecDeque<Sequence>,
     /// Sequences with pages, by rank.
     running: Vec<Sequence>,
@@ -429,7 +429,12 @@ impl Scheduler {
                     masking.drawn.push(token);
                 }
                 self.ask(&mut sequence);
-                self.insert(sequence);
+                if sequence.outgrows_table() {
+                    sequence.change_table(pool);
+                    self.queue(sequence);
+                } else {
+                    self.insert(sequence);
+                }
             }
         }
     }
@@ -505,7 +510,7 @@ fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvP
     for (group, pages) in sequence.pages.iter().enumerate().filter(|(_, pages)| pages[page].0 != 0) {
         pool.share(group, pages[page]);
         spill.reads.push(PageRead { page: PageRef { group: group as u32, page: pages[page] }, tokens });
-        spill.headers.push(chain.page(chain.class(), group, parent, own));
+        spill.headers.push(chain.page((chain.class(), group), sequence.rope_table, parent, own));
     }
     Some(spill).filter(|spill| !spill.reads.is_empty())
 }
@@ -519,7 +524,8 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
     let goal = sequence.submission.goal;
     let second = if let Goal::Row { second } = goal { second } else { None };
-    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0, second };
+    let (tokens_range, rope_table) = (start..start + tokens, sequence.rope_table);
+    let mut chunk = Chunk { tokens: tokens_range, position, pages: 0..0, rope_table, second };
     let table = step.page_table.len();
     for pages in &sequence.pages {
         step.page_table.extend_from_slice(&pages[..chunk.page_count()]);

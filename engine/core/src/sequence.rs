@@ -94,7 +94,9 @@ pub(crate) struct Sequence {
     /// Page tables `[group][position / PAGE_TOKENS]`. Of a windowed group, pages that no later token sees are 0, and those
     /// of tokens behind the next step are not taken yet.
     pub(crate) pages: Vec<Vec<PageId>>,
-    /// Keys of its full pages so far as they were needed; tokens are only appended, so they stay true.
+    /// By which of the model's rope tables its keys are turned: that of its length when it began, until it grows beyond.
+    pub(crate) rope_table: usize,
+    /// Keys of its full pages so far as they were needed; tokens are only appended, so they stay true of its table.
     keys: Vec<PageKey>,
     /// Log-probabilities of prompt tokens from the second on, if they were asked for.
     pub(crate) scores: Vec<Score>,
@@ -123,6 +125,7 @@ impl Sequence {
         let held = Held::new(&submission.request, &tokens[submission.prompt_len..]);
         Self {
             id: SequenceId { request, choice: 0 },
+            rope_table: submission.chain.rope_table(tokens.len()),
             submission,
             tokens,
             computed: 0,
@@ -155,6 +158,7 @@ impl Sequence {
             tokens: self.tokens.clone(),
             computed: self.computed,
             pages: self.pages.clone(),
+            rope_table: self.rope_table,
             keys: self.keys.clone(),
             scores: Vec::new(),
             seat: None,
@@ -234,10 +238,10 @@ impl Sequence {
             pages[page]
         };
         while self.keys.len() <= page {
-            let parent = self.keys.last().copied().unwrap_or(chain.root());
+            let parent = self.keys.last().copied().unwrap_or(chain.root(self.rope_table));
             self.keys.push(chain.next(parent, &tokens(self.keys.len())).key);
         }
-        let parent = if page == 0 { chain.root() } else { self.keys[page - 1] };
+        let parent = if page == 0 { chain.root(self.rope_table) } else { self.keys[page - 1] };
         Header { key: self.keys[page], parent, tokens: tokens(page) }
     }
 
@@ -327,7 +331,7 @@ impl Sequence {
             let parent = self.parent(page);
             let len = if page < wanted.full { PAGE_TOKENS } else { wanted.tail };
             let tokens = &self.tokens[page * PAGE_TOKENS..][..len];
-            self.submission.chain.page(class, group, parent, tokens)
+            self.submission.chain.page((class, group), self.rope_table, parent, tokens)
         };
         Some(wanted.pages.iter().map(header).collect())
     }
@@ -428,7 +432,8 @@ impl Sequence {
 
     /// The key before a page.
     pub(crate) fn parent(&mut self, page: usize) -> PageKey {
-        page.checked_sub(1).map_or(self.submission.chain.root(), |before| self.header(before).key)
+        let root = self.submission.chain.root(self.rope_table);
+        page.checked_sub(1).map_or(root, |before| self.header(before).key)
     }
 
     /// Group and key of the first full page that it would load.
@@ -550,6 +555,19 @@ impl Sequence {
                 pool.release(group, std::mem::take(page));
             }
         }
+    }
+
+    /// Whether its tokens have become too many for the rope table that its keys are turned by.
+    pub(crate) fn outgrows_table(&self) -> bool {
+        self.submission.chain.rope_table(self.tokens.len()) != self.rope_table
+    }
+
+    /// Goes on under the rope table of its length: nothing that was computed is of use.
+    pub(crate) fn change_table(&mut self, pool: &mut KvPool) {
+        self.release(pool);
+        self.rope_table = self.submission.chain.rope_table(self.tokens.len());
+        self.keys.clear();
+        self.stored = self.submission.chain.nothing();
     }
 
     /// Gives all pages back; everything has to be computed again.

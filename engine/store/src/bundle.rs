@@ -50,13 +50,29 @@ pub struct ExportPages {
 pub enum BundlePages {
     /// Tokens alone; pages are computed again.
     Refuse,
-    /// Pages of this content, named anew after this root.
+    /// Pages of these contents, named anew after their roots.
     Accept {
-        /// What this engine computes with.
-        content: ContentId,
-        /// Where the session's chain begins here.
-        root: PageKey,
+        /// What this engine computes with, one for each of the model's rope tables, and where a session's chain begins
+        /// here.
+        chains: [(ContentId, PageKey); 2],
     },
+}
+
+impl BundlePages {
+    /// Pages of one content.
+    pub fn accept(content: ContentId, root: PageKey) -> Self {
+        Self::Accept { chains: [(content, root); 2] }
+    }
+
+    /// The root for pages of this content, if they are accepted.
+    pub(crate) fn root_of(self, content: ContentId) -> Option<PageKey> {
+        match self {
+            Self::Refuse => None,
+            Self::Accept { chains } => {
+                chains.into_iter().find(|chain| chain.0 == content).map(|chain| chain.1)
+            }
+        }
+    }
 }
 
 /// What an imported session is to be called.
@@ -268,10 +284,7 @@ impl Store {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
         let (content, created_ms, mut settings) = parse_session(&head)?;
-        let accepted = match pages {
-            BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
-            _ => None,
-        };
+        let accepted = content.and_then(|content| Some((content, pages.root_of(content)?)));
         let (turns, tokens, keys) = (Vec::new(), Vec::new(), Vec::new());
         let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
         let (mut taken, mut refused) = (0, 0);
@@ -289,9 +302,10 @@ impl Store {
                 Some((kind, _)) => return Err(StoreError::Bundle(format!("a part of kind {kind}"))),
             }
         }
-        settings.root = match pages {
-            BundlePages::Accept { root, .. } => Some(root),
-            BundlePages::Refuse => None,
+        settings.root = match (accepted, pages) {
+            (Some((_, root)), _) => Some(root),
+            (None, BundlePages::Accept { chains }) => Some(chains[0].1),
+            (None, BundlePages::Refuse) => None,
         };
         settings.name = called.name;
         // A copy is pinned by whoever wants it; a session that moves stays as it is.

@@ -41,7 +41,7 @@ const SIDECAR_BYTES_MAX: u64 = 1 << 20;
 impl Weights {
     /// The root, computed from all bytes on this many threads.
     pub fn root(&self, threads: usize) -> [u8; 32] {
-        let entries: Vec<(&String, &Entry)> = self.tensors.iter().collect();
+        let entries: Vec<(&String, &Entry)> = self.stored.iter().collect();
         let next = AtomicUsize::new(0);
         let work = || {
             let mut leaves = Vec::new();
@@ -68,14 +68,14 @@ impl Weights {
 
     fn leaf(&self, name: &str, entry: &Entry) -> [u8; 32] {
         let mut leaf = blake3::Hasher::new_derive_key("mainstay weights leaf 1");
-        for text in [name, &entry.dtype] {
+        for text in [name, &entry.type_name] {
             leaf.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
         }
         leaf.update(&(entry.shape.len() as u64).to_le_bytes());
         entry.shape.iter().for_each(|&n| {
             leaf.update(&(n as u64).to_le_bytes());
         });
-        leaf.update(&self.files[entry.file].bytes[entry.range.clone()]);
+        leaf.update(self.bytes(&entry.span));
         *leaf.finalize().as_bytes()
     }
 

@@ -182,7 +182,7 @@ pub(crate) async fn claim(
             let record = SessionRecord { kind: RESPONSE.to_owned(), ..SessionRecord::default() };
             let settings = Settings {
                 model: model.served.id.clone(),
-                root: model.served.engine.root(&name, b"")?,
+                root: model.served.engine.root(&name, b"", 0)?,
                 durability,
                 meta: record.to_bytes(),
                 ..Settings::default()

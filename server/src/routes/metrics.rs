@@ -8,6 +8,7 @@ use mainstay_engine::Stats;
 use super::{App, Shared, sessions};
 use crate::error::ApiError;
 use crate::metrics::{ModelMetrics, Page};
+use crate::registry::Shown;
 
 /// A number that the engine keeps: name, kind, help, value.
 pub(super) type Number = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
@@ -42,10 +43,32 @@ pub(super) async fn get(State(app): Shared) -> Result<impl IntoResponse, ApiErro
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page))
 }
 
+/// Of every model of the list, loaded or not.
+fn of_list(page: &mut Page, app: &App) {
+    let numbers: [(&str, &str, &str, fn(&Shown) -> f64); 3] = [
+        ("mainstay_model_loaded", "gauge", "1 while the model is loaded.", |model| {
+            f64::from(u8::from(model.state == "loaded"))
+        }),
+        ("mainstay_model_loads_total", "counter", "Times that the model was loaded.", |model| {
+            model.loads as f64
+        }),
+        ("mainstay_model_load_failures_total", "counter", "Times that it could not be.", |model| {
+            model.failures as f64
+        }),
+    ];
+    let shown = app.registry.shown();
+    for (name, kind, help, value) in numbers {
+        page.family(name, kind, help);
+        for model in &shown {
+            page.sample(name, &[("model_name", &model.id)], value(model));
+        }
+    }
+}
+
 fn page(app: &App) -> String {
     let models = app.registry.list();
     let stats: Vec<Stats> = models.iter().map(|model| model.served.engine.stats()).collect();
-    let named = || models.iter().map(|model| model.served.id.as_str());
+    let named = || models.iter().map(|model| model.id.as_str());
     let mut page = Page::default();
     let of_store = app.sessions.iter().flat_map(|_| sessions::metrics::ENGINE);
     for (name, kind, help, value) in NUMBERS.into_iter().chain(of_store) {
@@ -86,6 +109,7 @@ fn page(app: &App) -> String {
             page.sample(name, &[("model_name", id), ("state", state.name())], count as f64);
         }
     }
+    of_list(&mut page, app);
     page.family("mainstay_requests_total", "counter", "HTTP requests answered.");
     for ((route, status), count) in app.http.snapshot() {
         let labels = [("route", route.as_str()), ("status", &status.to_string())];

@@ -51,7 +51,7 @@ pub(crate) async fn create(
         let tenant = store.tenant(&name)?.id;
         let settings = Settings {
             model: model.served.id.clone(),
-            root: model.served.engine.root(&name, b"")?,
+            root: model.served.engine.root(&name, b"", 0)?,
             durability,
             meta: record.to_bytes(),
             ..Settings::default()

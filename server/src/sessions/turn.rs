@@ -213,7 +213,7 @@ impl Turn {
         let writing = Writing {
             place: (claimed.tenant, claimed.id),
             append,
-            settings: settings_now(job, &claimed.settings)?,
+            settings: settings_now(job, &claimed.settings, prompt.len() + stands)?,
             old: claimed.settings.clone(),
             level,
         };
@@ -285,8 +285,8 @@ impl Journal {
     }
 }
 
-/// The session's settings after a turn by this model.
-fn settings_now(job: &Job, old: &Settings) -> Result<Settings, ApiError> {
+/// The settings of a session of this many tokens after a turn by this model.
+fn settings_now(job: &Job, old: &Settings, len: usize) -> Result<Settings, ApiError> {
     let served = &job.model.served;
     let mut record = SessionRecord::read(&old.meta);
     let identity = served.engine.identity();
@@ -295,7 +295,7 @@ fn settings_now(job: &Job, old: &Settings) -> Result<Settings, ApiError> {
         record.set_identity(identity);
         settings.meta = record.to_bytes();
     }
-    settings.root = served.engine.root(&job.tenant, &job.keep.salt)?;
+    settings.root = served.engine.root(&job.tenant, &job.keep.salt, len)?;
     settings.model.clone_from(&served.id);
     Ok(settings)
 }

@@ -10,7 +10,8 @@ use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::Weights;
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, Vector,
+    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, RopeSwitch,
+    Vector,
 };
 
 pub(crate) const PAGE: usize = 32;
@@ -137,6 +138,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         hidden: s.hidden,
         vocab: s.vocab,
         context: 4096,
+        rope_switch: RopeSwitch::default(),
     }
 }
 

@@ -290,7 +290,9 @@ impl Length<'_, '_> {
 fn write_out(world: &World, session: SessionId, bundle: &Path) -> Result<f64, SessionsError> {
     let begun = Instant::now();
     let mut out = BufWriter::with_capacity(1 << 20, File::create(bundle)?);
-    world.store.export(world.tenant.id, session, Some(world.handle.export_pages()), &mut out)?;
+    let len = world.store.get(world.tenant.id, session)?.token_count as usize;
+    let pages = world.handle.export_pages(len);
+    world.store.export(world.tenant.id, session, Some(pages), &mut out)?;
     out.flush()?;
     out.get_ref().sync_all()?;
     Ok(ms(begun))
@@ -311,7 +313,7 @@ fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsErr
 /// Reads the pages that a session needs to go on through the store's own threads, and does nothing with them.
 fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f64, SessionsError> {
     let wanted = headers(subject, world, history)?;
-    let groups = usize::from(world.handle.export_pages().groups);
+    let groups = usize::from(world.handle.export_pages(history.len()).groups);
     let batch = (BATCH_BYTES / subject.page_bytes().max(1)).max(1) * groups;
     let (done, all) = mpsc::channel();
     let begun = Instant::now();
@@ -332,9 +334,9 @@ fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f
 
 /// What names the pages that a session needs, its tail included: its last token has no keys and values yet.
 fn headers(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
-    let export = world.handle.export_pages();
+    let export = world.handle.export_pages(history.len());
     let tenant = &world.tenant;
-    let root = world.handle.root(TENANT, b"")?;
+    let root = world.handle.root(TENANT, b"", history.len())?;
     let mut parent = root.ok_or_else(|| SessionsError::Broken("the engine has no store".into()))?;
     let (mut headers, windows) = (Vec::new(), subject.windows());
     let computed = &history[..history.len().saturating_sub(1)];

@@ -220,7 +220,7 @@ impl World {
 
     /// A session without tokens.
     pub(crate) fn create(&self) -> Result<SessionId, SessionsError> {
-        let root = self.handle.root(TENANT, b"")?;
+        let root = self.handle.root(TENANT, b"", 0)?;
         let settings = Settings { root, durability: Durability::Async, ..Settings::default() };
         Ok(self.store.create(self.tenant.id, settings)?.id)
     }

@@ -2,6 +2,7 @@
 
 mod fuzz;
 mod rig;
+mod rope;
 mod windows;
 
 use super::*;

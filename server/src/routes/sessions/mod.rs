@@ -111,7 +111,7 @@ impl Owner {
     }
 
     fn kv(&self, store: &Store, info: &SessionInfo) -> StoredKv {
-        let Ok(model) = self.app.registry.get(&info.settings.model) else {
+        let Some(model) = self.app.registry.loaded(&info.settings.model) else {
             return StoredKv { tokens: 0, reason: Some("model_not_loaded") };
         };
         let engine = &model.served.engine;
@@ -160,9 +160,9 @@ impl Target {
         if info.settings.root.is_some() {
             return Ok(());
         }
-        let (model, name) = (Arc::clone(model), self.owner.name.clone());
+        let (model, name, len) = (Arc::clone(model), self.owner.name.clone(), info.token_count as usize);
         let set = move |store: &Store, tenant, id| {
-            let root = model.served.engine.root(&name, b"")?;
+            let root = model.served.engine.root(&name, b"", len)?;
             store.patch(tenant, id, |settings| settings.root = root)
         };
         self.call(set).await.map(|_| ())
@@ -171,16 +171,13 @@ impl Target {
 
 async fn create(State(app): Shared, owner: Owner, request: Request) -> Result<Response, ApiError> {
     let body = owner.body(request).await?;
-    let model = match Fields::of(&body).string("model")? {
-        Some(id) => app.registry.get(id)?,
-        None => app.registry.first()?,
-    };
+    let model = app.registry.named(Fields::of(&body).string("model")?, &app.time()).await?;
     let (durability, named) = (app.options.durability, model.served.id.clone());
     let mut settings = Settings { model: named, durability, ..Settings::default() };
     Wanted::read(&body)?.apply(&mut settings);
     let (name, tenant) = (owner.name.clone(), owner.tenant.id);
     let make = move |store: &Store| {
-        settings.root = model.served.engine.root(&name, b"")?;
+        settings.root = model.served.engine.root(&name, b"", 0)?;
         store.create(tenant, settings)
     };
     let made = owner.sessions.call(make).await?;

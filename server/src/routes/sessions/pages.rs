@@ -30,7 +30,7 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
     let read = |store: &Store, tenant, id| Ok((store.get(tenant, id)?, store.tokens(tenant, id)?));
     let (info, tokens) = target.call(read).await?;
     let app = &target.owner.app;
-    let model = app.registry.get(&info.settings.model)?;
+    let model = app.registry.get(&info.settings.model, &app.time()).await?;
     let (found, context) = (tokens.len(), model.served.context);
     let mut report = KvReport {
         state: KvState::Cold,
