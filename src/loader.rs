@@ -1,14 +1,16 @@
 //! Brings the models of the list in, within the memory there is.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use mainstay_engine::Reuse;
+use anyhow::{Context, Result, anyhow, bail};
 use mainstay_engine::store::Store;
-use mainstay_models::Model;
-use mainstay_server::{About, Listed, Loader, Loading, Registry, ServedModel};
+use mainstay_engine::{Handle, Reuse};
+use mainstay_models::graph::Graph;
+use mainstay_models::{AdapterWeights, Model};
+use mainstay_server::{About, Listed, Loader, Loading, LoadingAdapter, Registry, ServedModel};
 
 use crate::memory::Memory;
 use crate::roster::{HowArgs, Load, Wanted};
@@ -27,18 +29,30 @@ pub(crate) struct Loads {
     memory: Memory,
     store: Option<Arc<Store>>,
     reuse: Reuse,
+    /// Of every model that was loaded: what its adapters must fit.
+    graphs: Mutex<BTreeMap<String, Arc<Graph>>>,
     /// One load at a time: they share the disk, and what memory is left.
     turn: tokio::sync::Mutex<()>,
 }
 
 /// The list as the registry takes it.
 pub(crate) fn listed(wanted: &[Wanted]) -> Vec<Listed> {
-    wanted.iter().map(|model| Listed { id: model.name.clone(), is_pinned: model.is_pinned }).collect()
+    let listed = |model: &Wanted| Listed {
+        id: model.name.clone(),
+        is_pinned: model.is_pinned,
+        adapters: model.adapters.clone(),
+    };
+    wanted.iter().map(listed).collect()
 }
 
 impl Loads {
     pub(crate) fn new(memory: Memory, store: Option<Arc<Store>>, reuse: Reuse) -> Self {
-        Self { models: OnceLock::new(), memory, store, reuse, turn: tokio::sync::Mutex::default() }
+        let (models, graphs, turn) = Default::default();
+        Self { models, memory, store, reuse, graphs, turn }
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Graph>>> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fetches what has to be fetched, opens every model once, so that what is wrong with one is told now, and loads
@@ -70,6 +84,7 @@ impl Loads {
         for (model, _, found) in starting {
             let (served, device) = self.bring(&model.name, registry, Some(found)).await?;
             registry.ready(served);
+            registry.bring_adapters(&model.name).await.map_err(|reason| anyhow!(reason))?;
             if !devices.contains(&device) {
                 devices.push(device);
             }
@@ -92,6 +107,7 @@ impl Loads {
             Some(model) => model,
             None => place.clone().open().await?,
         };
+        self.graphs().insert(id.to_owned(), Arc::new(model.graph.clone()));
         let (args, store) = (how.engine.clone(), self.store.clone());
         let started = tokio::task::spawn_blocking(move || start::engine(model, &args, kv_bytes, store))
             .await
@@ -131,6 +147,17 @@ impl Loader for Loads {
 
     fn left(&self, id: &str) {
         self.memory.release(id);
+    }
+
+    fn load_adapter(self: Arc<Self>, model: String, engine: Handle, path: PathBuf) -> LoadingAdapter {
+        Box::pin(async move {
+            let graph = self.graphs().get(&model).cloned();
+            let graph = graph.ok_or_else(|| format!("the model `{model}` is not loaded"))?;
+            let read = tokio::task::spawn_blocking(move || AdapterWeights::open(&path, &graph));
+            let weights =
+                read.await.map_err(|_| "the loader stopped".to_owned())?.map_err(|e| e.to_string())?;
+            engine.load_adapter(weights).await.map_err(|e| e.to_string())
+        })
     }
 }
 

@@ -137,6 +137,9 @@ pub(crate) struct EngineArgs {
     /// Read all weights again to prove which model they are, instead of trusting sizes and times of their files.
     #[arg(long, env = "MAINSTAY_VERIFY_WEIGHTS", value_parser = switch())]
     pub(crate) verify_weights: bool,
+    /// Leaves room for adapters.
+    #[arg(skip)]
+    pub(crate) takes_adapters: bool,
 }
 
 /// What every command takes.

@@ -1,11 +1,11 @@
 //! The models that a server is to have: MODEL arguments, and tables `[[models]]` of the options file.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::parser::ValueSource;
 use clap::{Args, Command, FromArgMatches, ValueEnum};
-use mainstay_server::{FormatChoice, ReasoningFormat, ToolFormat};
+use mainstay_server::{FormatChoice, ListedAdapter, ReasoningFormat, ToolFormat};
 use toml::{Table, Value};
 
 use crate::exit::{self, Usage};
@@ -16,7 +16,7 @@ use crate::source::Source;
 pub(crate) const KEY: &str = "models";
 
 /// Keys of a table beside the options of an engine.
-const OWN_KEYS: [&str; 4] = ["name", "model", "load", "pinned"];
+const OWN_KEYS: [&str; 5] = ["name", "model", "load", "pinned", "lora"];
 
 /// When a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -57,6 +57,7 @@ pub(crate) struct Wanted {
     pub(crate) load: Load,
     /// Once loaded, it stays.
     pub(crate) is_pinned: bool,
+    pub(crate) adapters: Vec<ListedAdapter>,
 }
 
 /// Which models a server is to have.
@@ -73,6 +74,25 @@ pub(crate) struct RosterArgs {
     /// Name of the model in the API, where there is one.
     #[arg(long, env = "MAINSTAY_SERVED_MODEL_NAME", value_name = "NAME", help_heading = "Server")]
     served_model_name: Option<String>,
+    /// LoRA adapters of the first model, as PEFT writes them; each is served as a model of its name. May be repeated or
+    /// separated by commas. Tables [[models]] name those of others by the key lora.
+    #[arg(
+        long,
+        env = "MAINSTAY_LORA_MODULES",
+        value_name = "NAME=DIR",
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    lora_modules: Vec<String>,
+    /// A directory below which the operator's requests may load adapters while the server runs.
+    #[arg(
+        long,
+        env = "MAINSTAY_LORA_DIR",
+        value_name = "DIR",
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    pub(crate) lora_dir: Vec<PathBuf>,
     #[command(flatten)]
     hub: HubArgs,
     #[command(flatten)]
@@ -104,7 +124,18 @@ impl RosterArgs {
                 }
             }
         }
-        let names: Vec<&str> = all.iter().map(|model| model.name.as_str()).collect();
+        for word in &self.lora_modules {
+            let wrong = || Usage(format!("--lora-modules: expected NAME=DIR, found `{word}`"));
+            let (name, path) = word.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or_else(wrong)?;
+            all[0].adapters.push(ListedAdapter { id: name.to_owned(), path: path.into() });
+        }
+        for model in &mut all {
+            model.how.engine.takes_adapters = !model.adapters.is_empty() || !self.lora_dir.is_empty();
+        }
+        let adapters =
+            |model: &'_ Wanted| model.adapters.iter().map(|own| own.id.clone()).collect::<Vec<_>>();
+        let names: Vec<String> =
+            all.iter().flat_map(|model| std::iter::once(model.name.clone()).chain(adapters(model))).collect();
         if let Some(twice) =
             names.iter().enumerate().find_map(|(at, name)| names[..at].contains(name).then_some(name))
         {
@@ -116,7 +147,14 @@ impl RosterArgs {
     fn wanted(&self, name: Option<&str>, source: Source) -> Result<Wanted> {
         let name = name.map_or_else(|| source.name(), str::to_owned);
         let source = source.as_told(&self.hub)?;
-        Ok(Wanted { name, source, how: self.how.clone(), load: self.load, is_pinned: false })
+        Ok(Wanted {
+            name,
+            source,
+            how: self.how.clone(),
+            load: self.load,
+            is_pinned: false,
+            adapters: Vec::new(),
+        })
     }
 
     /// `NAME=MODEL` or `MODEL`. A path with `=` in it that exists is one.
@@ -154,6 +192,19 @@ impl RosterArgs {
         if let Some(pinned) = table.get("pinned") {
             let wrong = || anyhow!("`pinned`: expected true or false, found {pinned}");
             wanted.is_pinned = pinned.as_bool().ok_or_else(wrong)?;
+        }
+        let lora = match table.get("lora") {
+            None => &Table::new(),
+            Some(Value::Table(lora)) => lora,
+            Some(other) => {
+                bail!("`lora`: expected a table of names and directories, found {}", other.type_str())
+            }
+        };
+        for (name, path) in lora {
+            let path = path
+                .as_str()
+                .with_context(|| format!("`lora.{name}`: expected a directory, found {path}"))?;
+            wanted.adapters.push(ListedAdapter { id: name.clone(), path: path.into() });
         }
         let options = table.iter().filter(|(key, _)| !OWN_KEYS.contains(&key.as_str()));
         let words = options.map(|(key, value)| {
@@ -238,6 +289,22 @@ mod tests {
         assert_eq!((a.how.engine.context, a.how.engine.verify_weights), (Some(64), true));
         assert_eq!((a.load, a.is_pinned), (Load::Demand, true));
         assert_eq!((b.how.engine.kv_type, b.load, b.is_pinned), (KvType::Bf16, Load::Start, false));
+    }
+
+    #[test]
+    fn adapters_are_named_like_models() {
+        let file = "[[models]]\nname = \"b\"\nlora = { y = \"dir/y\" }\n";
+        let found = models(&["org/a", "--lora-modules", "x=dir/x"], file).unwrap();
+        let adapters = |model: &Wanted| {
+            let shown = model.adapters.iter().map(|own| format!("{} {}", own.id, own.path.display()));
+            (shown.collect::<Vec<_>>(), model.how.engine.takes_adapters)
+        };
+        assert_eq!(adapters(&found[0]), (vec!["x dir/x".to_owned()], true));
+        assert_eq!(adapters(&found[1]), (vec!["y dir/y".to_owned()], true));
+        assert!(!models(&["org/a"], "").unwrap()[0].how.engine.takes_adapters);
+        assert!(models(&["org/a", "--lora-dir", "d"], "").unwrap()[0].how.engine.takes_adapters);
+        assert!(models(&["org/a", "--lora-modules", "org/a=dir"], "").unwrap_err().contains("`org/a`"));
+        assert!(models(&["org/a", "--lora-modules", "dir"], "").unwrap_err().contains("NAME=DIR"));
     }
 
     #[test]

@@ -77,6 +77,16 @@ pub(crate) struct HttpArgs {
         hide_env_values = true
     )]
     api_key: Vec<String>,
+    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading adapters. Without
+    /// any key, whoever connects from this machine is the operator.
+    #[arg(
+        long,
+        env = "MAINSTAY_ADMIN_KEYS",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    admin_key: Vec<String>,
     /// Allow other machines to connect although there is no key.
     #[arg(long, env = "MAINSTAY_INSECURE", value_parser = switch())]
     insecure: bool,
@@ -123,7 +133,8 @@ pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
     for model in &models {
         start::backend(&model.how.engine)?;
     }
-    let keys = keys(&args.http.api_key)?;
+    let mut keys = keys("--api-key", &args.http.api_key)?;
+    keys.extend(self::keys("--admin-key", &args.http.admin_key)?.into_iter().map(ApiKey::admin));
     let mcp = mcp::servers(file, &args.http.mcp_server)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(models, args, (keys, mcp)));
@@ -137,7 +148,7 @@ async fn serve(
     args: ServeArgs,
     (keys, mcp): (Vec<ApiKey>, Vec<McpServer>),
 ) -> Result<()> {
-    let address = address(&args.http, !keys.is_empty()).await?;
+    let address = address(&args.http, !keys.iter().all(ApiKey::is_admin)).await?;
     let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
     let local = listener.local_addr()?;
     let (trigger, signal) = shutdown_channel();
@@ -161,6 +172,7 @@ async fn serve(
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
         mcp_servers: mcp,
+        adapter_dirs: args.models.lora_dir.clone(),
         ..server_options(&args.http, keys, address)
     };
     let server = mainstay_server::serve(listener, registry.clone(), options, signal);
@@ -234,8 +246,8 @@ pub(crate) fn now_s() -> Result<u64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs())
 }
 
-fn keys(texts: &[String]) -> Result<Vec<ApiKey>> {
-    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("--api-key: {e}"))));
+fn keys(option: &str, texts: &[String]) -> Result<Vec<ApiKey>> {
+    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("{option}: {e}"))));
     texts.iter().filter(|t| !t.is_empty()).map(parse).collect()
 }
 

@@ -53,7 +53,8 @@ pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
                 return Err(Usage("--threads: expected at least 1, found 0".into()).into());
             }
             let backend = CpuBackend::new(CpuOptions { threads: args.threads, isa });
-            Ok(Box::new(backend.map_err(|e| Usage(e.to_string()))?))
+            let backend = backend.map_err(|e| Usage(e.to_string()))?;
+            Ok(Box::new(if args.takes_adapters { backend.with_adapters() } else { backend }))
         }
         BackendChoice::Candle => Ok(Box::new(CandleBackend::best())),
         BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),
@@ -79,9 +80,7 @@ pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Ne
     let context = context(&model.graph, args)?;
     let tokens = if args.context.is_some() { context } else { context.min(CONTEXT_LEAST) };
     let layout = KvLayout::of(&model.graph, kv_dtype(args.kv_type, &model.weights));
-    let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
-    // one page is never given out
-    let kv_bytes = ((tokens.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+    let kv_bytes = bytes_alone(&layout, tokens, args.tokens_per_step);
     let (least, most) = match (args.kv_memory, place) {
         (Some(bytes), _) => (bytes, bytes),
         (None, Place::Embedded) => (kv_bytes, KV_BYTES_EMBEDDED),
@@ -215,7 +214,7 @@ fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) ->
     let (pages, holds) = room.divide(wanted, args.context.is_some());
     if holds == 0 || (args.context.is_some() && holds < wanted) {
         let context = wanted.max(PAGE_TOKENS);
-        let needed = room.bytes_alone(context);
+        let needed = bytes_alone(&room.layout, context, args.tokens_per_step);
         return refuse(format!(
             "--kv-memory: {} hold {holds} tokens; one sequence of {context} tokens needs {}, {} more (or a smaller --context)",
             size::show(kv_bytes),
@@ -285,12 +284,13 @@ impl Room {
     fn needed(&self, group: &Group, context: usize) -> usize {
         pages_max(group.window, context, self.tokens_per_step)
     }
+}
 
-    /// What a single sequence needs.
-    fn bytes_alone(&self, context: usize) -> u64 {
-        let bytes = |group: &Group| ((self.needed(group, context) + 1) * group.page_bytes()) as u64;
-        self.layout.groups.iter().map(bytes).sum()
-    }
+/// What the pages of a single sequence take.
+fn bytes_alone(layout: &KvLayout, context: usize, tokens_per_step: usize) -> u64 {
+    // one page is never given out
+    let pages = |group: &Group| pages_max(group.window, context, tokens_per_step) + 1;
+    layout.groups.iter().map(|group| (pages(group) * group.page_bytes()) as u64).sum()
 }
 
 /// The context that was asked for, else what the model was made for.

@@ -137,6 +137,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).param("model").code("model_not_found")
     }
 
+    /// 404: no such adapter.
+    pub(crate) fn no_adapter(id: &str) -> Self {
+        let message = format!("The lora adapter '{id}' cannot be found.");
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).param("lora_name").code("adapter_not_found")
+    }
+
     /// 503: the server is starting.
     pub(crate) fn model_loading(id: &str) -> Self {
         Self::unavailable(format!("the model `{id}` is being loaded"), "model_loading")
@@ -193,6 +199,18 @@ impl ApiError {
             }
             _ => Self::internal("the disk of this server failed"),
         }
+    }
+
+    /// 404: an export was to have pages, and there are none.
+    pub(crate) fn no_pages() -> Self {
+        let message = "no keys and values of this session are kept: export it with include=tokens";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("pages_not_found")
+    }
+
+    /// 403: what was asked for is the operator's.
+    pub(crate) fn not_admin() -> Self {
+        let message = "this needs a key of the operator (--admin-key)";
+        Self::new(StatusCode::FORBIDDEN, INVALID, message).code("admin_only")
     }
 
     /// 404: this server has no object store.

@@ -169,6 +169,7 @@ impl Job {
             drawn: Vec::new(),
             keep: self.keep.clone(),
             priority: self.options.priority,
+            adapter: self.model.adapter.clone(),
             grammar: self.constraint.as_ref().map(|compiled| compiled.grammar(self.end_tokens())),
         }
     }

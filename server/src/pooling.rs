@@ -154,6 +154,7 @@ impl Pool<'_> {
                     tokens: text.tokens.clone(),
                     second: text.second,
                     priority: self.priority,
+                    adapter: self.model.adapter.clone(),
                 };
                 match self.model.served.engine.pool(request) {
                     Ok(generation) => running.push_back(generation),
@@ -225,7 +226,7 @@ impl Model {
             _ => "/v1/rerank",
         });
         let paths = paths.collect::<Vec<_>>().join(" and ");
-        ApiError::field("model", format!("the model `{}` {what}; it serves {paths}", self.served.id))
+        ApiError::field("model", format!("the model `{}` {what}; it serves {paths}", self.id))
     }
 
     /// What it is for: `generate`, `embed`, `rerank`.

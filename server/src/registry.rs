@@ -1,13 +1,16 @@
 //! The models of this server by name: which can be used now, which come when they are asked for, and which go.
 
+mod adapters;
 mod entry;
 mod leave;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mainstay_engine::{Handle, Reuse};
+use mainstay_engine::store::{BundlePages, PageKey, StoreError};
+use mainstay_engine::{Adapter, Handle, Identity, Keep, Reuse};
 use mainstay_models::Generation;
 use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
@@ -21,6 +24,8 @@ use crate::grammar::Grammars;
 use crate::job::TimeLimits;
 use crate::metrics::ModelMetrics;
 use crate::output::{Format, FormatChoice};
+pub use adapters::ListedAdapter;
+pub(crate) use adapters::Replace;
 pub(crate) use entry::Shown;
 use entry::{Entry, Failure, State};
 
@@ -71,32 +76,74 @@ pub struct ServedModel {
     pub engine: Handle,
 }
 
-/// A served model with what the server derives from it once.
+/// A served model, itself or under an adapter, with what the server derives from it once.
 pub(crate) struct Model {
-    pub(crate) served: ServedModel,
-    pub(crate) byte_tokens: ByteTokens,
+    /// Its name in the API, or its adapter's.
+    pub(crate) id: String,
+    pub(crate) served: Arc<ServedModel>,
+    /// What changes it.
+    pub(crate) adapter: Option<Adapter>,
+    /// What decides the bytes of its pages.
+    pub(crate) identity: Identity,
+    pub(crate) byte_tokens: Arc<ByteTokens>,
     /// How it writes reasoning and calls.
     pub(crate) format: Format,
     /// Tells clients when the bits of a seeded result may change.
     pub(crate) fingerprint: String,
     /// Kept while the model is not loaded.
     pub(crate) metrics: Arc<ModelMetrics>,
-    pub(crate) grammars: Grammars,
+    pub(crate) grammars: Arc<Grammars>,
 }
 
 impl Model {
     fn new(served: ServedModel, metrics: Arc<ModelMetrics>) -> Self {
-        let class = served.engine.numeric_class();
-        let identity = format!("{} {} {class:?}", env!("CARGO_PKG_VERSION"), served.id);
-        let hash = blake3::hash(identity.as_bytes()).to_hex();
         Self {
-            byte_tokens: ByteTokens::of(&served.tokenizer),
+            id: served.id.clone(),
+            adapter: None,
+            identity: served.engine.identity().clone(),
+            byte_tokens: Arc::new(ByteTokens::of(&served.tokenizer)),
             format: Format::of(served.template.as_ref(), &served.tokenizer, served.format),
-            fingerprint: format!("fp_{}", &hash.as_str()[..10]),
+            fingerprint: fingerprint(&served, &served.id),
             metrics,
-            grammars: Grammars::default(),
-            served,
+            grammars: Arc::default(),
+            served: Arc::new(served),
         }
+    }
+
+    /// The same under an adapter, by another name.
+    fn under(&self, id: &str, adapter: Adapter) -> Self {
+        Self {
+            id: id.to_owned(),
+            served: Arc::clone(&self.served),
+            identity: self.identity.under(&adapter),
+            byte_tokens: Arc::clone(&self.byte_tokens),
+            format: self.format,
+            fingerprint: fingerprint(&self.served, &format!("{id} {:?}", adapter.hash())),
+            metrics: Arc::clone(&self.metrics),
+            grammars: Arc::clone(&self.grammars),
+            adapter: Some(adapter),
+        }
+    }
+
+    /// Where the chain of page keys begins of a tenant's session of this many tokens.
+    ///
+    /// # Errors
+    /// As [`Handle::root`].
+    pub(crate) fn root(&self, tenant: &str, salt: &[u8], len: usize) -> Result<Option<PageKey>, StoreError> {
+        self.served.engine.root(tenant, (self.adapter.as_ref(), salt), len)
+    }
+
+    /// How many of these tokens have stored pages, or why there are none.
+    pub(crate) fn stored_len(&self, tenant: &str, tokens: &[u32]) -> (usize, Option<&'static str>) {
+        self.served.engine.stored_len(tenant, (&Keep::default(), self.adapter.as_ref()), tokens)
+    }
+
+    /// How an import for this model takes pages.
+    ///
+    /// # Errors
+    /// As [`Handle::import_pages`].
+    pub(crate) fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
+        self.served.engine.import_pages(tenant, self.adapter.as_ref())
     }
 
     /// What is told of it, also when it is not loaded.
@@ -117,6 +164,11 @@ impl Model {
     }
 }
 
+fn fingerprint(served: &ServedModel, name: &str) -> String {
+    let identity = format!("{} {name} {:?}", env!("CARGO_PKG_VERSION"), served.engine.numeric_class());
+    format!("fp_{}", &blake3::hash(identity.as_bytes()).to_hex().as_str()[..10])
+}
+
 /// A model of the operator's list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
@@ -124,6 +176,8 @@ pub struct Listed {
     pub id: String,
     /// Once loaded, it stays.
     pub is_pinned: bool,
+    /// Its adapters.
+    pub adapters: Vec<ListedAdapter>,
 }
 
 /// What is known of a model that is not loaded.
@@ -140,6 +194,9 @@ pub struct About {
 /// A model on its way, or why it does not come.
 pub type Loading = Pin<Box<dyn Future<Output = Result<ServedModel, String>> + Send>>;
 
+/// An adapter on its way, or why it does not come.
+pub type LoadingAdapter = Pin<Box<dyn Future<Output = Result<Adapter, String>> + Send>>;
+
 /// Brings models in, and divides memory between them. It may have the registry let idle ones go.
 pub trait Loader: Send + Sync {
     /// Loads a model of the list.
@@ -147,6 +204,9 @@ pub trait Loader: Send + Sync {
 
     /// The model has gone, with all its memory.
     fn left(&self, id: &str);
+
+    /// Brings the adapter in a directory to the engine of a model that is loaded.
+    fn load_adapter(self: Arc<Self>, model: String, engine: Handle, path: PathBuf) -> LoadingAdapter;
 }
 
 /// All models of a server, cheap to clone; every clone sees the same models.
@@ -187,7 +247,7 @@ struct Seat<'a> {
 
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
-        if let Some(entry) = self.registry.roster().entry(self.id) {
+        if let Some(entry) = self.registry.roster().owner(self.id) {
             entry.waiting -= 1;
         }
     }
@@ -196,7 +256,7 @@ impl Drop for Seat<'_> {
 impl Registry {
     /// Names the models that are being loaded. Requests for them are answered 503 until [`Registry::ready`].
     pub fn loading(ids: impl IntoIterator<Item = String>) -> Self {
-        let listed = ids.into_iter().map(|id| Listed { id, is_pinned: true });
+        let listed = ids.into_iter().map(|id| Listed { id, is_pinned: true, adapters: Vec::new() });
         Self { inner: Arc::new(Inner { roster: Mutex::new(Roster::of(listed)), ..Inner::default() }) }
     }
 
@@ -235,7 +295,7 @@ impl Registry {
         match roster.entry(id) {
             Some(entry) => entry.state = state,
             None => {
-                let listed = Listed { id: id.to_owned(), is_pinned: true };
+                let listed = Listed { id: id.to_owned(), is_pinned: true, adapters: Vec::new() };
                 roster.entries.push(Entry::new(listed, state));
             }
         }
@@ -288,10 +348,10 @@ impl Registry {
     fn ask(&self, id: &str, has_seat: bool) -> Result<Option<Arc<Model>>, ApiError> {
         let mut roster = self.roster();
         let is_closed = roster.is_closed;
-        let Some(entry) = roster.entry(id) else {
-            return Err(ApiError::no_model(id, roster.entries.iter().map(|entry| entry.listed.id.as_str())));
+        let Some(entry) = roster.owner(id) else {
+            return Err(ApiError::no_model(id, roster.names()));
         };
-        if let Some(model) = entry.loaded()? {
+        if let Some(model) = entry.loaded(id)? {
             entry.used_at = Instant::now();
             return Ok(Some(model));
         }
@@ -310,11 +370,13 @@ impl Registry {
             && let Some(loader) = self.inner.loader.clone()
         {
             entry.state = State::Coming;
-            let (registry, id) = (self.clone(), id.to_owned());
+            let (registry, id) = (self.clone(), entry.listed.id.clone());
             tokio::spawn(async move {
                 // A panic of the loader is a failure of the load.
                 let load = tokio::spawn(loader.load(id.clone(), registry.clone())).await;
                 registry.settle(&id, load.unwrap_or_else(|_| Err("the loader stopped".to_owned())));
+                // What is wrong with one is told to whoever asks for it.
+                let _ = registry.bring_adapters(&id).await;
             });
         }
         Ok(None)
@@ -322,7 +384,12 @@ impl Registry {
 
     /// The model of this name, if it is loaded.
     pub(crate) fn loaded(&self, id: &str) -> Option<Arc<Model>> {
-        self.roster().entry(id)?.loaded().ok().flatten()
+        self.roster().owner(id)?.loaded(id).ok().flatten()
+    }
+
+    /// Whether it names this model.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        self.roster().entry(id).is_some()
     }
 
     /// The only model, or the first of several, for requests that may leave the name out.
@@ -344,17 +411,17 @@ impl Registry {
     /// The models that can be used now, in the order they were named.
     pub(crate) fn list(&self) -> Vec<Arc<Model>> {
         let roster = self.roster();
-        roster.entries.iter().filter_map(|entry| entry.loaded().ok().flatten()).collect()
+        roster.entries.iter().filter_map(|entry| entry.loaded(&entry.listed.id).ok().flatten()).collect()
     }
 
     /// All models as clients see them, in the order they were named.
     pub(crate) fn shown(&self) -> Vec<Shown> {
-        self.roster().entries.iter().map(Entry::shown).collect()
+        self.roster().entries.iter().flat_map(Entry::shown).collect()
     }
 
     /// Whether this is the name of another model of this server than `id`.
     pub(crate) fn is_other(&self, name: &str, id: &str) -> bool {
-        name != id && self.roster().entry(name).is_some()
+        name != id && self.roster().owner(name).is_some()
     }
 
     /// Whether requests are served now. Models that come when they are asked for do not count.

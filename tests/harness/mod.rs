@@ -2,14 +2,14 @@
 
 use mainstay_backend_api::kv::Group;
 use mainstay_backend_api::{
-    Backend, Chunk, CopyDone, Executor, Invariance, KvDType, KvLayout, Limits, NumericClass, OutputRow,
-    PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
-    oldest_page,
+    AdapterId, Backend, Chunk, CopyDone, Executor, Invariance, KvDType, KvLayout, Limits, NumericClass,
+    OutputRow, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage,
+    Ticket, Want, oldest_page,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
-use mainstay_models::{Weights, graph::Graph};
+use mainstay_models::{AdapterWeights, Weights, graph::Graph};
 
 /// A backend and what failures call it.
 pub(crate) struct Named {
@@ -56,6 +56,8 @@ pub(crate) struct Sequence {
     pub(crate) rope_table: usize,
     /// Where the second text of a pair begins.
     pub(crate) second: Option<usize>,
+    /// What its chunks are changed by.
+    pub(crate) adapter: Option<AdapterId>,
     /// Pages by group; 0 where no later row sees the page.
     tables: Vec<Vec<PageId>>,
 }
@@ -102,7 +104,7 @@ impl Rig {
     /// Fills page 0 of each group with bits that are no numbers: whoever reads what stands for no page shows it.
     fn poison(&mut self, layout: &KvLayout) {
         let page = |(group, layout): (usize, &Group)| {
-            let bytes = vec![0xff; layout.page_bytes()];
+            let bytes = vec![0xff_u8; layout.page_bytes()];
             (PageRef { group: group as u32, page: PageId(0) }, Box::new(bytes) as StoredPage)
         };
         self.executor.start_write(layout.groups.iter().enumerate().map(page).collect(), Ticket(0));
@@ -117,6 +119,11 @@ impl Rig {
     /// What decides the bits of its results.
     pub(crate) fn numeric_class(&self) -> NumericClass {
         self.executor.numeric_class()
+    }
+
+    /// Brings an adapter to the device.
+    pub(crate) fn set_adapter(&mut self, id: AdapterId, weights: &AdapterWeights) {
+        self.executor.set_adapter(id, Some(weights)).expect("the backend takes adapters");
     }
 
     /// Gives pages out in another order from now on.
@@ -200,6 +207,7 @@ impl Rig {
             pages: first_page..step.page_table.len(),
             rope_table: sequence.rope_table,
             second: sequence.second,
+            adapter: sequence.adapter,
         });
         step.outputs.extend((0..tokens.len()).map(|i| OutputRow {
             row: start + i,
@@ -281,7 +289,7 @@ impl Rig {
             [vec![PageId(0); unseen], held].concat()
         };
         let tables = self.free.iter_mut().zip(&self.windows).map(fresh).collect();
-        let restored = Sequence { computed, rope_table, second: None, tables };
+        let restored = Sequence { computed, rope_table, tables, ..Sequence::default() };
         let bytes = bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
         let pages: Vec<_> = self.pages_of(&restored).into_iter().zip(bytes).collect();
         let held = restored.tables.iter().flatten().filter(|page| page.0 != 0).count();

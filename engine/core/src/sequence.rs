@@ -11,6 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::chain::{Chain, Header, Stored};
+use crate::draft::Luck;
 use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
@@ -109,6 +110,9 @@ pub(crate) struct Sequence {
     pub(crate) report: Option<KvReport>,
     /// How it is held to the request's grammar.
     pub(crate) held: Held,
+    /// Guesses of the tokens behind its last, for the step that is planned.
+    pub(crate) draft: Vec<u32>,
+    pub(crate) luck: Luck,
     /// Another class computed some of its pages, so that what is computed after them is not this class's either.
     is_mixed: bool,
 }
@@ -143,6 +147,8 @@ impl Sequence {
             stored,
             loading: None,
             held,
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: false,
         }
     }
@@ -166,6 +172,8 @@ impl Sequence {
             loading: None,
             report: None,
             held: Held::new(self.request(), &[]),
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: self.is_mixed,
         }
     }
@@ -186,6 +194,13 @@ impl Sequence {
     /// Tokens to compute before the next one can be drawn.
     pub(crate) fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// How many tokens behind the next one it may come to draw.
+    pub(crate) fn draft_room(&self, context: usize) -> usize {
+        let more = self.request().stop.max_tokens.saturating_sub(self.generated() + 1);
+        let is_drawing = self.generated() > 0 && self.remaining() == 1 && matches!(self.held, Held::Free);
+        if is_drawing { more.min(context.saturating_sub(self.tokens.len() + 1)) } else { 0 }
     }
 
     /// Whether its next token can be drawn: that of a choice under a grammar cannot before its mask is there.
@@ -491,8 +506,8 @@ impl Sequence {
         (known, pages * PAGE_TOKENS)
     }
 
-    /// Makes sure that what it can compute next has pages that it may write to. `false` if pages are short; nothing has
-    /// changed then. A page shared with a fork is copied before it is written.
+    /// Makes sure that what it can compute next, guesses too, has pages that it may write to. `false` if pages are short;
+    /// nothing has changed then. A page shared with a fork is copied before it is written.
     pub(crate) fn grow(
         &mut self,
         pool: &mut KvPool,
@@ -502,8 +517,8 @@ impl Sequence {
         if self.loading.is_some() {
             return true;
         }
-        let (first, len, next) =
-            (self.computed / PAGE_TOKENS, self.tokens.len(), self.computed + tokens_per_step);
+        let len = self.tokens.len() + self.draft.len();
+        let (first, next) = (self.computed / PAGE_TOKENS, self.computed + tokens_per_step);
         let new = |group: usize, pages: &[PageId], pool: &KvPool| {
             end(len, next, pool.windows()[group]).saturating_sub(pages.len())
         };
@@ -579,6 +594,7 @@ impl Sequence {
         }
         self.pages.clear();
         self.computed = 0;
+        self.draft.clear();
         self.loading = None;
         self.is_mixed = false;
     }

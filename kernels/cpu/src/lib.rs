@@ -9,6 +9,7 @@ pub mod attend;
 mod elementwise;
 mod isa;
 pub mod kv;
+mod low_rank;
 mod math;
 mod matmul;
 mod matrix;
@@ -23,6 +24,7 @@ mod table;
 mod tile;
 
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
+pub use low_rank::{low_rank_in, low_rank_out};
 pub use math::Function;
 pub use matmul::{After, PART_ROWS, Part, Product, scratch_len};
 pub use matrix::{Mat, MatMut};

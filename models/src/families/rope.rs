@@ -43,6 +43,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
                 inv_freq.iter_mut().for_each(|f| *f /= factor);
             }
             "llama3" => llama3(parameters, &mut inv_freq)?,
+            "factors" => divide(parameters, &mut inv_freq)?,
             "longrope" | "su" => {
                 rope.scale = long_scale(config, parameters)?;
                 let divided = |key| Ok(Arc::from(long_table(parameters, key, (theta, dim))?));
@@ -50,7 +51,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
                 return Ok(rope);
             }
             _ => {
-                let known = "default, linear, llama3 or longrope (no other rope type is supported)";
+                let known = "default, linear, llama3, longrope or factors (no other rope type is supported)";
                 return Err(parameters.wrong(key, known));
             }
         }
@@ -109,6 +110,18 @@ fn llama3(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
             let smooth = (original / wavelength - low) / (high - low);
             *f = (1.0 - smooth) * *f / stretch + smooth * *f;
         }
+    }
+    Ok(())
+}
+
+/// A divisor for each frequency, as GGUF files write any scaling down.
+fn divide(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
+    let expected = format!("{} numbers above 0", inv_freq.len());
+    let wrong = || parameters.wrong("factors", &expected);
+    let factors = parameters.get("factors").and_then(|v| v.as_array()).filter(|l| l.len() == inv_freq.len());
+    for (f, factor) in inv_freq.iter_mut().zip(factors.ok_or_else(wrong)?) {
+        let factor = factor.as_f64().filter(|f| (1.0 / SCALE_MAX..=SCALE_MAX).contains(f));
+        *f /= factor.ok_or_else(wrong)? as f32;
     }
     Ok(())
 }

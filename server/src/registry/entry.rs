@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{About, Listed, Model, Roster};
+use super::adapters::{AdapterEntry, AdapterState};
+use super::{About, Listed, ListedAdapter, Model, Roster};
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 
@@ -45,6 +46,7 @@ pub(super) struct Entry {
     /// Requests that wait for it.
     pub(super) waiting: usize,
     pub(super) metrics: Arc<ModelMetrics>,
+    pub(super) adapters: Vec<AdapterEntry>,
     pub(super) loads: u64,
     pub(super) failures: u64,
 }
@@ -53,6 +55,8 @@ pub(super) struct Entry {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Shown {
     pub(crate) id: String,
+    /// The model that it is an adapter of.
+    pub(crate) parent: Option<String>,
     pub(crate) state: &'static str,
     /// Why it did not come when it was asked for last.
     pub(crate) error: Option<Arc<str>>,
@@ -70,7 +74,10 @@ impl Roster {
 
 impl Entry {
     pub(super) fn new(listed: Listed, state: State) -> Self {
+        let away =
+            |listed: &ListedAdapter| AdapterEntry { listed: listed.clone(), state: AdapterState::Away };
         Self {
+            adapters: listed.adapters.iter().map(away).collect(),
             listed,
             state,
             about: None,
@@ -94,14 +101,17 @@ impl Entry {
         }
     }
 
-    /// The model; `None` where it may be waited for.
+    /// The model, or the adapter of it that has the name `asked`; `None` where it may be waited for.
     ///
     /// # Errors
     /// 503, where waiting is in vain, or too early.
-    pub(super) fn loaded(&self) -> Result<Option<Arc<Model>>, ApiError> {
+    pub(super) fn loaded(&self, asked: &str) -> Result<Option<Arc<Model>>, ApiError> {
         let id = &self.listed.id;
         match &self.state {
-            State::Ready(model) => Ok(Some(Arc::clone(model))),
+            State::Ready(model) => match self.adapter(asked) {
+                Some(adapter) => adapter.loaded(),
+                None => Ok(Some(Arc::clone(model))),
+            },
             State::Starting => Err(ApiError::model_loading(id)),
             State::Failed(reason) => Err(ApiError::model_failed(id, reason, 1)),
             State::Away { failure: Some(failure) } if failure.at.elapsed() < RETRY_PAUSE => {
@@ -115,10 +125,26 @@ impl Entry {
     /// Whether nobody has it or waits for it. Who has it holds a share of it.
     pub(super) fn is_idle(&self) -> bool {
         let is_free = matches!(&self.state, State::Ready(model) if Arc::strong_count(model) == 1);
-        is_free && self.waiting == 0
+        is_free && self.waiting == 0 && self.adapters.iter().all(AdapterEntry::is_idle)
     }
 
-    pub(super) fn shown(&self) -> Shown {
+    /// The model and its adapters.
+    pub(super) fn shown(&self) -> Vec<Shown> {
+        let own = self.shown_alone();
+        let adapter = |adapter: &AdapterEntry| {
+            let shown = Shown { id: adapter.listed.id.clone(), parent: Some(own.id.clone()), ..own.clone() };
+            match &adapter.state {
+                AdapterState::Failed(reason) => {
+                    Shown { state: "failed", error: Some(reason.clone()), ..shown }
+                }
+                AdapterState::Away | AdapterState::Ready(_) => shown,
+            }
+        };
+        let adapters: Vec<Shown> = self.adapters.iter().map(adapter).collect();
+        std::iter::once(own).chain(adapters).collect()
+    }
+
+    fn shown_alone(&self) -> Shown {
         let (state, error) = match &self.state {
             State::Starting | State::Coming => ("loading", None),
             State::Away { failure } => ("not_loaded", failure.as_ref().map(|failure| failure.reason.clone())),
@@ -127,7 +153,7 @@ impl Entry {
             State::Failed(reason) => ("failed", Some(reason.clone())),
         };
         let (id, about) = (self.listed.id.clone(), self.about.clone());
-        Shown { id, state, error, about, loads: self.loads, failures: self.failures }
+        Shown { id, parent: None, state, error, about, loads: self.loads, failures: self.failures }
     }
 
     pub(super) fn health(&self) -> Result<(), ApiError> {
@@ -136,7 +162,7 @@ impl Entry {
                 let message = format!("the engine of `{}` has stopped", self.listed.id);
                 Err(ApiError::unavailable(message, "engine_stopped"))
             }
-            State::Starting | State::Failed(_) => self.loaded().map(|_| ()),
+            State::Starting | State::Failed(_) => self.loaded(&self.listed.id).map(|_| ()),
             State::Ready(_) | State::Away { .. } | State::Coming | State::Leaving => Ok(()),
         }
     }

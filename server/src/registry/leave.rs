@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::adapters::AdapterState;
 use super::entry::{Entry, State};
 use super::{Model, Registry, Roster};
 
@@ -101,6 +102,9 @@ fn take(roster: &mut Roster, id: &str) -> Option<(String, Arc<Model>)> {
     let entry = roster.entry(id)?;
     if !matches!(entry.state, State::Ready(_)) {
         return None;
+    }
+    for adapter in &mut entry.adapters {
+        adapter.state = AdapterState::Away;
     }
     match std::mem::replace(&mut entry.state, State::Leaving) {
         State::Ready(model) => Some((id.to_owned(), model)),

@@ -13,7 +13,7 @@ use crate::registry::Shown;
 /// A number that the engine keeps: name, kind, help, value.
 pub(super) type Number = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
 
-const NUMBERS: [Number; 9] = [
+const NUMBERS: [Number; 11] = [
     ("vllm:num_requests_running", "gauge", "Sequences that have pages.", |s| s.running as f64),
     ("vllm:num_requests_waiting", "gauge", "Sequences not yet started.", |s| s.waiting as f64),
     ("vllm:kv_cache_usage_perc", "gauge", "Share of pages in use by sequences, 0 to 1.", |s| {
@@ -25,6 +25,12 @@ const NUMBERS: [Number; 9] = [
         s.cached_tokens as f64
     }),
     ("vllm:num_preemptions_total", "counter", "Sequences preempted.", |s| s.preemptions as f64),
+    ("vllm:spec_decode_num_draft_tokens_total", "counter", "Tokens guessed ahead.", |s| {
+        s.drafted_tokens as f64
+    }),
+    ("vllm:spec_decode_num_accepted_tokens_total", "counter", "Of these, drawn.", |s| {
+        s.draft_kept_tokens as f64
+    }),
     ("mainstay_steps_total", "counter", "Steps of the engine.", |s| s.steps as f64),
     ("mainstay_pages_total", "gauge", "Pages that can be given out.", |s| s.pages_total as f64),
 ];
@@ -57,6 +63,7 @@ fn of_list(page: &mut Page, app: &App) {
         }),
     ];
     let shown = app.registry.shown();
+    let shown: Vec<&Shown> = shown.iter().filter(|model| model.parent.is_none()).collect();
     for (name, kind, help, value) in numbers {
         page.family(name, kind, help);
         for model in &shown {

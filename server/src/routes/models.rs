@@ -39,6 +39,9 @@ fn describe(model: &Shown) -> Value {
         "tasks": about.map_or(&[][..], |about| &about.tasks),
         "state": model.state,
     });
+    if let Some(parent) = &model.parent {
+        object["parent"] = json!(parent);
+    }
     if let Some(error) = &model.error {
         object["error"] = json!(**error);
     }

@@ -62,14 +62,14 @@ pub(crate) async fn open(sessions: &Sessions, asked: Asked) -> Result<Opened, Ap
     let read = move |store: &Store| Ok((store.get(tenant, id)?, store.turns(tenant, id)?));
     let (info, turns) = sessions.call(read).await?;
     // Of a model that is not served here any longer, the session goes on with another.
-    let (own, named) = (&info.settings.model, &asked.model.served.id);
+    let (own, named) = (&info.settings.model, &asked.model.id);
     if asked.registry.is_other(own, named) {
         return Err(ApiError::of_other_model(own, named));
     }
     if let Some(expected) = asked.session.expected_turn.filter(|turn| *turn != info.turn_count) {
         return Err(StoreError::Conflict { expected, found: info.turn_count }.into());
     }
-    let identity = asked.model.served.engine.identity();
+    let identity = &asked.model.identity;
     let record = SessionRecord::read(&info.settings.meta);
     let stale = stale_part(&record, identity);
     let changed = stale.or_else(|| record.changed(identity));

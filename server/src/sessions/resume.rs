@@ -192,7 +192,7 @@ impl Reader {
     ) -> Result<(Run, Arc<Live>), ApiError> {
         let Meta { plan, keep, .. } = meta;
         let model = self.registry.get(&plan.record.model, &self.time).await?;
-        if let Some(part) = made_of.changed(model.served.engine.identity()) {
+        if let Some(part) = made_of.changed(&model.identity) {
             return Err(ApiError::model_changed(part));
         }
         let recorded = recorded(&plan.record)?;

@@ -74,6 +74,10 @@ pub(super) async fn export(target: Target, uri: Uri) -> Result<Response, ApiErro
 /// Which pages go along, once those of finished turns are with the store.
 pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
     let app = &target.owner.app;
+    if !app.registry.has(&info.settings.model) {
+        // Without its model, what the store has tells whose pages they are.
+        return target.call(Store::stored_pages).await?.ok_or_else(ApiError::no_pages);
+    }
     let model = app.registry.get(&info.settings.model, &app.time()).await?;
     target.set_root(info, &model).await?;
     let engine = &model.served.engine;
@@ -110,8 +114,16 @@ struct Wanted {
     name: Option<String>,
     /// The model that goes on with the session; without one it keeps the bundle's.
     model: Option<Arc<Model>>,
-    /// Whose pages are taken.
-    pages: Option<Arc<Model>>,
+    pages: Taken,
+}
+
+/// Which pages are taken.
+enum Taken {
+    None,
+    /// What this model would have computed.
+    Of(Arc<Model>),
+    /// All: this server has no model to compare them with, and whoever opens the session with one will.
+    Any,
 }
 
 impl Wanted {
@@ -125,10 +137,11 @@ impl Wanted {
         // Nothing proves who computed a bundle's pages: they are taken only where that is asked for.
         let pages = match params.choice("include", &INCLUDE)? {
             Some(1) => match &model {
-                Some(model) => Some(Arc::clone(model)),
-                None => Some(registry.named(None, &time).await?),
+                Some(model) => Taken::Of(Arc::clone(model)),
+                None if registry.first().is_none() => Taken::Any,
+                None => Taken::Of(registry.named(None, &time).await?),
             },
-            _ => None,
+            _ => Taken::None,
         };
         Ok(Self { name: named, model, pages })
     }
@@ -166,8 +179,9 @@ pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, A
 fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Result<Imported, StoreError> {
     let tenant = &owner.tenant;
     let pages = match &wanted.pages {
-        Some(model) => model.served.engine.import_pages(&owner.name)?,
-        None => BundlePages::Refuse,
+        Taken::Of(model) => model.import_pages(&owner.name)?,
+        Taken::Any => BundlePages::Any,
+        Taken::None => BundlePages::Refuse,
     };
     let mut imported = store.import(tenant, &mut input, ImportAs { id: None, name: wanted.name }, pages)?;
     let id = imported.session.id;
@@ -179,9 +193,9 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
         let model = wanted.model.or_else(|| owner.app.registry.loaded(&named));
         let Some(model) = model else { return store.get(tenant.id, id) };
         let len = imported.session.token_count as usize;
-        let root = model.served.engine.root(&owner.name, b"", len)?;
+        let root = model.root(&owner.name, b"", len)?;
         store.patch(tenant.id, id, |settings| {
-            (settings.root, settings.model) = (root, model.served.id.clone());
+            (settings.root, settings.model) = (root, model.id.clone());
         })
     };
     match settle() {

@@ -45,7 +45,8 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
     }
     if found > 0 {
         target.set_root(&info, &model).await?;
-        let generation = model.served.engine.submit(request(&target, &info, tokens))?;
+        let request = Request { adapter: model.adapter.clone(), ..request(&target, &info, tokens) };
+        let generation = model.served.engine.submit(request)?;
         let limit = app.options.request_timeout.unwrap_or(Duration::MAX);
         let ended = tokio::time::timeout(limit, wait(generation, &mut report)).await;
         ended.map_err(|_| ApiError::timeout(limit.as_secs_f64()))??;
@@ -76,6 +77,7 @@ fn request(target: &Target, info: &SessionInfo, tokens: Vec<u32>) -> Request {
         prompt_logprobs: None,
         keep: Keep { durability: info.settings.durability, ..Keep::default() },
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

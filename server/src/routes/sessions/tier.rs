@@ -64,7 +64,7 @@ pub(super) async fn acquire(
     let claim = owner.sessions.claim(id)?;
     let (name, tenant) = (owner.name.clone(), owner.tenant);
     let acquired = owner.sessions.call(move |store| {
-        let pages = model.served.engine.import_pages(&name)?;
+        let pages = model.import_pages(&name)?;
         let acquired = tier.acquire(store, &tenant, id, Acquire { pages, takeover });
         store.wait_written(super::bundle::SETTLE);
         Ok(acquired)
