@@ -6,14 +6,13 @@ mod sessions;
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 use mainstay_backend_api::KvDType;
-use mainstay_bench::{Peaks, Shape};
+use mainstay_bench::{Mix, Peaks, Shape};
 use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
 use mainstay_models::weights::DType;
 use mainstay_models::{Model, Weights};
 
 use crate::options::ModelArgs;
-use crate::source::Source;
 
 /// Options of `mainstay bench`.
 #[derive(Args, Clone, Debug)]
@@ -30,12 +29,19 @@ enum BenchCommand {
     Sessions(sessions::SessionsArgs),
 }
 
-/// Element type of made-up weights.
+/// Types of made-up weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
 enum WeightType {
     F32,
     F16,
     Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_k_m")]
+    Q4KM,
 }
 
 /// What is measured.
@@ -46,7 +52,7 @@ struct SubjectArgs {
     /// Instead of a model, random weights in the shape of one: qwen3-0.6b, llama-3.2-1b.
     #[arg(long, env = "MAINSTAY_SHAPE", conflicts_with = "model")]
     shape: Option<Shape>,
-    /// Element type of those weights.
+    /// Types of those weights.
     #[arg(long, env = "MAINSTAY_WEIGHT_TYPE", value_enum, default_value = "bf16")]
     weight_type: WeightType,
 }
@@ -63,16 +69,19 @@ impl SubjectArgs {
     /// The graph and weights to measure, with a name for people.
     fn open(&self) -> Result<(String, Graph, Weights)> {
         if let Some(shape) = self.shape {
-            let dtype = match self.weight_type {
-                WeightType::F32 => DType::F32,
-                WeightType::F16 => DType::F16,
-                WeightType::Bf16 => DType::BF16,
+            let (mix, name) = match self.weight_type {
+                WeightType::F32 => (Mix::Float(DType::F32), "F32"),
+                WeightType::F16 => (Mix::Float(DType::F16), "F16"),
+                WeightType::Bf16 => (Mix::Float(DType::BF16), "BF16"),
+                WeightType::Q8_0 => (Mix::Q8_0, "Q8_0"),
+                WeightType::Q4_0 => (Mix::Q4_0, "Q4_0"),
+                WeightType::Q4KM => (Mix::Q4KM, "Q4_K_M"),
             };
             eprintln!("making weights");
-            let (graph, weights) = shape.build(dtype)?;
-            return Ok((format!("{shape} {dtype:?} (random weights)"), graph, weights));
+            let (graph, weights) = shape.build(mix)?;
+            return Ok((format!("{shape} {name} (random weights)"), graph, weights));
         }
-        let source = Source::parse(self.model.model.as_deref())?;
+        let source = self.model.source()?;
         let name = source.name();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let Model { graph, weights, .. } = runtime.block_on(source.open())?;

@@ -5,9 +5,12 @@
 //! device's own layout all follow from that.
 
 mod k;
+mod seeded;
 mod small;
 
 use crate::weights::DType;
+
+pub use seeded::seeded_blocks;
 
 /// Elements of the largest block.
 pub const BLOCK_LEN_MAX: usize = 256;

@@ -1,6 +1,7 @@
 //! Seeded random ops and tiny models: candle against plain f64, every other backend against candle, and each
 //! backend against itself when the same tokens are batched, cut, moved or copied otherwise.
 
+mod blocks;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod mixture;

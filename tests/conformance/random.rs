@@ -5,8 +5,8 @@ use std::path::Path;
 
 use mainstay_models::Weights;
 use mainstay_models::graph::{Attend, Block, Graph, Matrix, Op, Vector};
-use mainstay_models::weights::DType;
-use safetensors::tensor::TensorView;
+use mainstay_models::quant::seeded_blocks;
+use mainstay_models::weights::{DType, MemoryTensor};
 
 /// A small generator (SplitMix64), so that every case is named by its seed.
 pub(crate) struct Random(u64);
@@ -72,28 +72,25 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
     if let Some(pooled) = &graph.pooled {
         add(&pooled.block, "", &mut tensors, random);
     }
-    let stored: BTreeMap<String, (Vec<usize>, Vec<u8>)> =
-        tensors.into_iter().map(|(name, (shape, values))| (name, (shape, store(&values, dtype)))).collect();
-    let kind = match dtype {
-        DType::F32 => safetensors::Dtype::F32,
-        DType::F16 => safetensors::Dtype::F16,
-        DType::BF16 => safetensors::Dtype::BF16,
-        other => panic!("{other:?} is no plain float"),
-    };
-    let views = stored.iter().map(|(name, (shape, bytes))| {
-        (name, TensorView::new(kind, shape.clone(), bytes).expect("sizes fit"))
-    });
-    let bytes = safetensors::serialize(views, None).expect("tensors serialise");
-    Weights::from_bytes(Path::new("seeded"), bytes).unwrap_or_else(|e| panic!("{e}"))
+    let stored =
+        tensors.into_iter().map(|(name, (shape, values))| store(name, shape, &values, dtype, random));
+    Weights::from_tensors(Path::new("seeded"), stored).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn store(values: &[f32], dtype: DType) -> Vec<u8> {
+/// A tensor of this type; of blocks only matrices are, and their numbers are others of the same size.
+fn store(name: String, shape: Vec<usize>, values: &[f32], dtype: DType, random: &mut Random) -> MemoryTensor {
+    let dtype = if dtype.format().is_some() && shape.len() < 2 { DType::F32 } else { dtype };
+    let mut bytes = Vec::new();
     match dtype {
-        DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-        DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        other => panic!("{other:?} is no plain float"),
+        DType::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+        DType::F16 => bytes.extend(values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes())),
+        DType::BF16 => bytes.extend(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())),
+        _ => {
+            let most = values.iter().fold(0f32, |most, v| most.max(v.abs()));
+            seeded_blocks((dtype, most), (shape[0], shape[1]), || random.next(), &mut bytes);
+        }
     }
+    MemoryTensor { name, dtype, shape, bytes }
 }
 
 fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) {

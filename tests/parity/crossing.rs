@@ -38,6 +38,7 @@ fn draw(handle: &Handle, prompts: &[(&[u32], usize)]) -> Vec<Drawn> {
             logprobs: Some(0),
             prompt_logprobs: None,
             priority: 0,
+            adapter: None,
             grammar: None,
             keep: Keep::default(),
         };

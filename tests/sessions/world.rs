@@ -89,7 +89,7 @@ impl World {
 
     pub(crate) fn create(&self) -> SessionId {
         let tenant = self.store.tenant(TENANT).unwrap().id;
-        let root = self.handle.root(TENANT, b"", 0).unwrap();
+        let root = self.handle.root(TENANT, (None, b""), 0).unwrap();
         let settings = Settings { root, durability: Durability::Async, ..Settings::default() };
         self.store.create(tenant, settings).unwrap().id
     }
@@ -117,6 +117,7 @@ impl World {
             logprobs: Some(self.vocab),
             prompt_logprobs: None,
             priority: 0,
+            adapter: None,
             grammar: None,
             keep: Keep::default(),
         };
@@ -143,7 +144,7 @@ impl World {
         let tenant = self.store.tenant(TENANT).unwrap();
         let mut tokens = self.store.tokens(tenant.id, session).unwrap();
         let export = self.export_pages(session);
-        let mut parent = self.handle.root(TENANT, b"", tokens.len()).unwrap().unwrap();
+        let mut parent = self.handle.root(TENANT, (None, b""), tokens.len()).unwrap().unwrap();
         tokens.pop();
         let mut payloads = Vec::new();
         for tokens in tokens.chunks(PAGE_TOKENS) {

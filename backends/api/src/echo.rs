@@ -3,18 +3,18 @@
 //! A wrong page table, a stale page, a lost copy or a wrong position changes the hash, so an engine that keeps its
 //! books badly draws other tokens than [`expected`] tells. Steps outside the limits assert.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::Receiver;
 
 use mainstay_models::graph::{Graph, RopeSwitch};
-use mainstay_models::{LoadError, Weights};
+use mainstay_models::{AdapterWeights, LoadError, Weights};
 
 use crate::kv::{
     CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, StoredPage,
     Ticket,
 };
 use crate::sample::{SampleScratch, sample_rows};
-use crate::step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
+use crate::step::{AdapterId, Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 use crate::{Backend, DeviceInfo, Executor, Invariance, Limits, NumericClass, StepError};
 
 /// Loads an [`EchoExecutor`] for any graph; only the vocabulary of the graph matters.
@@ -52,6 +52,8 @@ pub struct EchoExecutor {
     scratch: SampleScratch,
     submitted: Option<Result<StepOutput, StepError>>,
     copied: Vec<CopyDone>,
+    /// What each adapter adds to the tokens that it writes.
+    adapters: HashMap<AdapterId, u32>,
     steps: u64,
     fail_every: Option<u64>,
     gate: Option<Receiver<()>>,
@@ -73,6 +75,7 @@ impl EchoExecutor {
             scratch: SampleScratch::new(vocab),
             submitted: None,
             copied: Vec::new(),
+            adapters: HashMap::new(),
             steps: 0,
             fail_every: None,
             gate: None,
@@ -102,6 +105,10 @@ impl EchoExecutor {
         &mut self.slots[page.group as usize][page.page.0 as usize * PAGE_TOKENS + slot]
     }
 
+    fn shift(&self, id: AdapterId) -> u32 {
+        *self.adapters.get(&id).unwrap_or_else(|| panic!("{id:?} is not here: {:?}", self.adapters))
+    }
+
     fn copy(&mut self, copies: &[(PageRef, PageRef)]) {
         for &(from, to) in copies {
             for i in 0..PAGE_TOKENS {
@@ -111,8 +118,9 @@ impl EchoExecutor {
     }
 
     fn write(&mut self, step: &Step, chunk: &Chunk) {
+        let shift = chunk.adapter.map_or(0, |id| self.shift(id));
         for (i, &token) in step.tokens[chunk.tokens.clone()].iter().enumerate() {
-            let position = chunk.position + i;
+            let (position, token) = (chunk.position + i, token.wrapping_add(shift));
             for group in 0..self.slots.len() {
                 let page = chunk.table(step, group)[position / PAGE_TOKENS];
                 let page = PageRef { group: group as u32, page };
@@ -241,6 +249,21 @@ impl Executor for EchoExecutor {
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
         done.append(&mut self.copied);
     }
+
+    fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
+        match weights {
+            Some(weights) => self.adapters.insert(id, adapter_shift(&weights.hash)),
+            None => self.adapters.remove(&id),
+        };
+        Ok(())
+    }
+}
+
+/// What the fake adds to a token under the adapter of this hash, before it writes it: its pages hold other bytes, and
+/// [`expected`] tells what follows when it is added to all tokens.
+pub fn adapter_shift(hash: &[u8; 32]) -> u32 {
+    let [a, b, c, d, ..] = *hash;
+    u32::from_le_bytes([a, b, c, d]) | 1 << 31
 }
 
 /// The token that follows `tokens` when a sequence runs alone: what an engine over an [`EchoExecutor`] must draw.
@@ -442,6 +465,7 @@ mod tests {
                 pages: 0..2 * pages.len(),
                 rope_table: 0,
                 second: None,
+                adapter: None,
             }],
             page_table: table.clone().chain(table).collect(),
             outputs: vec![OutputRow { row: rows - 1, position: tokens.len(), want, top_logprobs: None }],
@@ -530,7 +554,14 @@ mod tests {
     fn two_writers_of_a_page_are_refused() {
         let mut step = one_chunk(&[1], 0, &[1]);
         step.tokens.push(2);
-        step.chunks.push(Chunk { tokens: 1..2, position: 0, pages: 2..4, rope_table: 0, second: None });
+        step.chunks.push(Chunk {
+            tokens: 1..2,
+            position: 0,
+            pages: 2..4,
+            rope_table: 0,
+            second: None,
+            adapter: None,
+        });
         step.page_table.extend([PageId(1), PageId(1)]);
         check(&step, &limits(), VOCAB);
     }

@@ -13,6 +13,8 @@ pub(crate) struct Plan {
     pub(crate) prologue: Program,
     /// One per layer: blocks are shared by graphs, weights are not.
     pub(crate) layers: Vec<Program>,
+    /// What stands before the names of each layer's weights.
+    pub(crate) prefixes: Vec<String>,
     pub(crate) epilogue: Program,
     /// Empty where the model does not pool.
     pub(crate) pooled: Program,
@@ -46,6 +48,7 @@ impl Plan {
         Ok(Self {
             prologue: source.program(&graph.prologue, "")?,
             layers: layers.collect::<Result<_, _>>()?,
+            prefixes: graph.layers.iter().map(|layer| layer.prefix.clone()).collect(),
             epilogue: source.program(&graph.epilogue, "")?,
             pooled: match &graph.pooled {
                 Some(pooled) => source.program(&pooled.block, "")?,

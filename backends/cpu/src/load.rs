@@ -2,10 +2,13 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mainstay_kernels_cpu::{LANES, PackedMatrix, PanelWriter, SourceRows, WeightType};
+use half::{bf16, f16};
+use mainstay_kernels_cpu::{Integers, Kind, LANES, PackedMatrix, PanelWriter, SourceRows, WeightType};
 use mainstay_models::graph::Graph;
+use mainstay_models::quant::Block;
 use mainstay_models::weights::{DType, TensorView};
 use mainstay_models::{LoadError, Weights};
 
@@ -78,26 +81,25 @@ impl Loader<'_> {
         if let Some(packed) = self.packed.get(&key) {
             return Ok(Arc::clone(packed));
         }
-        let parts = key.0.iter().map(|(n, _)| self.weights.tensor(n)).collect::<Result<Vec<_>, _>>()?;
-        let plain: Vec<_> = parts.iter().map(TensorView::to_plain).collect();
-        let sources: Vec<Source<'_>> =
-            plain.iter().zip(&key.0).map(|(p, (_, rows))| source(p, *rows)).collect();
-        let first = sources.first().map_or(WeightType::F32, |s| s.rows.dtype);
-        let dtype = if sources.iter().all(|s| s.rows.dtype == first) { first } else { WeightType::F32 };
+        let parts = key.0.iter().map(|(n, rows)| Ok((self.weights.tensor(n)?, *rows)));
+        let source = Source { parts: parts.collect::<Result<_, LoadError>>()?, order: used.order };
         let (rows, cols) = match used.order {
             RowOrder::Plain | RowOrder::Halves => (matrix.rows(), matrix.cols),
             RowOrder::Some { count, .. } => (count, matrix.cols),
             RowOrder::Columns { count, .. } => (matrix.cols, count),
         };
-        let mut packed = PackedMatrix::zeroed(dtype, rows, cols).ok_or_else(|| LoadError::Resources {
-            what: format!("no memory for the {cols} x {rows} weights `{}`", key.0[0].0),
+        let types = match used.order {
+            RowOrder::Columns { first, count } => {
+                vec![source.float_type(first..first + count); rows.div_ceil(LANES)]
+            }
+            _ => source.panel_types(rows, cols),
+        };
+        let mut packed = PackedMatrix::mixed(&types, rows, cols).ok_or_else(|| LoadError::Resources {
+            what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
         })?;
-        if let RowOrder::Columns { first, .. } = used.order {
-            let bytes = columns(&sources, first, (rows, cols));
-            let turned = Source { rows: SourceRows { dtype, bytes: &bytes }, count: rows };
-            pack(&mut packed, &[turned], used.order, self.threads);
-        } else {
-            pack(&mut packed, &sources, used.order, self.threads);
+        match used.order {
+            RowOrder::Columns { first, .. } => pack_columns(&mut packed, &source, first),
+            _ => pack(&mut packed, &source, self.threads),
         }
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
@@ -113,34 +115,80 @@ impl Loader<'_> {
     }
 }
 
+/// The tensors that a matrix is stacked from, and how many rows of each.
 struct Source<'a> {
-    rows: SourceRows<'a>,
-    count: usize,
+    parts: Vec<(TensorView<'a>, usize)>,
+    order: RowOrder,
 }
 
-fn source<'a>((dtype, bytes): &'a (DType, Cow<'_, [u8]>), count: usize) -> Source<'a> {
-    let dtype = match dtype {
-        DType::F16 => WeightType::F16,
-        DType::BF16 => WeightType::BF16,
-        _ => WeightType::F32,
-    };
-    Source { rows: SourceRows { dtype, bytes }, count }
-}
-
-/// The columns of `cols` rows from `first` on, as `rows` rows.
-fn columns(sources: &[Source<'_>], first: usize, (rows, cols): (usize, usize)) -> Vec<u8> {
-    let size = sources.first().map_or(0, |s| s.rows.dtype.size_bytes());
-    let mut turned = vec![0; rows * cols * size];
-    for col in 0..cols {
-        let (part, from) = locate(sources, first + col);
-        let stored = part.bytes[from * rows * size..][..rows * size].chunks_exact(size);
-        let places = turned[col * size..].chunks_mut(cols * size);
-        places.zip(stored).for_each(|(to, element)| to[..size].copy_from_slice(element));
+impl<'a> Source<'a> {
+    /// The tensor and its row that is packed as row `row` of `rows`.
+    fn row(&self, row: usize, rows: usize) -> (&TensorView<'a>, usize) {
+        let mut row = source_row(row, rows, self.order);
+        for (view, count) in &self.parts {
+            if row < *count {
+                return (view, row);
+            }
+            row -= count;
+        }
+        unreachable!("a row beyond all sources")
     }
-    turned
+
+    /// How rows are packed as floats: as they are stored, if they are floats of one type.
+    fn float_type(&self, rows: Range<usize>) -> WeightType {
+        let mut types = rows.map(|row| match weight_type(self.row(row, 0).0.dtype, 0) {
+            WeightType::Codes(_) => WeightType::F32,
+            dtype => dtype,
+        });
+        let first = types.next().unwrap_or(WeightType::F32);
+        if types.all(|dtype| dtype == first) { first } else { WeightType::F32 }
+    }
+
+    /// How each panel is packed: as it is stored, unless tensors that do not go together meet in one product.
+    fn panel_types(&self, rows: usize, cols: usize) -> Vec<WeightType> {
+        let of_panel = |first: usize| {
+            let mut types = lanes(first, rows).map(|row| weight_type(self.row(row, rows).0.dtype, cols));
+            let own = types.next()?;
+            types.all(|t| t == own).then_some(own)
+        };
+        let types: Option<Vec<_>> = (0..rows).step_by(LANES).map(of_panel).collect();
+        let go_together = |types: &Vec<WeightType>| {
+            let integers = types.iter().all(|t| matches!(t, WeightType::Codes(_)));
+            integers || types.iter().all(|t| *t == types[0])
+        };
+        types.filter(go_together).unwrap_or_else(|| vec![WeightType::F32; rows.div_ceil(LANES)])
+    }
 }
 
-/// The source's row that is stored as row `row` of `rows`.
+/// The rows of the panel that begins with row `first`.
+fn lanes(first: usize, rows: usize) -> Range<usize> {
+    first..(first + LANES).min(rows)
+}
+
+/// How weights of a type are packed. All keep their values, but for 8-bit floats under scales, which are rounded to
+/// bfloat16.
+fn weight_type(dtype: DType, cols: usize) -> WeightType {
+    let kind = match dtype {
+        DType::F32 => return WeightType::F32,
+        DType::F16 => return WeightType::F16,
+        DType::BF16 | DType::F8 => return WeightType::BF16,
+        DType::Q8_0 => Kind::Eight,
+        DType::Q4_0 => Kind::Four,
+        DType::Q4_1 => Kind::FourMin,
+        DType::Q5_0 => Kind::Five,
+        DType::Q5_1 => Kind::FiveMin,
+        DType::Q2K => Kind::NestedTwoMin,
+        DType::Q3K => Kind::NestedThree,
+        DType::Q4K => Kind::NestedFourMin,
+        DType::Q5K => Kind::NestedFiveMin,
+        DType::Q6K => Kind::NestedSix,
+        DType::Iq4Nl => Kind::FourUneven,
+        DType::Mxfp4 => Kind::FourFloat,
+    };
+    if cols.is_multiple_of(kind.block_len()) { WeightType::Codes(kind) } else { WeightType::F32 }
+}
+
+/// The graph's row that is stored as row `row` of `rows`.
 fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     match order {
         RowOrder::Plain | RowOrder::Columns { .. } => row,
@@ -152,18 +200,27 @@ fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     }
 }
 
-/// The source that holds a row of all of them, and the row there.
-fn locate<'a>(sources: &[Source<'a>], mut row: usize) -> (SourceRows<'a>, usize) {
-    for source in sources {
-        if row < source.count {
-            return (source.rows, row);
-        }
-        row -= source.count;
+/// Packs the columns of rows from `first` on as rows.
+fn pack_columns(packed: &mut PackedMatrix, source: &Source<'_>, first: usize) {
+    let (rows, cols) = (packed.rows(), packed.cols());
+    let mut values = vec![0.0; rows];
+    // [rows][cols]
+    let mut turned = vec![0.0; rows * cols];
+    for col in 0..cols {
+        let (view, row) = source.row(first + col, rows);
+        view.read_row(row, &mut values);
+        turned[col..].iter_mut().step_by(cols).zip(&values).for_each(|(to, value)| *to = *value);
     }
-    unreachable!("a row beyond all sources")
+    let mut lines = turned.chunks_exact(cols);
+    for mut writer in packed.panels_mut(RUN_PANELS) {
+        for (row, line) in (0..writer.panels() * LANES).zip(lines.by_ref()) {
+            let (dtype, bytes) = stored_as(line, writer.dtype(row / LANES));
+            writer.put(row, SourceRows { dtype, bytes: &bytes }, 0, 0..cols);
+        }
+    }
 }
 
-fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, threads: usize) {
+fn pack(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
     let (rows, cols) = (packed.rows(), packed.cols());
     let runs: Vec<(usize, PanelWriter<'_>)> = packed.panels_mut(RUN_PANELS).enumerate().collect();
     let threads = threads.min(runs.len()).max(1);
@@ -172,14 +229,11 @@ fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, thre
         loop {
             let run = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let Some((index, mut writer)) = run else { return };
-            let first = index * RUN_PANELS;
             for panel in 0..writer.panels() {
-                for col in (0..cols).step_by(RUN_COLS) {
-                    let lanes = panel * LANES..((panel + 1) * LANES).min(rows - first * LANES);
-                    for row in lanes {
-                        let (part, from) = locate(sources, source_row(first * LANES + row, rows, order));
-                        writer.put(row, part, from, col..(col + RUN_COLS).min(cols));
-                    }
+                let own = lanes((index * RUN_PANELS + panel) * LANES, rows).map(|row| source.row(row, rows));
+                match writer.dtype(panel) {
+                    WeightType::Codes(kind) => put_integers(&mut writer, panel, own, (kind, cols)),
+                    dtype => put_floats(&mut writer, panel, own, (dtype, cols)),
                 }
             }
         }
@@ -190,4 +244,66 @@ fn pack(packed: &mut PackedMatrix, sources: &[Source<'_>], order: RowOrder, thre
         }
         work();
     });
+}
+
+fn put_integers<'a>(
+    writer: &mut PanelWriter<'_>,
+    panel: usize,
+    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)> + Clone,
+    (kind, cols): (Kind, usize),
+) {
+    let mut blocks = [Integers::ZERO; LANES];
+    let mut block = Block::default();
+    for col in (0..cols).step_by(kind.block_len()) {
+        let mut count = 0;
+        for (to, (view, row)) in blocks.iter_mut().zip(rows.clone()) {
+            view.read_block(row, col / kind.block_len(), &mut block);
+            let Block { d, dmin, scales, mins, codes } = block;
+            *to = Integers { scale: d, minimum: dmin, scales, minima: mins, integers: codes };
+            count += 1;
+        }
+        writer.put_integers(panel, col, &blocks[..count]);
+    }
+}
+
+fn put_floats<'a>(
+    writer: &mut PanelWriter<'_>,
+    panel: usize,
+    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)>,
+    (dtype, cols): (WeightType, usize),
+) {
+    let lines: Vec<_> = rows.map(|(view, row)| line(view, row, dtype)).collect();
+    for col in (0..cols).step_by(RUN_COLS) {
+        for (lane, (dtype, bytes)) in lines.iter().enumerate() {
+            let source = SourceRows { dtype: *dtype, bytes };
+            writer.put(panel * LANES + lane, source, 0, col..(col + RUN_COLS).min(cols));
+        }
+    }
+}
+
+/// A row as bytes of floats that can be packed as `dtype`.
+fn line<'a>(view: &TensorView<'a>, row: usize, dtype: WeightType) -> (WeightType, Cow<'a, [u8]>) {
+    let stored = match view.dtype {
+        DType::F32 => Some(WeightType::F32),
+        DType::F16 => Some(WeightType::F16),
+        DType::BF16 => Some(WeightType::BF16),
+        _ => None,
+    };
+    if let (Some(stored), Some(bytes)) = (stored, view.row_bytes(row)) {
+        return (stored, Cow::Borrowed(bytes));
+    }
+    let mut values = vec![0.0; view.cols()];
+    view.read_row(row, &mut values);
+    let (dtype, bytes) = stored_as(&values, dtype);
+    (dtype, Cow::Owned(bytes))
+}
+
+/// Values as bytes of floats that can be packed as `dtype`.
+fn stored_as(values: &[f32], dtype: WeightType) -> (WeightType, Vec<u8>) {
+    let bytes = match dtype {
+        WeightType::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        WeightType::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        _ => return (WeightType::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+    };
+    (dtype, bytes)
 }

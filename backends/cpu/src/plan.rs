@@ -3,6 +3,7 @@
 use mainstay_backend_api::Limits;
 use mainstay_kernels_cpu::{self as kernels, After, Function, LANES, Pairing};
 use mainstay_models::LoadError;
+use mainstay_models::adapter::RANK_MAX;
 use mainstay_models::graph::{
     self, Activation, Block, Gate, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Value, Vector,
 };
@@ -234,6 +235,8 @@ pub(crate) struct Plan {
     pub(crate) angles: Vec<Slot>,
     /// Activations on their way into a product, tile by tile.
     pub(crate) packed: Slot,
+    /// `[tokens, rank]`: rows on their way through an adapter; no rows where there are none.
+    pub(crate) low: Slot,
     /// `[outputs, vocab]`
     pub(crate) logits: Slot,
     /// `[pooled sequences, width]`
@@ -254,6 +257,15 @@ pub(crate) struct Plan {
     pub(crate) products: usize,
 }
 
+/// What may become part of the product before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fusing {
+    /// Whatever can.
+    All,
+    /// In layers, nothing that needs a product whole: adapters are added to it first.
+    LeavesProducts,
+}
+
 /// Which part of a graph a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -268,7 +280,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`LoadError::Unsupported`] for an op in a place where this backend cannot run it.
-    pub(crate) fn new(graph: &Graph, limits: &Limits) -> Result<Self, LoadError> {
+    pub(crate) fn new(graph: &Graph, limits: &Limits, fusing: Fusing) -> Result<Self, LoadError> {
         let mut ropes = Vec::new();
         let mut places = Places::new();
         let hidden = places.fixed(limits.tokens_per_step, graph.hidden);
@@ -279,7 +291,7 @@ impl Plan {
                 return Ok((Program { calls, matrices, vectors }, places.fixed(0, 0)));
             }
             let widths = block.widths(graph.hidden)?;
-            let mut draft = Fuse::new(block, &widths, role, &mut ropes).run()?;
+            let mut draft = Fuse::new(block, &widths, (role, fusing), &mut ropes).run()?;
             let rows = match role {
                 Role::Prologue | Role::Layer => limits.tokens_per_step,
                 Role::Epilogue => limits.output_rows,
@@ -301,6 +313,10 @@ impl Plan {
         let block = graph.pooled.as_ref().map_or(&none, |pooled| &pooled.block);
         let (pooled, pooled_rows) = plan_block(block, Role::Pooled, &mut places)?;
         let packed = places.fixed(1, packed_len);
+        let low = match fusing {
+            Fusing::All => places.fixed(0, 0),
+            Fusing::LeavesProducts => places.fixed(limits.tokens_per_step, RANK_MAX),
+        };
         let angles = ropes.iter().map(|r| places.fixed(limits.tokens_per_step, r.dim)).collect();
         let shapes = || blocks.iter().flat_map(|b| &b.calls).filter_map(Call::heads);
         let head_dim = shapes().map(|h| h.head_dim).max().unwrap_or(1);
@@ -322,6 +338,7 @@ impl Plan {
             ropes,
             angles,
             packed,
+            low,
             logits,
             pooled_rows,
             whole_heads,
@@ -434,6 +451,7 @@ pub(crate) enum Access {
 pub(crate) struct Fuse<'a> {
     ops: &'a [Op],
     role: Role,
+    fusing: Fusing,
     ropes: &'a mut Vec<Rope>,
     /// How many ops read a value; the block's result has one reader more.
     readers: Vec<usize>,
@@ -443,14 +461,27 @@ pub(crate) struct Fuse<'a> {
 }
 
 impl<'a> Fuse<'a> {
-    fn new(block: &'a Block, widths: &[usize], role: Role, ropes: &'a mut Vec<Rope>) -> Self {
+    fn new(
+        block: &'a Block,
+        widths: &[usize],
+        (role, fusing): (Role, Fusing),
+        ropes: &'a mut Vec<Rope>,
+    ) -> Self {
         let ops = &block.ops;
         let mut readers = vec![0; ops.len()];
         ops.iter().flat_map(Op::inputs).for_each(|v| readers[v] += 1);
         if let Some(last) = readers.last_mut() {
             *last += 1;
         }
-        Self { ops, role, ropes, readers, absorbed: vec![false; ops.len()], draft: Draft::new(widths) }
+        Self {
+            ops,
+            role,
+            fusing,
+            ropes,
+            readers,
+            absorbed: vec![false; ops.len()],
+            draft: Draft::new(widths),
+        }
     }
 
     fn run(mut self) -> Result<Draft, LoadError> {
@@ -518,8 +549,10 @@ impl<'a> Fuse<'a> {
         }
     }
 
+    /// Whether `v` is a product that an element-wise function may become part of.
     fn is_free_linear(&self, v: Value) -> bool {
-        matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
+        let is_whole = self.role == Role::Layer && self.fusing == Fusing::LeavesProducts;
+        !is_whole && matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
     }
 
     /// For the sum `v`: the product or norm to add, and the value that dies here and takes it.

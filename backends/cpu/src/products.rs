@@ -1,6 +1,6 @@
 //! Products of a phase: rows with packed weights, one matrix or many side by side.
 
-use mainstay_kernels_cpu::{After, LANES, PART_ROWS, Part, Product, pack_tile};
+use mainstay_kernels_cpu::{After, Form, LANES, PART_ROWS, Part, Product, pack_tile};
 
 use crate::arena::Slot;
 use crate::plan::WeightIndex;
@@ -69,46 +69,92 @@ fn item_of(items: &[Item], job: usize, first: impl Fn(&Item) -> usize) -> &Item 
     &items[items.partition_point(|item| first(item) <= job) - 1]
 }
 
+/// Whether a product's rows are read where they lie.
+fn is_bare(form: Form, rows: usize) -> bool {
+    form == Form::Floats && rows == 1
+}
+
 impl Runner<'_> {
     /// Computes all products that the scratch lists. Their outputs do not overlap, padding to whole panels included.
     pub(crate) fn products(&mut self, after: After) {
-        let (core, weights, tile) = (self.core, self.weights, self.core.kernels.tile_rows());
-        let matrix = |item: &Item| &*weights.matrices[item.weight];
-        let (items, floats) = (&mut self.scratch.items, &mut self.scratch.floats);
-        let panels: usize = items.iter().map(|item| matrix(item).panels()).sum();
-        let run = (panels / (core.threads * 4)).clamp(2, PANELS_MAX) & !1;
-        let part_rows = PART_ROWS / tile * tile;
-        let (mut packed_len, mut tiles, mut jobs) = (0, 0, 0);
-        for item in items.iter_mut() {
-            (item.packed, item.first_tile, item.first_job) = (packed_len, tiles, jobs);
-            let (weight, rows) = (matrix(item), item.rows.count());
-            // One row is read where it lies.
-            if rows > 1 {
-                packed_len += rows * weight.cols();
+        let tiles = self.lay_out();
+        self.pack(tiles);
+        self.multiply(after);
+    }
+
+    /// One product of all rows of the block.
+    pub(crate) fn linear(&mut self, weight: (usize, Option<usize>), input: Slot, after: After, out: Slot) {
+        let form = self.weights.matrices[weight.0].form();
+        self.scratch.items.clear();
+        let rows = Rows::Run { first: 0, count: self.rows };
+        self.scratch.items.push(Item::new(weight, (input, rows), (out, 0)));
+        let tiles = self.lay_out();
+        if self.in_packed != Some((input, form)) {
+            self.pack(tiles);
+        }
+        self.in_packed = Some((input, form));
+        self.multiply(after);
+    }
+
+    /// Gives each product its place among the packed rows; returns the tiles of all.
+    fn lay_out(&mut self) -> usize {
+        let tile = self.core.kernels.tile_rows();
+        let (mut packed, mut tiles) = (0, 0);
+        for item in &mut self.scratch.items {
+            (item.packed, item.first_tile) = (packed, tiles);
+            let (weight, rows) = (&self.weights.matrices[item.weight], item.rows.count());
+            if !is_bare(weight.form(), rows) {
+                packed += weight.form().input_len(rows, weight.cols());
                 tiles += rows.div_ceil(tile);
             }
-            jobs += weight.panels().div_ceil(run) * rows.div_ceil(part_rows);
         }
+        tiles
+    }
+
+    /// Rows as the weights' products take them.
+    fn pack(&mut self, tiles: usize) {
+        let (core, weights, tile) = (self.core, self.weights, self.core.kernels.tile_rows());
         let (items, picked) = (&self.scratch.items, &self.scratch.grouping.rows);
         self.worker.each(tiles, |job| {
             let item = item_of(items, job.index(), |item| item.first_tile);
-            let (cols, count) = (matrix(item).cols(), item.rows.count());
+            let weight = &weights.matrices[item.weight];
+            let (form, cols, count) = (weight.form(), weight.cols(), item.rows.count());
             let first = (job.index() - item.first_tile) * tile;
             let rows = first..(first + tile).min(count);
-            let range = item.packed + first * cols..item.packed + rows.end * cols;
+            let range = form.input_len(first, cols)..form.input_len(rows.end, cols);
+            let range = item.packed + range.start..item.packed + range.end;
+            let place = core.arena.write_flat(core.plan.packed, range, &job);
             let input = core.arena.read(item.input, 0..item.input.rows);
             let rows = rows.map(|index| input.row(item.rows.row(index, picked)));
-            pack_tile(rows, core.arena.write_flat(core.plan.packed, range, &job));
+            match form {
+                Form::Floats => pack_tile(rows, place),
+                Form::Integers => core.kernels.quantize_tile(rows, place),
+            }
         });
-        let packed = core.arena.read_flat(core.plan.packed, packed_len);
+    }
+
+    fn multiply(&mut self, after: After) {
+        let (core, weights, tile) = (self.core, self.weights, self.core.kernels.tile_rows());
+        let panels: usize = self.scratch.items.iter().map(|i| weights.matrices[i.weight].panels()).sum();
+        let run = (panels / (core.threads * 4)).clamp(2, PANELS_MAX) & !1;
+        let part_rows = PART_ROWS / tile * tile;
+        let mut jobs = 0;
+        for item in &mut self.scratch.items {
+            item.first_job = jobs;
+            let panels = weights.matrices[item.weight].panels();
+            jobs += panels.div_ceil(run) * item.rows.count().div_ceil(part_rows);
+        }
+        let (items, picked) = (&self.scratch.items, &self.scratch.grouping.rows);
+        let floats = &mut self.scratch.floats;
         self.worker.each(jobs, |job| {
             let item = item_of(items, job.index(), |item| item.first_job);
-            let (weight, rows) = (matrix(item), item.rows.count());
-            let input = if rows == 1 {
+            let (weight, rows) = (&*weights.matrices[item.weight], item.rows.count());
+            let input = if is_bare(weight.form(), rows) {
                 let row = item.rows.row(0, picked);
                 core.arena.read(item.input, row..row + 1).row(0)
             } else {
-                &packed[item.packed..][..rows * weight.cols()]
+                let len = weight.form().input_len(rows, weight.cols());
+                &core.arena.read_flat(core.plan.packed, item.packed + len)[item.packed..]
             };
             let bias = item.bias.map(|b| &*weights.vectors[b]);
             let product = Product { weight, bias, input, rows, after };
@@ -126,13 +172,5 @@ impl Runner<'_> {
             let out_rows = item.out_row + part.rows.start..item.out_row + part.rows.end;
             core.kernels.matmul(&product, &part, &mut core.arena.write(place, out_rows, &job), floats);
         });
-    }
-
-    /// One product of all rows of the block.
-    pub(crate) fn linear(&mut self, weight: (usize, Option<usize>), input: Slot, after: After, out: Slot) {
-        self.scratch.items.clear();
-        let rows = Rows::Run { first: 0, count: self.rows };
-        self.scratch.items.push(Item::new(weight, (input, rows), (out, 0)));
-        self.products(after);
     }
 }

@@ -9,7 +9,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mainstay_backend_api::{KvDType, Step, StepOutput};
-use tiny::{Feed, SMALL, load, tokens};
+use mainstay_models::weights::DType;
+use tiny::{BLOCKS, Feed, SMALL, Shape, load, tokens};
 
 struct Counting;
 
@@ -33,7 +34,13 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn steps_allocate_nothing() {
-    let mut executor = load(&SMALL, 2, None, KvDType::BF16);
+    for shape in [SMALL, Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }] {
+        steps_of_a_model_allocate_nothing(&shape);
+    }
+}
+
+fn steps_of_a_model_allocate_nothing(shape: &Shape) {
+    let mut executor = load(shape, 2, None, KvDType::BF16);
     let mut out = StepOutput::default();
     let mut counts = Vec::with_capacity(8);
     // The first rounds let the vectors of outputs grow.

@@ -2,11 +2,13 @@
 //! the machine's limits that was reached.
 
 mod latency;
+mod mix;
 mod noise;
 mod report;
 pub mod sessions;
 mod shape;
 
 pub use latency::{Case, LatencyError, Measurement, Peaks, Phase, Plan, latency};
+pub use mix::Mix;
 pub use report::{json, table};
 pub use shape::{Shape, UnknownShape};

@@ -6,9 +6,12 @@ use std::str::FromStr;
 
 use mainstay_models::config::Config;
 use mainstay_models::graph::{Block, Graph, Op};
-use mainstay_models::weights::DType;
+use mainstay_models::quant::seeded_blocks;
+use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::{LoadError, Weights, families};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
+
+use crate::mix::Mix;
 
 /// A real model's dimensions, from its published configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,14 +55,14 @@ impl Shape {
         }
     }
 
-    /// The graph with seeded weights of the wanted type.
+    /// The graph with seeded weights of the wanted types.
     ///
     /// # Errors
     /// What the family or the weights' reader finds wrong; a shape that does not load is a bug.
-    pub fn build(self, dtype: DType) -> Result<(Graph, Weights), LoadError> {
+    pub fn build(self, mix: Mix) -> Result<(Graph, Weights), LoadError> {
         let origin = Path::new(self.name());
         let graph = families::graph(&Config::from_bytes(origin, self.config().to_string().as_bytes())?)?;
-        let weights = Weights::from_bytes(origin, checkpoint(&graph, dtype))?;
+        let weights = Weights::from_tensors(origin, checkpoint(&graph, mix))?;
         graph.check(&weights)?;
         Ok((graph, weights))
     }
@@ -92,35 +95,22 @@ impl FromStr for Shape {
     }
 }
 
-/// A safetensors file in memory with every tensor that the graph names: random matrices, vectors of ones; F16, BF16, or
-/// else F32.
-pub(crate) fn checkpoint(graph: &Graph, dtype: DType) -> Vec<u8> {
-    let tensors = tensors(graph);
-    let mut header = Map::new();
-    let mut end = 0;
-    for (name, shape) in &tensors {
-        let start = end;
-        let (kind, size_bytes) = match dtype {
-            DType::F16 => ("F16", 2),
-            DType::BF16 => ("BF16", 2),
-            _ => ("F32", 4),
-        };
-        end += shape.iter().product::<usize>() * size_bytes;
-        header.insert(name.clone(), json!({"dtype": kind, "shape": shape, "data_offsets": [start, end]}));
-    }
-    let header = Value::Object(header).to_string();
-    let mut bytes = Vec::with_capacity(8 + header.len() + end);
-    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(header.as_bytes());
+/// Every tensor that the graph names: random matrices, vectors of ones.
+pub(crate) fn checkpoint(graph: &Graph, mix: Mix) -> impl Iterator<Item = MemoryTensor> {
     let mut random = Random(1);
-    for (_, shape) in &tensors {
-        let len: usize = shape.iter().product();
-        match shape.len() {
-            1 => (0..len).for_each(|_| push(&mut bytes, 1.0, dtype)),
-            _ => (0..len).for_each(|_| push(&mut bytes, random.weight(), dtype)),
+    let layers = graph.layers.len();
+    tensors(graph).into_iter().map(move |(name, shape)| {
+        let dtype = mix.of(&name, &shape, layers);
+        let mut bytes = Vec::new();
+        match shape[..] {
+            [rows, cols] if dtype.format().is_some() => {
+                seeded_blocks((dtype, WEIGHT_MAX), (rows, cols), || random.next(), &mut bytes);
+            }
+            [rows, cols] => (0..rows * cols).for_each(|_| push(&mut bytes, random.weight(), dtype)),
+            _ => (0..shape.iter().product()).for_each(|_| push(&mut bytes, 1.0, dtype)),
         }
-    }
-    bytes
+        MemoryTensor { name, dtype, shape, bytes }
+    })
 }
 
 fn push(bytes: &mut Vec<u8>, value: f32, dtype: DType) {
@@ -167,6 +157,9 @@ fn collect(block: &Block, prefix: &str, found: &mut Vec<(String, Vec<usize>)>) {
     }
 }
 
+/// Uniform numbers up to it have the spread of a normal distribution of deviation 0.02.
+const WEIGHT_MAX: f32 = 0.035;
+
 /// xorshift64* (Vigna, 2016): speed depends on the values' range only, not on their distribution.
 pub(crate) struct Random(pub(crate) u64);
 
@@ -178,10 +171,10 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// Uniform in -0.035 .. 0.035, the spread of a normal distribution of deviation 0.02.
+    /// Uniform between -[`WEIGHT_MAX`] and it.
     pub(crate) fn weight(&mut self) -> f32 {
         let unit = (self.next() >> 40) as f32 / (1u64 << 24) as f32;
-        (unit - 0.5) * 0.07
+        (unit - 0.5) * 2.0 * WEIGHT_MAX
     }
 }
 
@@ -212,14 +205,15 @@ mod tests {
     #[test]
     fn a_checkpoint_of_a_small_graph_loads() {
         let config = json!({
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
             "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": false
         });
         let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
         let graph = families::graph(&config).unwrap();
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let weights = Weights::from_bytes(Path::new("small"), checkpoint(&graph, dtype)).unwrap();
+        let floats = [DType::F32, DType::F16, DType::BF16].map(Mix::Float);
+        for mix in floats.into_iter().chain([Mix::Q8_0, Mix::Q4_0, Mix::Q4KM]) {
+            let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
             graph.check(&weights).unwrap();
         }
     }

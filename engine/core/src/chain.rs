@@ -4,6 +4,7 @@ use mainstay_backend_api::PAGE_TOKENS;
 use mainstay_models::graph::RopeSwitch;
 use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Root, Store, Tenant};
 
+use crate::Adapter;
 use crate::identity::Identity;
 use crate::request::Reuse;
 
@@ -51,10 +52,16 @@ impl Stored {
 }
 
 impl Chain {
-    pub(crate) fn new(tenant: Tenant, identity: &Identity, salt: &[u8]) -> Self {
+    /// Of a tenant's pages that are computed under this adapter, in the client's own partition `salt`.
+    pub(crate) fn new(
+        tenant: Tenant,
+        identity: &Identity,
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+    ) -> Self {
+        let adapter = adapter.map(Adapter::hash);
         let root = |rope_table: usize| {
             let content = identity.contents[rope_table];
-            tenant.chain.root(&Root { content, adapter: None, rope_table: rope_table as u32, salt })
+            tenant.chain.root(&Root { content, adapter, rope_table: rope_table as u32, salt })
         };
         let roots = [root(0), root(1)];
         let (contents, rope_switch, class) = (identity.contents, identity.rope_switch, identity.class);

@@ -7,6 +7,8 @@ use mainstay_backend_api::{
 use mainstay_models::graph::RopeSwitch;
 use mainstay_store::{ClassId, Content, ContentId};
 
+use crate::Adapter;
+
 /// What of a loaded model decides the bytes of its pages, as hashes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelIdentity {
@@ -66,7 +68,6 @@ impl Identity {
             ("parallel", b"1"),
             ("invariance", invariance),
         ]);
-        let short = |hash: &[u8; 32]| hash[..8].iter().map(|b| format!("{b:02x}")).collect::<String>();
         let parts = vec![
             ("weights", short(&model.weights)),
             ("config", short(&model.config)),
@@ -84,6 +85,13 @@ impl Identity {
         &self.parts
     }
 
+    /// The same of what is computed under an adapter.
+    pub fn under(&self, adapter: &Adapter) -> Self {
+        let mut own = self.clone();
+        own.parts.push(("adapter", short(&adapter.hash())));
+        own
+    }
+
     /// Which rope table a session of this many tokens turns by: that by which its last one was drawn, which itself need
     /// not have been computed.
     pub(crate) fn rope_table(&self, session_len: usize) -> usize {
@@ -94,6 +102,11 @@ impl Identity {
     pub fn changed<'a>(&self, earlier: impl Fn(&str) -> Option<&'a str>) -> Option<&'static str> {
         self.parts.iter().find(|(name, value)| earlier(name) != Some(value)).map(|(name, _)| *name)
     }
+}
+
+/// A hash for people, and for comparing.
+fn short(hash: &[u8; 32]) -> String {
+    hash[..8].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The layout of a payload in bytes; every list is preceded by its length, so that no two layouts give the same.
@@ -132,7 +145,14 @@ pub fn probe(executor: &mut dyn Executor, limits: &Limits, vocab: usize) -> Resu
     let want = Want::Sample(Sampling::greedy());
     let step = Step {
         tokens: (0..len).map(|i| (i * vocab / (len + 1)) as u32).collect(),
-        chunks: vec![Chunk { tokens: 0..len, position: 0, pages: 0..groups, rope_table: 0, second: None }],
+        chunks: vec![Chunk {
+            tokens: 0..len,
+            position: 0,
+            pages: 0..groups,
+            rope_table: 0,
+            second: None,
+            adapter: None,
+        }],
         page_table: vec![PageId(1); groups],
         outputs: vec![OutputRow { row: len - 1, position: len, want, top_logprobs: None }],
         return_logits: true,

@@ -11,6 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::chain::{Chain, Header, Stored};
+use crate::draft::Luck;
 use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
@@ -91,6 +92,9 @@ pub(crate) struct Sequence {
     pub(crate) report: Option<KvReport>,
     /// How it is held to the request's grammar.
     pub(crate) held: Held,
+    /// Guesses of the tokens behind its last, for the step that is planned.
+    pub(crate) draft: Vec<u32>,
+    pub(crate) luck: Luck,
     /// Another class computed some of its pages, so that what is computed after them is not this class's either.
     is_mixed: bool,
 }
@@ -125,6 +129,8 @@ impl Sequence {
             stored,
             loading: None,
             held,
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: false,
         }
     }
@@ -148,6 +154,8 @@ impl Sequence {
             loading: None,
             report: None,
             held: Held::new(self.request(), &[]),
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: self.is_mixed,
         }
     }
@@ -168,6 +176,13 @@ impl Sequence {
     /// Tokens to compute before the next one can be drawn.
     pub(crate) fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// How many tokens behind the next one it may come to draw.
+    pub(crate) fn draft_room(&self, context: usize) -> usize {
+        let more = self.request().stop.max_tokens.saturating_sub(self.generated() + 1);
+        let is_drawing = self.generated() > 0 && self.remaining() == 1 && matches!(self.held, Held::Free);
+        if is_drawing { more.min(context.saturating_sub(self.tokens.len() + 1)) } else { 0 }
     }
 
     /// Whether its next token can be drawn: that of a choice under a grammar cannot before its mask is there.
@@ -402,15 +417,16 @@ impl Sequence {
         pages
     }
 
-    /// Makes sure that all its tokens have pages that it may write to. `false` if pages are short; nothing has
-    /// changed then. A page shared with a fork is copied before it is written.
+    /// Makes sure that all its tokens, guesses too, have pages that it may write to. `false` if pages are short; nothing
+    /// has changed then. A page shared with a fork is copied before it is written.
     pub(crate) fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) -> bool {
-        let (first, end) = (self.computed / PAGE_TOKENS, self.tokens.len().div_ceil(PAGE_TOKENS));
+        let len = self.tokens.len() + self.draft.len();
+        let (first, end) = (self.computed / PAGE_TOKENS, len.div_ceil(PAGE_TOKENS));
         let shared = |group: usize, pages: &[PageId], pool: &KvPool| {
             pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1)
         };
         let fits = self.pages.iter().enumerate().all(|(group, pages)| {
-            let new = end - pages.len() + usize::from(shared(group, pages, pool));
+            let new = end.saturating_sub(pages.len()) + usize::from(shared(group, pages, pool));
             pool.free_len(group) >= new
         });
         if !fits {
@@ -418,7 +434,7 @@ impl Sequence {
         }
         for (group, pages) in self.pages.iter_mut().enumerate() {
             let mut take = || pool.take(group).expect("free pages were counted");
-            pages.resize_with(end, &mut take);
+            pages.resize_with(end.max(pages.len()), &mut take);
             let old = pages[first];
             if pool.refs(group, old) > 1 {
                 pages[first] = pool.take(group).expect("free pages were counted");
@@ -470,6 +486,7 @@ impl Sequence {
         }
         self.pages.clear();
         self.computed = 0;
+        self.draft.clear();
         self.loading = None;
         self.is_mixed = false;
     }

@@ -34,7 +34,7 @@ fn products(c: &mut Criterion) {
         let kernels = Kernels::new(isa).expect("supported");
         for dtype in [WeightType::F32, WeightType::BF16] {
             // Larger than the caches: 1024 inputs, 128 MiB of weights.
-            let (n, k) = ((128 << 20) / dtype.size_bytes() / 1024, 1024);
+            let (n, k) = ((128 << 20) / (dtype.panel_bytes(1) / LANES) / 1024, 1024);
             let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
             let mut group = c.benchmark_group(format!("few rows/{}/{dtype:?}", isa.name()));
             group.sample_size(10).throughput(Throughput::Bytes(weight.size_bytes() as u64));

@@ -1,12 +1,14 @@
 //! Products of rows with packed weights. An output element is one f32 chain, `bias` or 0, then
-//! `sum = fma(w[k], x[k], sum)` for k ascending, whatever the number of rows, so its bits depend on nothing else.
+//! `sum = fma(w[k], x[k], sum)` for k ascending, or what [`crate::quantized`] says, whatever the number of rows, so its
+//! bits depend on nothing else.
 
 use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::math::{Function, Gate};
-use crate::pack::{PackedMatrix, WeightType};
+use crate::pack::{Form, PackedMatrix, WeightType};
+use crate::quantized::product;
 use crate::simd::LANES;
 use crate::tile::Operands;
 use crate::{Kernels, MatMut};
@@ -31,7 +33,7 @@ pub struct Product<'a> {
     pub weight: &'a PackedMatrix,
     /// One per row of W, padded to whole panels; 0 where absent.
     pub bias: Option<&'a [f32]>,
-    /// Activations by [`crate::pack_tile`], `[rows, cols]`.
+    /// Activations, `[rows, cols]`, in the weight's form: by [`crate::pack_tile`] or [`Kernels::quantize_tile`].
     pub input: &'a [f32],
     /// Rows of the activations.
     pub rows: usize,
@@ -66,7 +68,8 @@ pub const PART_ROWS: usize = 192;
 /// Floats of scratch that a part of up to `rows` rows needs, for tiles of at most `tile` rows.
 pub fn scratch_len(rows: usize, tile: usize) -> usize {
     let sums = (rows.min(tile) * STREAMS).max(rows * PAIR);
-    (sums + BLOCK_COLS * PAIR) * LANES
+    // A line more, so that there is room from the first whole line on.
+    (sums + BLOCK_COLS * PAIR + 1) * LANES
 }
 
 impl Kernels {
@@ -82,7 +85,8 @@ impl Kernels {
             part.rows.end <= product.rows && part.rows.start.is_multiple_of(self.tile_rows()),
             "{part:?}"
         );
-        assert_eq!(product.input.len(), product.rows * cols, "packed activations");
+        let form = product.weight.form();
+        assert_eq!(product.input.len(), form.input_len(product.rows, cols), "packed activations");
         assert!(scratch.len() >= scratch_len(rows, self.tile_rows()), "scratch of {}", scratch.len());
         let gated = matches!(product.after, After::Gate(_));
         let width = part.panels.len() * LANES / if gated { 2 } else { 1 };
@@ -90,18 +94,21 @@ impl Kernels {
         let whole = part.panels.start.is_multiple_of(2) && part.panels.len().is_multiple_of(2);
         assert!(!gated || whole, "{part:?} cuts a pair");
         let few = product.rows <= self.tile_rows();
-        let group = if few { STREAMS } else { PAIR };
+        let group = match (few, form) {
+            (true, Form::Floats) => STREAMS,
+            (true, Form::Integers) => product::STREAMS,
+            (false, _) => PAIR,
+        };
         let mut panel = part.panels.start;
         let mut column = 0;
         while panel < part.panels.end {
             let panels = panel..(panel + group).min(part.panels.end);
-            let sums = &mut scratch[..rows * panels.len() * LANES];
+            let (sums, rest) = scratch.split_at_mut(rows * panels.len() * LANES);
             start_sums(product.bias, &panels, sums);
-            if few {
-                self.add_streamed(product, &panels, sums);
-            } else {
-                let (sums, wide) = scratch.split_at_mut(rows * panels.len() * LANES);
-                self.add_blocked(product, &panels, &part.rows, sums, wide);
+            match form {
+                Form::Integers => self.add_codes(product, &panels, &part.rows, sums, rest),
+                Form::Floats if few => self.add_streamed(product, &panels, sums),
+                Form::Floats => self.add_blocked(product, &panels, &part.rows, sums, rest),
             }
             let sums = &scratch[..rows * panels.len() * LANES];
             self.finish(product.after, panels.len(), sums, out, column);
@@ -113,7 +120,7 @@ impl Kernels {
     /// Few rows: weights go straight from memory into the registers, all columns in one run.
     fn add_streamed(&self, product: &Product<'_>, panels: &Range<usize>, sums: &mut [f32]) {
         let cols = product.weight.cols();
-        let size = product.weight.dtype().size_bytes();
+        let dtype = product.weight.dtype();
         let left = left(product.weight, panels.start, 0);
         macro_rules! go {
             ($run:expr, $element:ty) => {{
@@ -126,8 +133,8 @@ impl Kernels {
                     right_step: product.rows,
                     len: cols,
                     ask: left.wrapping_add(AHEAD_BYTES),
-                    ask_panel: product.weight.dtype().panel_bytes(cols),
-                    ask_step: LANES * size,
+                    ask_panel: dtype.panel_bytes(cols),
+                    ask_step: dtype.panel_bytes(1),
                     sums: sums.as_mut_ptr(),
                     sums_row: panels.len() * LANES,
                 };
@@ -136,10 +143,11 @@ impl Kernels {
                 unsafe { $run(&operands, panels.len(), product.rows) }
             }};
         }
-        match product.weight.dtype() {
+        match dtype {
             WeightType::F32 => go!((self.table().tile_f32), f32),
             WeightType::F16 => go!((self.table().tile_f16), f16),
             WeightType::BF16 => go!((self.table().tile_bf16), bf16),
+            WeightType::Codes(kind) => unreachable!("{kind:?} is not a float"),
         }
     }
 
@@ -214,6 +222,7 @@ impl Kernels {
                 WeightType::F32 => out.copy_from_slice(std::slice::from_raw_parts(from.cast(), out.len())),
                 WeightType::F16 => (self.table().widen_f16)(from.cast(), out),
                 WeightType::BF16 => (self.table().widen_bf16)(from.cast(), out),
+                WeightType::Codes(kind) => unreachable!("{kind:?} is not a float"),
             }
         }
     }
@@ -256,6 +265,5 @@ fn start_sums(bias: Option<&[f32]>, panels: &Range<usize>, sums: &mut [f32]) {
 
 /// The address of a panel's column.
 fn left(weight: &PackedMatrix, panel: usize, col: usize) -> *const u8 {
-    let at = panel * weight.dtype().panel_bytes(weight.cols()) + weight.dtype().panel_bytes(col);
-    weight.bytes()[at..].as_ptr()
+    weight.panel(panel).1[weight.dtype().panel_bytes(col)..].as_ptr()
 }

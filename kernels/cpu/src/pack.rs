@@ -1,14 +1,17 @@
 //! Packed weights: how a matrix `[rows, cols]` lies in memory for the products.
 //!
-//! Panels of 16 rows, one after another; inside a panel, for each column the 16 rows' elements side by side:
+//! Panels of 16 rows, one after another; inside a panel of floats, for each column the 16 rows' elements side by side:
 //! `[rows / 16][cols][16]`. One vector load is then 16 output features at one input feature, and a panel is one
-//! forward stream. Rows are padded with zeros to a multiple of 16.
+//! forward stream. [`crate::quantized::kind`] has the panels of integers. Rows are padded with zeros to a multiple of 16.
 
 use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::memory::Aligned;
+use crate::quantized::kind::Kind;
+use crate::quantized::panel::{self, Integers};
+use crate::quantized::{BLOCK, input};
 use crate::simd::LANES;
 
 /// How elements of a packed matrix are stored.
@@ -20,27 +23,62 @@ pub enum WeightType {
     F16,
     /// 2 bytes, bfloat16.
     BF16,
+    /// Integers under scales.
+    Codes(Kind),
+}
+
+/// What activations have to be for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// f32, by [`pack_tile`].
+    Floats,
+    /// 8-bit integers, by [`crate::Kernels::quantize_tile`].
+    Integers,
+}
+
+impl Form {
+    /// Floats that packed activations take.
+    pub fn input_len(self, rows: usize, cols: usize) -> usize {
+        match self {
+            Form::Floats => rows * cols,
+            Form::Integers => input::len(rows, cols),
+        }
+    }
 }
 
 impl WeightType {
-    /// Bytes of one element.
-    pub fn size_bytes(self) -> usize {
+    /// Bytes of one element, or `None` where elements share bytes.
+    fn size_bytes(self) -> Option<usize> {
         match self {
-            WeightType::F32 => 4,
-            WeightType::F16 | WeightType::BF16 => 2,
+            WeightType::F32 => Some(4),
+            WeightType::F16 | WeightType::BF16 => Some(2),
+            WeightType::Codes(_) => None,
         }
     }
 
-    /// Bytes of a panel: 16 rows of `cols` columns.
+    /// Bytes of a panel: 16 rows of `cols` columns, whole blocks of integers.
     pub fn panel_bytes(self, cols: usize) -> usize {
-        LANES * cols * self.size_bytes()
+        match self {
+            WeightType::F32 => LANES * cols * 4,
+            WeightType::F16 | WeightType::BF16 => LANES * cols * 2,
+            WeightType::Codes(kind) => kind.layout().runs(cols).end,
+        }
+    }
+
+    /// What activations have to be.
+    pub fn form(self) -> Form {
+        match self {
+            WeightType::F32 | WeightType::F16 | WeightType::BF16 => Form::Floats,
+            WeightType::Codes(_) => Form::Integers,
+        }
     }
 }
 
 /// A weight matrix in panels.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    dtype: WeightType,
+    /// Type and first byte of each panel, and the end.
+    panels: Vec<(WeightType, usize)>,
     rows: usize,
     cols: usize,
     bytes: Aligned,
@@ -57,22 +95,64 @@ pub struct SourceRows<'a> {
 
 /// Puts rows into panels; see [`PackedMatrix::panels_mut`].
 pub struct PanelWriter<'a> {
-    dtype: WeightType,
+    types: &'a [(WeightType, usize)],
     cols: usize,
     bytes: &'a mut [u8],
 }
 
 impl PackedMatrix {
     /// A matrix of zeros, or `None` where memory is short.
+    ///
+    /// # Panics
+    /// As [`PackedMatrix::mixed`].
     pub fn zeroed(dtype: WeightType, rows: usize, cols: usize) -> Option<Self> {
-        let panels = rows.div_ceil(LANES);
-        let len = dtype.panel_bytes(1).checked_mul(cols)?.checked_mul(panels)?;
-        Some(Self { dtype, rows, cols, bytes: Aligned::zeroed(len)? })
+        Self::mixed(&vec![dtype; rows.div_ceil(LANES)], rows, cols)
     }
 
-    /// How elements are stored.
-    pub fn dtype(&self) -> WeightType {
-        self.dtype
+    /// A matrix of zeros whose panels have these types, or `None` where memory is short.
+    ///
+    /// # Panics
+    /// If there is not one type for each panel, if floats have not all one type, or if rows of integers are not whole
+    /// blocks.
+    pub fn mixed(types: &[WeightType], rows: usize, cols: usize) -> Option<Self> {
+        assert_eq!(types.len(), rows.div_ceil(LANES), "types of the panels of {rows} rows");
+        let mut panels = Vec::with_capacity(types.len() + 1);
+        let mut end = 0_usize;
+        for dtype in types {
+            match dtype {
+                WeightType::Codes(_) => assert!(cols.is_multiple_of(BLOCK), "{cols} columns of {dtype:?}"),
+                _ => assert!(*dtype == types[0], "a panel of {dtype:?} in a matrix of {:?}", types[0]),
+            }
+            assert_eq!(dtype.form(), types[0].form(), "{dtype:?} and {:?}", types[0]);
+            panels.push((*dtype, end));
+            end = end.checked_add(dtype.panel_bytes(cols))?;
+        }
+        panels.push((types.last().copied().unwrap_or(WeightType::F32), end));
+        Some(Self { panels, rows, cols, bytes: Aligned::zeroed(end)? })
+    }
+
+    /// How the elements of the first panel are stored; of all, if they are floats.
+    pub(crate) fn dtype(&self) -> WeightType {
+        self.panels[0].0
+    }
+
+    /// What activations have to be for products with it.
+    pub fn form(&self) -> Form {
+        self.dtype().form()
+    }
+
+    /// How a panel of integers is stored.
+    pub(crate) fn kind(&self, panel: usize) -> Kind {
+        match self.panels[panel].0 {
+            WeightType::Codes(kind) => kind,
+            dtype => unreachable!("{dtype:?} in a product of integers"),
+        }
+    }
+
+    /// A panel and its type.
+    pub(crate) fn panel(&self, panel: usize) -> (WeightType, &[u8]) {
+        let (dtype, start) = self.panels[panel];
+        (dtype, &self.bytes.bytes()[start..self.panels[panel + 1].1])
     }
 
     /// Output features, without padding.
@@ -95,33 +175,36 @@ impl PackedMatrix {
         self.bytes.len()
     }
 
-    /// All panels, end to end.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        self.bytes.bytes()
-    }
-
     /// Writers for runs of `count` panels (the last may be shorter), so that threads can pack side by side.
     pub fn panels_mut(&mut self, count: usize) -> impl Iterator<Item = PanelWriter<'_>> {
-        let (dtype, cols) = (self.dtype, self.cols);
-        let run = (dtype.panel_bytes(cols) * count).max(1);
-        self.bytes.bytes_mut().chunks_mut(run).map(move |bytes| PanelWriter { dtype, cols, bytes })
+        let (types, ends) = (&self.panels[..self.panels.len() - 1], &self.panels);
+        let (cols, mut rest) = (self.cols, self.bytes.bytes_mut());
+        let mut first = 0_usize;
+        std::iter::from_fn(move || {
+            let end = first.saturating_add(count.max(1)).min(types.len());
+            let run = &types[first..end];
+            let len = ends[end].1 - run.first()?.1;
+            let (bytes, others) = std::mem::take(&mut rest).split_at_mut(len);
+            (first, rest) = (end, others);
+            Some(PanelWriter { types: run, cols, bytes })
+        })
     }
 
-    /// Writes one row, widened to f32, into `out[..cols]`.
+    /// Writes one row as f32 into `out[..cols]`.
     ///
     /// # Panics
     /// If there is no such row or `out` is shorter than a row.
     pub fn gather(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        let size = self.dtype.size_bytes();
-        let panel = self.dtype.panel_bytes(self.cols);
-        let from = row / LANES * panel + row % LANES * size;
-        let elements = self.bytes.bytes()[from..].chunks(LANES * size);
+        let (dtype, bytes) = self.panel(row / LANES);
+        let lane = row % LANES;
+        let elements = |size| bytes[lane * size..].chunks(LANES * size);
         let out = &mut out[..self.cols];
-        match self.dtype {
-            WeightType::F32 => out.iter_mut().zip(elements).for_each(|(o, e)| *o = f32_of(e)),
-            WeightType::F16 => out.iter_mut().zip(elements).for_each(|(o, e)| *o = f16_of(e).to_f32()),
-            WeightType::BF16 => out.iter_mut().zip(elements).for_each(|(o, e)| *o = bf16_of(e).to_f32()),
+        match dtype {
+            WeightType::F32 => out.iter_mut().zip(elements(4)).for_each(|(o, e)| *o = f32_of(e)),
+            WeightType::F16 => out.iter_mut().zip(elements(2)).for_each(|(o, e)| *o = f16_of(e).to_f32()),
+            WeightType::BF16 => out.iter_mut().zip(elements(2)).for_each(|(o, e)| *o = bf16_of(e).to_f32()),
+            WeightType::Codes(kind) => panel::read_lane(kind, self.cols, bytes, lane, out),
         }
     }
 }
@@ -152,7 +235,17 @@ fn spread<const FROM: usize, const TO: usize>(
 impl PanelWriter<'_> {
     /// Panels in this run.
     pub fn panels(&self) -> usize {
-        self.bytes.len() / self.dtype.panel_bytes(self.cols).max(1)
+        self.types.len()
+    }
+
+    /// How the elements of a panel are stored.
+    pub fn dtype(&self, panel: usize) -> WeightType {
+        self.types[panel].0
+    }
+
+    fn panel(&mut self, panel: usize) -> &mut [u8] {
+        let (dtype, start) = self.types[panel];
+        &mut self.bytes[start - self.types[0].1..][..dtype.panel_bytes(self.cols)]
     }
 
     /// Copies columns `cols` of row `from_row` of `source` into row `row` of this run. Elements keep their type; f32
@@ -161,13 +254,14 @@ impl PanelWriter<'_> {
     /// # Panics
     /// If a row or a column is out of range, or the element types differ and the matrix is not f32.
     pub fn put(&mut self, row: usize, source: SourceRows<'_>, from_row: usize, cols: Range<usize>) {
-        let from = source.dtype.size_bytes();
+        let to = self.dtype(row / LANES);
+        let (Some(size), Some(from)) = (to.size_bytes(), source.dtype.size_bytes()) else {
+            panic!("a {:?} row cannot be copied to {to:?}", source.dtype)
+        };
         let line = &source.bytes[(from_row * self.cols + cols.start) * from..][..cols.len() * from];
-        let panel = self.dtype.panel_bytes(self.cols);
-        let place =
-            &mut self.bytes[row / LANES * panel..][..panel][cols.start * LANES * self.dtype.size_bytes()..];
+        let place = &mut self.panel(row / LANES)[cols.start * LANES * size..];
         let lane = row % LANES;
-        match (self.dtype, source.dtype) {
+        match (to, source.dtype) {
             (WeightType::F32, WeightType::F32) => spread::<4, 4>(line, place, lane, |e| e),
             (WeightType::F32, WeightType::F16) => {
                 spread::<2, 4>(line, place, lane, |e| f16::from_le_bytes(e).to_f32().to_le_bytes());
@@ -180,6 +274,18 @@ impl PanelWriter<'_> {
                 spread::<2, 2>(line, place, lane, |e| e);
             }
         }
+    }
+
+    /// Writes [`Kind::block_len`] columns from column `col` of a panel of integers, or as many as are left; `rows` are
+    /// its first rows, all others zeros.
+    ///
+    /// # Panics
+    /// If the panel is not of integers, or a scale or an integer is none that its kind can hold.
+    pub fn put_integers(&mut self, panel: usize, col: usize, rows: &[Integers]) {
+        let WeightType::Codes(kind) = self.dtype(panel) else {
+            panic!("integers cannot be stored as {:?}", self.dtype(panel))
+        };
+        panel::write(kind, self.cols, self.panel(panel), col, rows);
     }
 }
 

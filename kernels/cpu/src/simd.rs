@@ -12,6 +12,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod vnni;
 
 /// Lanes of a vector, and output rows of a panel of packed weights.
 pub const LANES: usize = 16;
@@ -124,4 +126,71 @@ impl Element for half::f16 {
         // SAFETY: the caller's promise.
         unsafe { s.read_f16(from) }
     }
+}
+
+/// Bytes and the integers that they add up to: what quantized products are written in, beside [`Simd`]. All results
+/// are exact, so there is nothing to round.
+pub(crate) trait Bytes: Copy {
+    /// The same machine's f32.
+    type Floats: Simd;
+    /// 64 bytes.
+    type B: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// Four bytes of activations, for each of sixteen lanes.
+    type Four: Copy;
+
+    /// Whether dot products of wide codes take them for numbers less 128.
+    const SIGNED: bool;
+
+    /// Register tiles of integer and f32 sums that do not spill: vectors of each.
+    const SUMS: usize;
+
+    /// The same machine's f32.
+    fn floats(self) -> Self::Floats;
+    /// Reads 64 bytes; no alignment is asked for.
+    ///
+    /// # Safety
+    /// `from` is readable for 64 bytes.
+    unsafe fn read_bytes(self, from: *const u8) -> Self::B;
+    /// Writes 64 bytes; no alignment is asked for.
+    ///
+    /// # Safety
+    /// `to` is writable for 64 bytes.
+    unsafe fn write_bytes(self, to: *mut u8, a: Self::B);
+    /// Each byte's bits `shift` places up (down where negative, 6 at most), then `& mask`, which holds no bit that a
+    /// neighbour's bits come to.
+    fn shift_and_mask(self, a: Self::B, shift: i32, mask: u8) -> Self::B;
+    /// `a | b`
+    fn or(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Each byte `a`, below 16, becomes entry `a`.
+    fn look_up(self, a: Self::B, table: &[u8; 16]) -> Self::B;
+    /// Sixteen zeros.
+    fn no_sum(self) -> Self::I;
+    /// Reads four bytes for all lanes.
+    ///
+    /// # Safety
+    /// `from` is readable for 4 bytes.
+    unsafe fn read_four(self, from: *const u8) -> Self::Four;
+    /// Lane i of the sum grows by the products of bytes 4 i to 4 i + 3 with the four signed numbers, none of them
+    /// -128. The bytes are below 128; or, if `WIDE`, any, and stand for themselves or, if [`Bytes::SIGNED`], for
+    /// themselves less 128.
+    fn dot<const WIDE: bool>(self, sum: Self::I, bytes: Self::B, four: Self::Four) -> Self::I;
+    /// Exact below 2^24.
+    fn to_f32(self, a: Self::I) -> <Self::Floats as Simd>::V;
+    /// Reads sixteen signed bytes.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 bytes.
+    unsafe fn read_i8(self, from: *const u8) -> <Self::Floats as Simd>::V;
+    /// Reads sixteen unsigned bytes.
+    ///
+    /// # Safety
+    /// `from` is readable for 16 bytes.
+    unsafe fn read_u8(self, from: *const u8) -> <Self::Floats as Simd>::V;
+    /// Writes the lowest byte of each lane's bits.
+    ///
+    /// # Safety
+    /// `to` is writable for 16 bytes.
+    unsafe fn write_low_bytes(self, to: *mut u8, a: <Self::Floats as Simd>::V);
 }

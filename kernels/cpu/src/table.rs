@@ -6,6 +6,10 @@ use crate::attend::{self, SoftmaxTile};
 use crate::elementwise;
 use crate::isa::{Isa, IsaError};
 use crate::math::{Function, Gate};
+use crate::quantized::kind::Kind;
+use crate::quantized::tile::{CodeTileFn, MODES, Operands as CodeOperands};
+use crate::quantized::unpack::{Packed, UnpackFn, Unpacked};
+use crate::quantized::{input, tile as code_tile, unpack};
 use crate::simd::{Simd, scalar::Scalar};
 use crate::tile::{self, Operands, TileFn};
 
@@ -110,11 +114,85 @@ table!(
     #[target_feature(enable = "neon")]
 );
 
+/// The functions of quantized products that differ by instruction set; as unsafe to call.
+pub(crate) struct CodeTable {
+    pub(crate) quantize: unsafe fn(&[f32], *mut u8, usize, usize),
+    /// By kind.
+    pub(crate) unpack: [UnpackFn; Kind::ALL.len()],
+    /// By mode.
+    pub(crate) tiles: [CodeTileFn; MODES.len()],
+}
+
+macro_rules! code_table {
+    ($module:ident, $witness:expr $(, #[$features:meta])?) => {
+        mod $module {
+            use super::*;
+
+            pub(super) static TABLE: CodeTable = CodeTable {
+                quantize,
+                unpack: [
+                    unpack::<0>, unpack::<1>, unpack::<2>, unpack::<3>, unpack::<4>, unpack::<5>, unpack::<6>,
+                    unpack::<7>, unpack::<8>, unpack::<9>, unpack::<10>, unpack::<11>, unpack::<12>, unpack::<13>,
+                ],
+                tiles: [tile::<0>, tile::<1>, tile::<2>, tile::<3>, tile::<4>],
+            };
+
+            /// # Safety
+            /// The machine has the instruction set, and what the body asks for.
+            $(#[$features])?
+            unsafe fn quantize(values: &[f32], tile: *mut u8, row: usize, rows: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { input::quantize($witness, values, tile, row, rows) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and what the body asks for.
+            $(#[$features])?
+            unsafe fn unpack<const KIND: usize>(from: &Packed, to: &Unpacked) {
+                // SAFETY: the caller's promise.
+                unsafe { unpack::unpack::<_, KIND>($witness, from, to) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and what the body asks for.
+            $(#[$features])?
+            unsafe fn tile<const MODE: usize>(o: &CodeOperands, panels: usize, rows: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { code_tile::run::<_, MODE>($witness, o, panels, rows) }
+            }
+        }
+    };
+}
+
+code_table!(scalar_codes, Scalar);
+
+#[cfg(target_arch = "x86_64")]
+code_table!(
+    avx2_codes,
+    crate::simd::avx2::Avx2::new(),
+    #[target_feature(enable = "avx2,fma,f16c")]
+);
+
+#[cfg(target_arch = "x86_64")]
+code_table!(
+    vnni_codes,
+    crate::simd::vnni::Vnni::new(),
+    #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+);
+
+#[cfg(target_arch = "aarch64")]
+code_table!(
+    neon_codes,
+    crate::simd::neon::Neon::new(),
+    #[target_feature(enable = "neon")]
+);
+
 /// The kernels of one instruction set, on a machine that has it.
 #[derive(Clone, Copy)]
 pub struct Kernels {
     isa: Isa,
     table: &'static Table,
+    codes: &'static CodeTable,
 }
 
 impl Kernels {
@@ -124,16 +202,19 @@ impl Kernels {
     /// If this machine does not have it.
     pub fn new(isa: Isa) -> Result<Self, IsaError> {
         let isa = Isa::named(isa.name())?;
-        let table = match isa {
+        let (table, codes) = match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => &avx512::TABLE,
+            Isa::Avx512Vnni => (&avx512::TABLE, &vnni_codes::TABLE),
+            // Without VNNI, wider vectors do little for bytes.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => &avx2::TABLE,
+            Isa::Avx512 => (&avx512::TABLE, &avx2_codes::TABLE),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => (&avx2::TABLE, &avx2_codes::TABLE),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => &neon::TABLE,
-            _ => &scalar::TABLE,
+            Isa::Neon => (&neon::TABLE, &neon_codes::TABLE),
+            _ => (&scalar::TABLE, &scalar_codes::TABLE),
         };
-        Ok(Self { isa, table })
+        Ok(Self { isa, table, codes })
     }
 
     /// The instruction set.
@@ -148,6 +229,10 @@ impl Kernels {
 
     pub(crate) fn table(&self) -> &'static Table {
         self.table
+    }
+
+    pub(crate) fn codes(&self) -> &'static CodeTable {
+        self.codes
     }
 }
 

@@ -18,11 +18,12 @@ fn weights(dtype: WeightType, rows: usize, cols: usize) -> (PackedMatrix, Vec<f3
         WeightType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         WeightType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
         WeightType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        WeightType::Codes(kind) => panic!("{kind:?} is tested elsewhere"),
     };
     let stored = values.iter().map(|&v| match dtype {
         WeightType::F32 => v,
         WeightType::F16 => f16::from_f32(v).to_f32(),
-        WeightType::BF16 => bf16::from_f32(v).to_f32(),
+        WeightType::BF16 | WeightType::Codes(_) => bf16::from_f32(v).to_f32(),
     });
     let stored = stored.collect();
     let mut packed = PackedMatrix::zeroed(dtype, rows, cols).expect("small");

@@ -43,6 +43,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
                 inv_freq.iter_mut().for_each(|f| *f /= factor);
             }
             "llama3" => llama3(parameters, &mut inv_freq)?,
+            "factors" => divide(parameters, &mut inv_freq)?,
             "yarn" => rope.scale = yarn(parameters, (theta, dim), &mut inv_freq)?,
             "longrope" | "su" => {
                 rope.scale = long_scale(config, parameters)?;
@@ -51,7 +52,8 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
                 return Ok(rope);
             }
             _ => {
-                let known = "default, linear, llama3, yarn or longrope (no other rope type is supported)";
+                let known =
+                    "default, linear, llama3, yarn, longrope or factors (no other rope type is supported)";
                 return Err(parameters.wrong(key, known));
             }
         }
@@ -169,6 +171,18 @@ pub(super) fn yarn_mscale_all(config: &Config) -> Result<f64, LoadError> {
 
 fn grown(stretch: f64, mscale: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { 0.1 * mscale * stretch.ln() + 1.0 }
+}
+
+/// A divisor for each frequency, as GGUF files write any scaling down.
+fn divide(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
+    let expected = format!("{} numbers above 0", inv_freq.len());
+    let wrong = || parameters.wrong("factors", &expected);
+    let factors = parameters.get("factors").and_then(|v| v.as_array()).filter(|l| l.len() == inv_freq.len());
+    for (f, factor) in inv_freq.iter_mut().zip(factors.ok_or_else(wrong)?) {
+        let factor = factor.as_f64().filter(|f| (1.0 / SCALE_MAX..=SCALE_MAX).contains(f));
+        *f /= factor.ok_or_else(wrong)? as f32;
+    }
+    Ok(())
 }
 
 /// A table of LongRoPE (arXiv 2402.13753): a factor of its own for each pair.

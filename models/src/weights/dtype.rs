@@ -41,6 +41,22 @@ pub enum DType {
 }
 
 impl DType {
+    /// All types that are made of blocks.
+    pub const BLOCKS: [DType; 12] = [
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q2K,
+        DType::Q3K,
+        DType::Q4K,
+        DType::Q5K,
+        DType::Q6K,
+        DType::Iq4Nl,
+        DType::Mxfp4,
+    ];
+
     /// Bytes of one element of a plain float; `None` for blocks.
     pub fn element_bytes(self) -> Option<usize> {
         match self {

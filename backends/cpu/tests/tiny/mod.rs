@@ -13,6 +13,8 @@ use mainstay_models::graph::{
     Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout,
     RopeSwitch, Vector,
 };
+use mainstay_models::quant::seeded_blocks;
+use mainstay_models::weights::{DType, MemoryTensor};
 
 pub(crate) const PAGE: usize = 32;
 
@@ -30,8 +32,8 @@ pub(crate) struct Shape {
     pub(crate) softcap: Option<f32>,
     pub(crate) head_norm: bool,
     pub(crate) bias: bool,
-    /// Store weights as bf16 instead of f32.
-    pub(crate) bf16: bool,
+    /// What weights are stored as; the second type is that of `v`, `up` and `embed`, so that products meet both.
+    pub(crate) dtypes: [DType; 2],
 }
 
 pub(crate) const SMALL: Shape = Shape {
@@ -46,8 +48,11 @@ pub(crate) const SMALL: Shape = Shape {
     softcap: None,
     head_norm: false,
     bias: false,
-    bf16: false,
+    dtypes: [DType::F32; 2],
 };
+
+/// Widths that every type's blocks divide.
+pub(crate) const BLOCKS: Shape = Shape { hidden: 256, heads: 8, head_dim: 32, inner: 256, ..SMALL };
 
 pub(crate) struct Random(u64);
 
@@ -144,7 +149,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
     }
 }
 
-/// Seeded weights as a safetensors file in memory.
+/// Seeded weights.
 pub(crate) fn weights(s: &Shape, seed: u64) -> Weights {
     let mut names: Vec<(String, Vec<usize>)> = vec![("embed".into(), vec![s.vocab, s.hidden])];
     names.push(("norm".into(), vec![s.hidden]));
@@ -158,37 +163,31 @@ pub(crate) fn weights(s: &Shape, seed: u64) -> Weights {
         names.extend(matrices.iter().chain(&mlp).map(|(n, r, c)| (format!("{i}.{n}"), vec![*r, *c])));
     }
     let mut random = Random::new(seed);
-    let mut header = String::from("{");
-    let mut data: Vec<u8> = Vec::new();
-    for (i, (name, shape)) in names.iter().enumerate() {
-        let start = data.len();
-        let scale = if shape.len() == 2 { 2.0 / (shape[1] as f32).sqrt() } else { 0.2 };
-        let offset =
-            if name.contains("norm") || name.ends_with(".qn") || name.ends_with(".kn") { 1.0 } else { 0.0 };
-        for _ in 0..shape.iter().product::<usize>() {
-            let x = offset + random.float() * scale;
-            if s.bf16 {
-                data.extend(half::bf16::from_f32(x).to_le_bytes());
-            } else {
-                data.extend(x.to_le_bytes());
-            }
+    let tensors = names.into_iter().map(|(name, shape)| tensor(s, name, shape, &mut random));
+    Weights::from_tensors(Path::new("tiny"), tensors).expect("well-formed tensors")
+}
+
+fn tensor(s: &Shape, name: String, shape: Vec<usize>, random: &mut Random) -> MemoryTensor {
+    let mut bytes = Vec::new();
+    if shape.len() == 1 {
+        let offset = if name.contains("norm") || name.ends_with(['n']) { 1.0f32 } else { 0.0 };
+        (0..shape[0]).for_each(|_| bytes.extend((offset + random.float() * 0.2).to_le_bytes()));
+        return MemoryTensor { name, dtype: DType::F32, shape, bytes };
+    }
+    let second = ["v", "up", "embed"].contains(&name.rsplit('.').next().unwrap_or_default());
+    let dtype = s.dtypes[usize::from(second)];
+    let most = 2.0 / (shape[1] as f32).sqrt();
+    for _ in 0..shape[0] * shape[1] {
+        match dtype {
+            DType::F32 => bytes.extend((random.float() * most).to_le_bytes()),
+            DType::BF16 => bytes.extend(half::bf16::from_f32(random.float() * most).to_le_bytes()),
+            _ => break,
         }
-        let comma = if i == 0 { "" } else { "," };
-        let dtype = if s.bf16 { "BF16" } else { "F32" };
-        let entry = format!(
-            "{comma}\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{start},{}]}}",
-            data.len()
-        );
-        header.push_str(&entry);
     }
-    header.push('}');
-    while header.len() % 8 != 0 {
-        header.push(' ');
+    if dtype.format().is_some() {
+        seeded_blocks((dtype, most), (shape[0], shape[1]), || random.next(), &mut bytes);
     }
-    let mut file = (header.len() as u64).to_le_bytes().to_vec();
-    file.extend(header.as_bytes());
-    file.extend(data);
-    Weights::from_bytes(Path::new("tiny.safetensors"), file).expect("a well-formed file")
+    MemoryTensor { name, dtype, shape, bytes }
 }
 
 pub(crate) fn limits(kv_dtype: KvDType) -> Limits {
@@ -228,6 +227,7 @@ impl Feed {
             pages: pages..step.page_table.len(),
             rope_table: 0,
             second: None,
+            adapter: None,
         });
         step.outputs.extend((0..count).map(|i| OutputRow {
             row: start + i,

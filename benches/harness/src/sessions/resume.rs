@@ -301,7 +301,7 @@ fn write_out(world: &World, session: SessionId, bundle: &Path) -> Result<f64, Se
 
 fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsError> {
     let begun = Instant::now();
-    let pages = world.handle.import_pages(TENANT)?;
+    let pages = world.handle.import_pages(TENANT, None)?;
     let mut input = BufReader::with_capacity(1 << 20, File::open(bundle)?);
     let imported = world.store.import(&world.tenant, &mut input, ImportAs::default(), pages)?;
     world.store.flush()?;
@@ -337,7 +337,7 @@ fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f
 fn headers(world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
     let export = world.handle.export_pages(history.len());
     let tenant = &world.tenant;
-    let root = world.handle.root(TENANT, b"", history.len())?;
+    let root = world.handle.root(TENANT, (None, b""), history.len())?;
     let mut parent = root.ok_or_else(|| SessionsError::Broken("the engine has no store".into()))?;
     let mut headers = Vec::new();
     for tokens in history[..history.len().saturating_sub(1)].chunks(PAGE_TOKENS) {

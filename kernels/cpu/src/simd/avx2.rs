@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Bytes, Simd};
 
 /// Witness of avx2, fma and f16c.
 #[derive(Clone, Copy)]
@@ -159,5 +159,126 @@ impl Simd for Avx2 {
     fn prefetch(self, from: *const u8) {
         // SAFETY: a prefetch of any address has no effect but on caches.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+}
+
+impl Bytes for Avx2 {
+    type Floats = Self;
+    type B = [__m256i; 2];
+    type I = [__m256i; 2];
+    type Four = __m256i;
+    const SIGNED: bool = true;
+    const SUMS: usize = 3;
+
+    #[inline(always)]
+    fn floats(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    unsafe fn read_bytes(self, from: *const u8) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn write_bytes(self, to: *mut u8, a: [__m256i; 2]) {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            _mm256_storeu_si256(to.cast(), a[0]);
+            _mm256_storeu_si256(to.add(32).cast(), a[1]);
+        }
+    }
+    #[inline(always)]
+    fn shift_and_mask(self, a: [__m256i; 2], shift: i32, mask: u8) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let mask = _mm256_set1_epi8(mask as i8);
+            a.map(|x| {
+                let shifted = match shift {
+                    -6 => _mm256_srli_epi16::<6>(x),
+                    -5 => _mm256_srli_epi16::<5>(x),
+                    -4 => _mm256_srli_epi16::<4>(x),
+                    -3 => _mm256_srli_epi16::<3>(x),
+                    -2 => _mm256_srli_epi16::<2>(x),
+                    -1 => _mm256_srli_epi16::<1>(x),
+                    0 => x,
+                    n => _mm256_sll_epi16(x, _mm_cvtsi32_si128(n)),
+                };
+                _mm256_and_si256(shifted, mask)
+            })
+        }
+    }
+    #[inline(always)]
+    fn or(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn look_up(self, a: [__m256i; 2], table: &[u8; 16]) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features; the table has 16 bytes.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            a.map(|x| _mm256_shuffle_epi8(table, x))
+        }
+    }
+    #[inline(always)]
+    fn no_sum(self) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn read_four(self, from: *const u8) -> __m256i {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    fn dot<const WIDE: bool>(self, sum: [__m256i; 2], bytes: [__m256i; 2], four: __m256i) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let one = |sum, bytes| {
+                // Pairs of products stay below 2^15: 127 * 127 * 2, or, with the sign moved over, 128 * 127 * 2.
+                let pairs = if WIDE {
+                    let signed = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(four, signed))
+                } else {
+                    _mm256_maddubs_epi16(bytes, four)
+                };
+                _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            };
+            [one(sum[0], bytes[0]), one(sum[1], bytes[1])]
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: [__m256i; 2]) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { a.map(|x| _mm256_cvtepi32_ps(x)) }
+    }
+    #[inline(always)]
+    unsafe fn read_i8(self, from: *const u8) -> V {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            self.to_f32([_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))])
+        }
+    }
+    #[inline(always)]
+    unsafe fn read_u8(self, from: *const u8) -> V {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            self.to_f32([_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))])
+        }
+    }
+    #[inline(always)]
+    unsafe fn write_low_bytes(self, to: *mut u8, a: V) {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            let low = _mm256_set1_epi32(0xff);
+            let words = a.map(|x| _mm256_and_si256(_mm256_castps_si256(x), low));
+            // Packing works on halves of registers: lanes 0-3, 8-11, 4-7, 12-15, undone by the permutation.
+            let words = _mm256_packus_epi32(words[0], words[1]);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{LANES, Simd};
+use super::{Bytes, LANES, Simd};
 
 /// Witness of neon.
 #[derive(Clone, Copy)]
@@ -157,4 +157,105 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn prefetch(self, _from: *const u8) {}
+}
+
+impl Bytes for Neon {
+    type Floats = Self;
+    type B = [uint8x16_t; 4];
+    type I = [int32x4_t; 4];
+    type Four = int8x16_t;
+    const SIGNED: bool = true;
+    const SUMS: usize = 3;
+
+    #[inline(always)]
+    fn floats(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    unsafe fn read_bytes(self, from: *const u8) -> Self::B {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { [vld1q_u8(from), vld1q_u8(from.add(16)), vld1q_u8(from.add(32)), vld1q_u8(from.add(48))] }
+    }
+    #[inline(always)]
+    unsafe fn write_bytes(self, to: *mut u8, a: Self::B) {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            for (i, &part) in a.iter().enumerate() {
+                vst1q_u8(to.add(16 * i), part);
+            }
+        }
+    }
+    #[inline(always)]
+    fn shift_and_mask(self, a: Self::B, shift: i32, mask: u8) -> Self::B {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let (shift, mask) = (vdupq_n_s8(shift as i8), vdupq_n_u8(mask));
+            a.map(|x| vandq_u8(vshlq_u8(x, shift), mask))
+        }
+    }
+    #[inline(always)]
+    fn or(self, a: Self::B, b: Self::B) -> Self::B {
+        // SAFETY: self witnesses the features.
+        unsafe { [vorrq_u8(a[0], b[0]), vorrq_u8(a[1], b[1]), vorrq_u8(a[2], b[2]), vorrq_u8(a[3], b[3])] }
+    }
+    #[inline(always)]
+    fn look_up(self, a: Self::B, table: &[u8; 16]) -> Self::B {
+        // SAFETY: self witnesses the features; the table has 16 bytes.
+        unsafe {
+            let table = vld1q_u8(table.as_ptr());
+            a.map(|x| vqtbl1q_u8(table, x))
+        }
+    }
+    #[inline(always)]
+    fn no_sum(self) -> Self::I {
+        // SAFETY: self witnesses the features.
+        unsafe { [vdupq_n_s32(0); 4] }
+    }
+    #[inline(always)]
+    unsafe fn read_four(self, from: *const u8) -> int8x16_t {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { vreinterpretq_s8_s32(vdupq_n_s32(from.cast::<i32>().read_unaligned())) }
+    }
+    #[inline(always)]
+    fn dot<const WIDE: bool>(self, sum: Self::I, bytes: Self::B, four: int8x16_t) -> Self::I {
+        // SAFETY: self witnesses the features.
+        unsafe {
+            let one = |sum, bytes| {
+                let bytes = if WIDE { veorq_u8(bytes, vdupq_n_u8(128)) } else { bytes };
+                let bytes = vreinterpretq_s8_u8(bytes);
+                // Pairs of products stay within 2^15: 128 * 127 * 2.
+                let low = vmull_s8(vget_low_s8(bytes), vget_low_s8(four));
+                let high = vmull_high_s8(bytes, four);
+                vpadalq_s16(sum, vpaddq_s16(low, high))
+            };
+            [one(sum[0], bytes[0]), one(sum[1], bytes[1]), one(sum[2], bytes[2]), one(sum[3], bytes[3])]
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::I) -> V {
+        // SAFETY: self witnesses the features.
+        unsafe { a.map(|x| vcvtq_f32_s32(x)) }
+    }
+    #[inline(always)]
+    unsafe fn read_i8(self, from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        self.load(&bytes.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn read_u8(self, from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        self.load(&bytes.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn write_low_bytes(self, to: *mut u8, a: V) {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe {
+            let words = a.map(|x| vmovn_u32(vreinterpretq_u32_f32(x)));
+            let low = vmovn_u16(vcombine_u16(words[0], words[1]));
+            let high = vmovn_u16(vcombine_u16(words[2], words[3]));
+            vst1q_u8(to, vcombine_u8(low, high));
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The twin of every vector path: sixteen lanes one after another, in safe arithmetic that runs anywhere.
 
-use super::{LANES, Simd};
+use super::{Bytes, LANES, Simd};
 
 /// Needs no instruction set.
 #[derive(Clone, Copy)]
@@ -89,4 +89,63 @@ impl Simd for Scalar {
         unsafe { to.cast::<V>().write_unaligned(a) }
     }
     fn prefetch(self, _from: *const u8) {}
+}
+
+impl Bytes for Scalar {
+    type Floats = Self;
+    type B = [u8; 64];
+    type I = [i32; LANES];
+    type Four = [i8; 4];
+    const SIGNED: bool = false;
+    const SUMS: usize = 4;
+
+    fn floats(self) -> Self {
+        self
+    }
+    unsafe fn read_bytes(self, from: *const u8) -> [u8; 64] {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[u8; 64]>().read_unaligned() }
+    }
+    unsafe fn write_bytes(self, to: *mut u8, a: [u8; 64]) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u8; 64]>().write_unaligned(a) }
+    }
+    fn shift_and_mask(self, a: [u8; 64], shift: i32, mask: u8) -> [u8; 64] {
+        a.map(|x| mask & if shift < 0 { x >> -shift } else { x << shift })
+    }
+    fn or(self, a: [u8; 64], b: [u8; 64]) -> [u8; 64] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    fn look_up(self, a: [u8; 64], table: &[u8; 16]) -> [u8; 64] {
+        a.map(|x| table[usize::from(x)])
+    }
+    fn no_sum(self) -> [i32; LANES] {
+        [0; LANES]
+    }
+    unsafe fn read_four(self, from: *const u8) -> [i8; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[i8; 4]>().read_unaligned() }
+    }
+    fn dot<const WIDE: bool>(self, sum: [i32; LANES], bytes: [u8; 64], four: [i8; 4]) -> [i32; LANES] {
+        debug_assert!(WIDE || bytes.iter().all(|b| *b < 128), "bytes of {bytes:?}");
+        std::array::from_fn(|lane| {
+            let products = bytes[lane * 4..][..4].iter().zip(four);
+            sum[lane] + products.map(|(b, x)| i32::from(*b) * i32::from(x)).sum::<i32>()
+        })
+    }
+    fn to_f32(self, a: [i32; LANES]) -> V {
+        a.map(|x| x as f32)
+    }
+    unsafe fn read_i8(self, from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    unsafe fn read_u8(self, from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[u8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    unsafe fn write_low_bytes(self, to: *mut u8, a: V) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u8; LANES]>().write_unaligned(a.map(|x| x.to_bits() as u8)) }
+    }
 }

@@ -96,7 +96,7 @@ fn choices_cross_each_for_itself_and_grammars_go_along() {
 
 #[test]
 fn sequences_cross_while_pages_are_short() {
-    let mut rig = switching(&[7]);
+    let mut rig = switching(&[9]);
     let wanted: Vec<_> = (0..4).map(|i| request(&prompt(50 + i, i as u32), 60)).collect();
     let mut clients: Vec<Client> = wanted.iter().map(|w| rig.submit(w.clone())).collect();
     rig.drain();

@@ -1,0 +1,200 @@
+//! Sums of quantized products: some columns of some panels are unpacked, and used for all rows while they are near.
+
+use std::ops::Range;
+
+use super::input::{self, ROW_BYTES};
+use super::kind::{Kind, Layout};
+use super::tile::{MODES, Mode, Operands};
+use super::unpack::{Packed, Unpacked};
+use super::{BLOCK, GROUP_BYTES, GROUPS, SUPER};
+use crate::matmul::Product;
+use crate::simd::LANES;
+use crate::{Kernels, PackedMatrix};
+
+/// Blocks that are unpacked at a time: they and a tile of activations stay in the first cache.
+const CHUNK: usize = SUPER / BLOCK;
+
+/// Floats of scratch for the codes of one panel's chunk.
+const CODES_LEN: usize = CHUNK * GROUPS * GROUP_BYTES / 4;
+
+/// Floats of scratch for its scales, and as many for its shifts.
+const SCALES_LEN: usize = CHUNK * 2 * LANES;
+
+/// Floats of scratch for one panel.
+pub(crate) const PANEL_LEN: usize = CODES_LEN + 2 * SCALES_LEN;
+
+/// Panels in flight for few rows, each one a stream from memory.
+pub(crate) const STREAMS: usize = 4;
+
+impl Layout {
+    fn mode(&self) -> usize {
+        let mode = Mode { subs: self.subs(), minima: self.has_minima(), wide: self.is_wide() };
+        let known = MODES.iter().position(|m| *m == mode);
+        known.unwrap_or_else(|| panic!("no tile for {self:?}"))
+    }
+}
+
+/// Panels of one kind, side by side.
+struct Run {
+    kind: Kind,
+    panels: Range<usize>,
+}
+
+impl Kernels {
+    /// Quantizes the rows of one tile, whole blocks, wherever they are, to the tile's place in what
+    /// [`crate::Form::input_len`] floats hold, for products with integer weights.
+    ///
+    /// # Panics
+    /// If `packed` is not the tile's place.
+    pub fn quantize_tile<'a>(&self, rows: impl ExactSizeIterator<Item = &'a [f32]>, packed: &mut [f32]) {
+        let count = rows.len();
+        for (r, row) in rows.enumerate() {
+            let cols = row.len();
+            assert!(cols.is_multiple_of(BLOCK), "rows of {cols} columns are not whole blocks");
+            assert_eq!(packed.len(), input::len(count, cols), "a tile of {count} rows of {cols}");
+            // SAFETY: the place was just checked; the table was chosen for this machine.
+            unsafe { (self.codes().quantize)(row, packed.as_mut_ptr().cast(), r, count) };
+        }
+    }
+
+    /// Adds products of all columns to `sums`, `[rows][panels][16]`.
+    pub(crate) fn add_codes(
+        &self,
+        product: &Product<'_>,
+        panels: &Range<usize>,
+        rows: &Range<usize>,
+        sums: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        // From the first float on a cache line.
+        let start = scratch.as_ptr().align_offset(GROUP_BYTES);
+        let scratch = &mut scratch[start..];
+        assert!(scratch.len() >= panels.len() * PANEL_LEN, "scratch of {}", scratch.len());
+        assert_eq!(sums.len(), rows.len() * panels.len() * LANES, "sums");
+        let blocks = product.weight.cols() / BLOCK;
+        let mut first = 0;
+        while first < blocks {
+            let chunk = first..(first + CHUNK).min(blocks);
+            let mut start = panels.start;
+            while start < panels.end {
+                let run = run_of(product.weight, start..panels.end);
+                let at = (start - panels.start) * LANES;
+                start = run.panels.end;
+                let place = (&mut sums[at..], panels.len() * LANES);
+                self.add_chunk(product, &run, &chunk, (rows, panels.end), place, scratch);
+            }
+            first = chunk.end;
+        }
+    }
+
+    /// Adds the products of a chunk of the columns of panels of one kind.
+    fn add_chunk(
+        &self,
+        product: &Product<'_>,
+        run: &Run,
+        chunk: &Range<usize>,
+        (rows, end): (&Range<usize>, usize),
+        (sums, sums_row): (&mut [f32], usize),
+        scratch: &mut [f32],
+    ) {
+        let weight = product.weight;
+        let layout = run.kind.layout();
+        let mut operands = self.unpacked(weight, run, chunk, scratch);
+        let blocks = weight.cols() / BLOCK;
+        let next = if chunk.end < blocks { (run.panels.start, chunk.end) } else { (end, 0) };
+        let known = next.0 < weight.panels() && weight.panel(next.0).0 == weight.panel(run.panels.start).0;
+        let next = if known { next } else { (run.panels.start, chunk.start) };
+        operands.ask = packed(weight, run.kind, next.0, &(next.1..next.1 + 1)).codes;
+        operands.ask_panel = layout.runs(weight.cols()).end;
+        operands.ask_block = layout.code_bytes();
+        operands.sums_row = sums_row;
+        let tile_fn = self.codes().tiles[layout.mode()];
+        let mut row = rows.start;
+        while row < rows.end {
+            let tile = self.tile_rows().min(rows.end - row);
+            // The tile's last row may be followed by rows of the same tile that another part holds.
+            let whole = self.tile_rows().min(product.rows - row);
+            let at = input::len(row, weight.cols()) + chunk.start * whole * ROW_BYTES / 4;
+            operands.input = product.input[at..][..chunk.len() * whole * ROW_BYTES / 4].as_ptr().cast();
+            operands.input_rows = whole;
+            let sums = &mut sums[(row - rows.start) * sums_row..];
+            assert!(sums.len() >= (tile - 1) * sums_row + run.panels.len() * LANES, "sums");
+            operands.sums = sums.as_mut_ptr();
+            // SAFETY: the run's chunk is unpacked, the tile of `whole` rows is inside the input and the sums hold
+            // `tile` rows of the run's panels, as asserted; the table was chosen for this machine.
+            unsafe { tile_fn(&operands, run.panels.len(), tile) };
+            // While the first tile is computed, the weights of the next chunk come closer.
+            operands.ask_block = 0;
+            row += tile;
+        }
+    }
+
+    /// Unpacks a chunk of each panel; the operands lack what depends on rows.
+    fn unpacked(
+        &self,
+        weight: &PackedMatrix,
+        run: &Run,
+        chunk: &Range<usize>,
+        scratch: &mut [f32],
+    ) -> Operands {
+        let layout = run.kind.layout();
+        for (i, panel) in run.panels.clone().enumerate() {
+            let from = packed(weight, run.kind, panel, chunk);
+            let (codes, rest) = scratch[i * PANEL_LEN..][..PANEL_LEN].split_at_mut(CODES_LEN);
+            let (scales, shifts) = rest.split_at_mut(SCALES_LEN);
+            let to = Unpacked {
+                codes: codes.as_mut_ptr().cast(),
+                scales: scales.as_mut_ptr(),
+                shifts: shifts.as_mut_ptr(),
+            };
+            // SAFETY: `packed` gives blocks inside the panel; a chunk has room in each part of the scratch; the table
+            // was chosen for this machine.
+            unsafe { (self.codes().unpack[run.kind as usize])(&from, &to) };
+        }
+        let scratch = scratch.as_ptr();
+        let (codes, codes_panel) = if layout.bits == 8 {
+            let codes = packed(weight, run.kind, run.panels.start, chunk).codes;
+            (codes, layout.runs(weight.cols()).end)
+        } else {
+            (scratch.cast(), PANEL_LEN * 4)
+        };
+        let scales = scratch.wrapping_add(CODES_LEN);
+        Operands {
+            codes,
+            codes_panel,
+            scales,
+            shifts: scales.wrapping_add(SCALES_LEN),
+            scales_panel: PANEL_LEN,
+            blocks: chunk.len(),
+            input: std::ptr::null(),
+            input_rows: 0,
+            ask: codes,
+            ask_panel: 0,
+            ask_block: 0,
+            sums: std::ptr::null_mut(),
+            sums_row: 0,
+        }
+    }
+}
+
+/// The longest run of one kind that `panels` begin with.
+fn run_of(weight: &PackedMatrix, panels: Range<usize>) -> Run {
+    let kind = weight.kind(panels.start);
+    let end = panels.clone().find(|p| weight.kind(*p) != kind).unwrap_or(panels.end);
+    Run { kind, panels: panels.start..end }
+}
+
+/// Blocks of a panel; the first begins 256 columns.
+fn packed(weight: &PackedMatrix, kind: Kind, panel: usize, blocks: &Range<usize>) -> Packed {
+    let layout = kind.layout();
+    let runs = layout.runs(weight.cols());
+    let bytes = weight.panel(panel).1;
+    assert!(blocks.end * BLOCK <= weight.cols() && blocks.start.is_multiple_of(CHUNK), "{blocks:?}");
+    assert_eq!(bytes.len(), runs.end, "bytes of a panel");
+    Packed {
+        over: bytes[blocks.start / CHUNK * layout.super_bytes()..].as_ptr(),
+        records: bytes[runs.records + blocks.start * layout.record_bytes()..].as_ptr(),
+        codes: bytes[runs.codes + blocks.start * layout.code_bytes()..].as_ptr(),
+        blocks: blocks.len(),
+    }
+}

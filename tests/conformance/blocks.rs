@@ -1,0 +1,72 @@
+//! Weights of every block format: the CPU computes with their integers, candle with the numbers that they stand for.
+
+use std::path::Path;
+
+use mainstay_backend_api::KvDType;
+use mainstay_backend_candle::CandleBackend;
+use mainstay_kernels_cpu::Isa;
+use mainstay_models::config::Config;
+use mainstay_models::families;
+use mainstay_models::weights::DType;
+
+use crate::harness::{Named, Rows, Rule, cpu};
+use crate::random::{Random, weights};
+use crate::{Case, backends};
+
+/// Root mean square of the difference over the standard deviation of the logits: what 8-bit activations may cost.
+const APART_MAX: f64 = 0.02;
+
+fn case(dtype: DType) -> Case {
+    let config = serde_json::json!({
+        "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
+        "tie_word_embeddings": true, "attention_bias": false
+    });
+    let config = Config::from_bytes(Path::new("blocks"), config.to_string().as_bytes()).expect("an object");
+    let graph = families::graph(&config).unwrap_or_else(|e| panic!("{e}"));
+    let mut random = Random::new(9);
+    let weights = weights(&graph, dtype, &mut random);
+    let texts = [1, 35, 90].map(|len| random.tokens(graph.vocab, len));
+    Case { name: format!("{dtype:?}"), graph, weights, kv: KvDType::F32, texts: texts.into() }
+}
+
+/// How far rows are apart.
+fn apart(found: &[Rows], expected: &[Rows]) -> f64 {
+    let flat = |rows: &[Rows]| -> Vec<f64> {
+        rows.iter().flat_map(|r| r.logits.iter().flatten()).map(|x| f64::from(*x)).collect()
+    };
+    let (found, expected) = (flat(found), flat(expected));
+    let mean = expected.iter().sum::<f64>() / expected.len() as f64;
+    let spread: f64 = expected.iter().map(|x| (x - mean).powi(2)).sum();
+    let error: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b).powi(2)).sum();
+    (error / spread).sqrt()
+}
+
+#[test]
+fn blocks_are_close_to_their_numbers() {
+    for dtype in DType::BLOCKS {
+        let case = case(dtype);
+        let expected = case.alone(&mut case.rig(&CandleBackend::cpu()));
+        let found = case.alone(&mut case.rig(&*cpu(Isa::best(), 2).backend));
+        let apart = apart(&found, &expected);
+        // Not the same numbers either: the integers were used.
+        assert!(apart < APART_MAX && apart > 1e-4, "{dtype:?}: {apart} of a standard deviation apart");
+    }
+}
+
+#[test]
+fn instruction_sets_batches_and_chunks_change_nothing() {
+    for dtype in [DType::Q8_0, DType::Q4K, DType::Q6K] {
+        let case = case(dtype);
+        let expected = case.alone(&mut case.rig(&*cpu(Isa::Scalar, 1).backend));
+        for Named { name, backend } in backends().into_iter().skip(1) {
+            let mut rig = case.rig(&*backend);
+            let mut random = Random::new(3);
+            let alone = case.alone(&mut rig);
+            case.assert_all(&alone, &expected, |_| Rule::Bits, &name);
+            let mixed = case.together(&mut rig, |left| if left > 0 { 1 + random.below(left) } else { 0 });
+            case.assert_all(&mixed, &expected, |_| Rule::Bits, &format!("{name}, mixed"));
+        }
+    }
+}
