@@ -10,7 +10,7 @@ use mainstay_engine::store::Store;
 use mainstay_engine::{Handle, Reuse};
 use mainstay_models::graph::Graph;
 use mainstay_models::{AdapterWeights, Model};
-use mainstay_server::{About, Listed, Loader, Loading, LoadingAdapter, Registry, ServedModel};
+use mainstay_server::{About, Listed, Loader, Loading, LoadingAdapter, NotLoaded, Registry, ServedModel};
 
 use crate::memory::Memory;
 use crate::roster::{HowArgs, Load, Wanted};
@@ -77,9 +77,6 @@ impl Loads {
         if self.models.set(models.collect()).is_err() {
             bail!("the models were opened twice");
         }
-        for (model, _, found) in later {
-            registry.available(&model.name, about(&found, &model.how)?);
-        }
         let mut devices = Vec::new();
         for (model, _, found) in starting {
             let (served, device) = self.bring(&model.name, registry, Some(found)).await?;
@@ -88,6 +85,10 @@ impl Loads {
             if !devices.contains(&device) {
                 devices.push(device);
             }
+        }
+        // Not before: what is to be there from the start must find the memory that it was promised.
+        for (model, _, found) in later {
+            registry.available(&model.name, about(&found, &model.how)?);
         }
         Ok(devices)
     }
@@ -130,18 +131,26 @@ impl Loads {
                 continue;
             }
             if tokio::time::Instant::now() >= until {
-                bail!(self.memory.shortage(id, missing));
+                return Err(NoRoom(self.memory.shortage(id, missing)).into());
             }
             tokio::time::sleep(ROOM_PAUSE).await;
         }
     }
 }
 
+/// Models in use hold the memory.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct NoRoom(String);
+
 impl Loader for Loads {
     fn load(self: Arc<Self>, id: String, registry: Registry) -> Loading {
         Box::pin(async move {
             let brought = self.bring(&id, &registry, None).await;
-            brought.map(|(served, _)| served).map_err(|error| format!("{error:#}"))
+            brought.map(|(served, _)| served).map_err(|error| match error.downcast::<NoRoom>() {
+                Ok(NoRoom(what)) => NotLoaded::NoRoom(what),
+                Err(error) => NotLoaded::Failed(format!("{error:#}")),
+            })
         })
     }
 

@@ -169,8 +169,8 @@ impl Memory {
     }
 
     fn gives(&self) -> String {
-        let choice = if self.choice == MemoryChoice::Auto { "--memory auto" } else { "--memory" };
-        format!("{choice} gives {}", size::show(self.total_bytes))
+        let who = if self.choice == MemoryChoice::Auto { "this machine" } else { "--memory" };
+        format!("{who} gives {}", size::show(self.total_bytes))
     }
 }
 

@@ -63,7 +63,7 @@ pub(crate) struct Wanted {
 /// Which models a server is to have.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RosterArgs {
-    /// Models to serve, as MODEL or NAME=MODEL: a directory in Hugging Face layout, or a hub id
+    /// Models to serve, as MODEL or NAME=MODEL: a directory in Hugging Face layout, a .gguf file, or a hub id
     /// org/name[:FILE.gguf][@revision].
     /// The small built-in model without any. Tables [[models]] of the options file say more.
     #[arg(id = "model", env = "MAINSTAY_MODEL", value_name = "MODEL")]
@@ -318,7 +318,7 @@ mod tests {
             ("[[models]]\npinned = 1", "`pinned`"),
             ("[[models]]\nkv-tpye = \"f32\"", "--kv-tpye"),
             ("[[models]]\ncontext = \"x\"", "--context"),
-            ("[[models]]\nmodel = \"/no/such/dir\"", "no such directory"),
+            ("[[models]]\nmodel = \"/no/such/dir\"", "no such directory or file"),
         ] {
             let told = refused(&[], file);
             assert!(told.contains(part) && told.contains(".toml"), "{file}: {told}");

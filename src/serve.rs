@@ -180,7 +180,10 @@ async fn serve(
     let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
     let devices = tokio::select! {
         devices = loads.start(models, &registry) => devices?,
-        ended = &mut server => return Ok(ended?),
+        ended = &mut server => {
+            registry.close().await;
+            return Ok(ended?);
+        }
     };
     let idle = args.memory.model_idle_s.map(|idle| tokio::spawn(leave_idle(registry.clone(), idle)));
     let mut out = std::io::stdout();

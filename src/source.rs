@@ -17,36 +17,38 @@ const EMBEDDED_NAME: &str = "mainstay-default";
 pub(crate) enum Source {
     /// The small model in the binary.
     Embedded,
-    /// A directory in the Hugging Face layout.
-    Directory(PathBuf),
+    /// A directory in the Hugging Face layout, or a GGUF file.
+    Path(PathBuf),
     /// A repository on a hub, or what the cache has of it.
     Hub(HubId, Reach),
 }
 
 impl Source {
-    /// Reads the MODEL argument. A directory that exists comes before a hub id of the same spelling.
+    /// Reads the MODEL argument. What exists comes before a hub id of the same spelling.
     ///
     /// # Errors
     /// [`Usage`] for what cannot be a model.
     pub(crate) fn parse(text: Option<&str>) -> Result<Self> {
         let Some(text) = text else { return Ok(Source::Embedded) };
         let path = Path::new(text);
-        if path.is_dir() {
-            return Ok(Source::Directory(path.to_owned()));
+        let is_gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if path.is_dir() || is_gguf && path.is_file() {
+            return Ok(Source::Path(path.to_owned()));
         }
         if let Some(hub) = HubId::parse(text).filter(|hub| hub.file.is_some()) {
             return Ok(Source::Hub(hub, Reach::Hub));
         }
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
-            return Err(Usage(format!("{text}: GGUF is not supported yet")).into());
+        if is_gguf {
+            return Err(Usage(format!("{text}: no such file")).into());
         }
         if path.exists() {
-            let what = "expected a directory with config.json and safetensors, found a file";
+            let what =
+                "expected a directory with config.json and safetensors, or a .gguf file, found another file";
             return Err(Usage(format!("{text}: {what}")).into());
         }
         let hub = HubId::parse(text).ok_or_else(|| {
             Usage(format!(
-                "{text}: no such directory, and no hub id (which reads org/name[:FILE.gguf][@revision])"
+                "{text}: no such directory or file, and no hub id (which reads org/name[:FILE.gguf][@revision])"
             ))
         })?;
         Ok(Source::Hub(hub, Reach::Hub))
@@ -81,9 +83,10 @@ impl Source {
         match self {
             Source::Embedded => EMBEDDED_NAME.to_owned(),
             Source::Hub(hub, _) => hub.model_name(),
-            Source::Directory(dir) => {
-                let whole = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-                whole.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
+            Source::Path(path) => {
+                let whole = path.canonicalize().unwrap_or_else(|_| path.clone());
+                let name = if whole.is_file() { whole.file_stem() } else { whole.file_name() };
+                name.map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
             }
         }
     }
@@ -95,7 +98,7 @@ impl Source {
     pub(crate) async fn fetched(self) -> Result<Place> {
         Ok(match self {
             Source::Embedded => Place::Embedded,
-            Source::Directory(dir) => Place::Path(dir),
+            Source::Path(path) => Place::Path(path),
             Source::Hub(hub, reach) => Place::Path(hub::fetch(&hub, reach).await?),
         })
     }
@@ -126,7 +129,7 @@ impl Place {
     pub(crate) async fn open(self) -> Result<Model> {
         match self {
             Place::Embedded => open_in_background(Model::embedded).await,
-            Place::Path(dir) => open_in_background(move || Model::open(&dir)).await,
+            Place::Path(path) => open_in_background(move || Model::open(&path)).await,
         }
     }
 }
@@ -146,8 +149,8 @@ mod tests {
     fn the_argument_is_told_apart() {
         let here = env!("CARGO_MANIFEST_DIR");
         assert_eq!(Source::parse(None).unwrap(), Source::Embedded);
-        assert_eq!(Source::parse(Some(here)).unwrap(), Source::Directory(here.into()));
-        assert_eq!(Source::Directory("/a/b/../model-x".into()).name(), "model-x");
+        assert_eq!(Source::parse(Some(here)).unwrap(), Source::Path(here.into()));
+        assert_eq!(Source::Path("/a/b/../model-x".into()).name(), "model-x");
         let file = Source::parse(Some("org/name:m-Q8_0.gguf")).unwrap();
         assert_eq!(file.name(), "org/name:m-Q8_0.gguf");
         assert!(
@@ -174,9 +177,9 @@ mod tests {
             assert!(error.is::<Usage>(), "{text}");
             error.to_string()
         };
-        assert!(message("some/model.gguf").contains("GGUF is not supported yet"));
-        assert!(message("/no/such/dir").contains("no such directory"));
-        assert!(message("nothing-here").contains("no such directory"));
-        assert!(message(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).contains("found a file"));
+        assert!(message("some/model.gguf").contains("no such file"));
+        assert!(message("/no/such/dir").contains("no such directory or file"));
+        assert!(message("nothing-here").contains("no such directory or file"));
+        assert!(message(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).contains("found another file"));
     }
 }

@@ -18,7 +18,7 @@ use crate::memory::{Memory, MemoryChoice, Need};
 use crate::options::{BackendChoice, EngineArgs, KvType};
 use crate::progress::Progress;
 use crate::source::{Place, Source};
-use crate::{data_dir, machine, size};
+use crate::{data_dir, drafting, machine, size};
 
 /// Without --context, a model that has no room for so many tokens is not worth its memory.
 const CONTEXT_LEAST: usize = 512;
@@ -71,8 +71,10 @@ pub(crate) fn threads(args: &EngineArgs) -> usize {
 ///
 /// # Errors
 /// [`Usage`] for a context that the model was not made for.
-pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Need, Usage> {
-    let weight_bytes = model.graph.weight_bytes(&model.weights);
+pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Need> {
+    let draft = drafting::open(model, args)?;
+    let draft_bytes = draft.map_or(0, |draft| draft.graph.weight_bytes(&draft.weights));
+    let weight_bytes = model.graph.weight_bytes(&model.weights) + draft_bytes;
     if model.graph.is_whole() {
         return Ok(Need { weight_bytes, ..Need::default() });
     }
@@ -81,7 +83,8 @@ pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Ne
     let layout = KvLayout::of(&model.graph, kv_dtype(args.kv_type, &model.weights));
     let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
     // one page is never given out
-    let kv_bytes = ((tokens.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+    let own_bytes = ((tokens.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+    let kv_bytes = if draft_bytes > 0 { drafting::with_share(own_bytes) } else { own_bytes };
     let (least, most) = match (args.kv_memory, place) {
         (Some(bytes), _) => (bytes, bytes),
         (None, Place::Embedded) => (kv_bytes, KV_BYTES_EMBEDDED),
@@ -117,13 +120,19 @@ pub(crate) fn engine(
     store: Option<Arc<Store>>,
 ) -> Result<Started> {
     let backend = backend(args)?;
+    let draft = drafting::open(&model, args)?;
+    let draft_kv_bytes = if draft.is_some() { kv_bytes / drafting::KV_SHARE } else { 0 };
     let weight_bytes = model.graph.weight_bytes(&model.weights);
+    let kv_bytes = kv_bytes - draft_kv_bytes;
     let limits = limits(&model.graph, kv_dtype(args.kv_type, &model.weights), kv_bytes, args)?;
     warm(&model.weights, weight_bytes);
     let mut executor = {
         let _bar = (weight_bytes >= BAR_BYTES_MIN).then(|| Progress::start("preparing weights", 0));
         backend.load(&model.graph, &model.weights, &limits)?
     };
+    let draft_bytes = draft.as_ref().map_or(0, |d| d.graph.weight_bytes(&d.weights) + draft_kv_bytes);
+    let load_draft = |draft| drafting::load(draft, &*backend, args, draft_kv_bytes);
+    let draft = draft.as_ref().map(load_draft).transpose()?;
     let mut options = EngineOptions::new(limits.clone(), args.max_waiting, model.graph.vocab);
     options.pooled_width = model.graph.pooled.as_ref().map(|pooled| pooled.width);
     // A model that keeps no keys and values has nothing to store.
@@ -134,9 +143,11 @@ pub(crate) fn engine(
     }
     options.store = store;
     options.restore = args.restore.into();
+    options.draft = args.draft.into();
     let groups = executor.kv_layout().groups.iter().zip(&limits.pages);
     let page_bytes: u64 = groups.map(|(group, pages)| group.page_bytes() as u64 * *pages as u64).sum();
-    let handle = Handle::start(executor, options).context("the engine's thread could not be started")?;
+    let handle =
+        Handle::start_with(executor, draft, options).context("the engine's thread could not be started")?;
     let class = handle.numeric_class();
     tracing::info!(
         family = model.graph.family,
@@ -146,7 +157,7 @@ pub(crate) fn engine(
         ?limits,
         "engine started"
     );
-    let memory_bytes = weight_bytes + page_bytes;
+    let memory_bytes = weight_bytes + page_bytes + draft_bytes;
     Ok(Started { handle, device: device_name(&*backend), limits, memory_bytes, model })
 }
 
@@ -194,7 +205,12 @@ pub(crate) fn kv_dtype(choice: KvType, weights: &Weights) -> KvDType {
 ///
 /// A context that was not asked for shrinks to what the memory holds; one that was asked for and does not fit is
 /// refused.
-fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) -> Result<Limits, Usage> {
+pub(crate) fn limits(
+    graph: &Graph,
+    kv_dtype: KvDType,
+    kv_bytes: u64,
+    args: &EngineArgs,
+) -> Result<Limits, Usage> {
     let refuse = |what: String| Err(Usage(what));
     if args.tokens_per_step < args.max_sequences || args.max_sequences == 0 {
         return refuse(format!(

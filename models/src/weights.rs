@@ -9,6 +9,7 @@ mod experts;
 mod gguf;
 mod header;
 mod memory;
+mod nested;
 mod root;
 mod shards;
 mod view;
@@ -104,6 +105,7 @@ impl Weights {
         if single.exists() || !index.exists() {
             weights.add(&single, map(&single)?)?;
             weights.name_experts()?;
+            weights.name_text_model()?;
             return Ok(weights);
         }
         let shards = shards::read(&index)?;
@@ -126,6 +128,7 @@ impl Weights {
             }
         }
         weights.name_experts()?;
+        weights.name_text_model()?;
         Ok(weights)
     }
 

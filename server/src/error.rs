@@ -154,6 +154,12 @@ impl ApiError {
         Self::unavailable(message, "model_failed").retry_after(retry_s)
     }
 
+    /// 503: others hold the memory that the model needs.
+    pub(crate) fn model_no_room(id: &str, reason: &str, retry_s: u64) -> Self {
+        let message = format!("there is no room for the model `{id}` now: {reason}");
+        Self::unavailable(message, "model_no_room").retry_after(retry_s)
+    }
+
     /// 409: the session is another model's.
     pub(crate) fn of_other_model(own: &str, asked: &str) -> Self {
         let message = format!(

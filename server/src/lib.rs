@@ -42,7 +42,8 @@ pub use auth::{ApiKey, ApiKeyError};
 pub use mcp::{McpServer, McpServerError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
 pub use registry::{
-    About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, PooledShape, Registry, ServedModel,
+    About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, NotLoaded, PooledShape, Registry,
+    ServedModel,
 };
 pub use routes::store::{clean, damage_object, verification};
 pub use serve::{ServerOptions, serve};

@@ -39,7 +39,7 @@ const fn of(
 }
 
 const OPERATIONS: &[Operation] = &[
-    of(("get", "/v1/models"), "The models that can be used", NONE, None),
+    of(("get", "/v1/models"), "The models, and whether they are loaded", NONE, None),
     of(("get", "/v1/models/{id}"), "One of them", NONE, None),
     of(("post", "/v1/chat/completions"), "Answers a conversation", NONE, Some("ChatRequest")),
     of(
@@ -114,6 +114,13 @@ const OPERATIONS: &[Operation] = &[
     of(("post", "/v1/batches"), "Has the lines of a file answered", NONE, Some("BatchRequest")),
     of(("get", "/v1/batches/{id}"), "A batch", NONE, None),
     of(("post", "/v1/batches/{id}/cancel"), "Ends it", NONE, None),
+    of(
+        ("post", "/v1/load_lora_adapter"),
+        "Loads an adapter, for the operator",
+        NONE,
+        Some("LoadAdapterRequest"),
+    ),
+    of(("post", "/v1/unload_lora_adapter"), "Takes it away", NONE, Some("UnloadAdapterRequest")),
     of(("post", "/tokenize"), "Text as tokens", NONE, Some("TokenizeRequest")),
     of(("post", "/detokenize"), "Tokens as text", NONE, Some("DetokenizeRequest")),
     of(("get", "/health"), "Whether requests are served", NONE, None),
@@ -287,6 +294,13 @@ fn schemas() -> Value {
             "expected_turn": {"type": ["integer", "null"]}})),
         "SnapshotRequest": object(&["dir"], json!({"dir": text()})),
         "TokenizeRequest": object(&["model"], json!({"model": text(), "prompt": text(), "messages": list(json!({}))})),
+        "LoadAdapterRequest": object(
+            &["lora_name", "lora_path"],
+            json!({
+                "lora_name": text(), "lora_path": text(), "load_inplace": {"type": "boolean"}, "base_model_name": text(),
+            }),
+        ),
+        "UnloadAdapterRequest": object(&["lora_name"], json!({"lora_name": text()})),
         "DetokenizeRequest": object(&["model", "tokens"], json!({"model": text(), "tokens": tokens()})),
         "Error": object(&["error"], json!({"error": object(&["message", "type", "param", "code"], json!({
             "message": text(), "type": text(), "param": {"type": ["string", "null"]},

@@ -3,171 +3,25 @@
 mod adapters;
 mod entry;
 mod leave;
+mod model;
 
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mainstay_engine::store::{BundlePages, PageKey, StoreError};
-use mainstay_engine::{Adapter, Handle, Identity, Keep, Reuse};
-use mainstay_models::Generation;
-use mainstay_models::graph::PooledKind;
-use mainstay_models::template::ChatTemplate;
-use mainstay_models::tokenizer::{ShowSpecial, Tokenizer};
+use mainstay_engine::{Adapter, Handle};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::detokenize::{ByteTokens, Decoder};
 use crate::error::ApiError;
-use crate::grammar::Grammars;
 use crate::job::TimeLimits;
-use crate::metrics::ModelMetrics;
-use crate::output::{Format, FormatChoice};
 pub use adapters::ListedAdapter;
 pub(crate) use adapters::Replace;
 pub(crate) use entry::Shown;
 use entry::{Entry, Failure, State};
-
-/// The row that a text becomes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PooledShape {
-    /// What it is.
-    pub kind: PooledKind,
-    /// Its width.
-    pub width: usize,
-}
-
-impl PooledShape {
-    /// What a model is for that makes such rows.
-    pub fn task(self) -> &'static str {
-        match self.kind {
-            PooledKind::Embedding => "embed",
-            PooledKind::Score => "rerank",
-        }
-    }
-}
-
-/// A model that can serve requests.
-pub struct ServedModel {
-    /// Its name in the API; may contain `/`.
-    pub id: String,
-    /// When it was made or loaded, unix seconds.
-    pub created: u64,
-    /// Its tokenizer.
-    pub tokenizer: Arc<Tokenizer>,
-    /// Its chat template; without one it serves completions only.
-    pub template: Option<ChatTemplate>,
-    /// What the operator says of how it writes reasoning and calls.
-    pub format: FormatChoice,
-    /// Its defaults.
-    pub generation: Generation,
-    /// Token ids that it can embed: every id of a prompt must be below (`Graph::vocab`).
-    pub vocab: usize,
-    /// Longest sequence, tokens.
-    pub context: usize,
-    /// Whether it generates text.
-    pub generates: bool,
-    /// What it makes of a whole text, if it can.
-    pub pooled: Option<PooledShape>,
-    /// Which stored pages requests may use that do not say.
-    pub reuse: Reuse,
-    /// Its engine.
-    pub engine: Handle,
-}
-
-/// A served model, itself or under an adapter, with what the server derives from it once.
-pub(crate) struct Model {
-    /// Its name in the API, or its adapter's.
-    pub(crate) id: String,
-    pub(crate) served: Arc<ServedModel>,
-    /// What changes it.
-    pub(crate) adapter: Option<Adapter>,
-    /// What decides the bytes of its pages.
-    pub(crate) identity: Identity,
-    pub(crate) byte_tokens: Arc<ByteTokens>,
-    /// How it writes reasoning and calls.
-    pub(crate) format: Format,
-    /// Tells clients when the bits of a seeded result may change.
-    pub(crate) fingerprint: String,
-    /// Kept while the model is not loaded.
-    pub(crate) metrics: Arc<ModelMetrics>,
-    pub(crate) grammars: Arc<Grammars>,
-}
-
-impl Model {
-    fn new(served: ServedModel, metrics: Arc<ModelMetrics>) -> Self {
-        Self {
-            id: served.id.clone(),
-            adapter: None,
-            identity: served.engine.identity().clone(),
-            byte_tokens: Arc::new(ByteTokens::of(&served.tokenizer)),
-            format: Format::of(served.template.as_ref(), &served.tokenizer, served.format),
-            fingerprint: fingerprint(&served, &served.id),
-            metrics,
-            grammars: Arc::default(),
-            served: Arc::new(served),
-        }
-    }
-
-    /// The same under an adapter, by another name.
-    fn under(&self, id: &str, adapter: Adapter) -> Self {
-        Self {
-            id: id.to_owned(),
-            served: Arc::clone(&self.served),
-            identity: self.identity.under(&adapter),
-            byte_tokens: Arc::clone(&self.byte_tokens),
-            format: self.format,
-            fingerprint: fingerprint(&self.served, &format!("{id} {:?}", adapter.hash())),
-            metrics: Arc::clone(&self.metrics),
-            grammars: Arc::clone(&self.grammars),
-            adapter: Some(adapter),
-        }
-    }
-
-    /// Where the chain of page keys begins of a tenant's session of this many tokens.
-    ///
-    /// # Errors
-    /// As [`Handle::root`].
-    pub(crate) fn root(&self, tenant: &str, salt: &[u8], len: usize) -> Result<Option<PageKey>, StoreError> {
-        self.served.engine.root(tenant, (self.adapter.as_ref(), salt), len)
-    }
-
-    /// How many of these tokens have stored pages, or why there are none.
-    pub(crate) fn stored_len(&self, tenant: &str, tokens: &[u32]) -> (usize, Option<&'static str>) {
-        self.served.engine.stored_len(tenant, (&Keep::default(), self.adapter.as_ref()), tokens)
-    }
-
-    /// How an import for this model takes pages.
-    ///
-    /// # Errors
-    /// As [`Handle::import_pages`].
-    pub(crate) fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
-        self.served.engine.import_pages(tenant, self.adapter.as_ref())
-    }
-
-    /// What is told of it, also when it is not loaded.
-    fn about(&self) -> About {
-        let (created, context) = (self.served.created, self.served.context);
-        About { created, context, tasks: self.tasks().collect() }
-    }
-
-    /// Beside what `show` says, the special tokens among `markers` are shown.
-    pub(crate) fn decoder<'a>(&'a self, show: ShowSpecial, markers: &'a [u32]) -> Decoder<'a> {
-        Decoder { tokenizer: &self.served.tokenizer, byte_tokens: &self.byte_tokens, show, markers }
-    }
-
-    /// The role under which this model's template takes a developer's message.
-    pub(crate) fn developer_role(&self) -> &'static str {
-        let known = self.served.template.as_ref().is_some_and(|template| template.mentions("developer"));
-        if known { "developer" } else { "system" }
-    }
-}
-
-fn fingerprint(served: &ServedModel, name: &str) -> String {
-    let identity = format!("{} {name} {:?}", env!("CARGO_PKG_VERSION"), served.engine.numeric_class());
-    format!("fp_{}", &blake3::hash(identity.as_bytes()).to_hex().as_str()[..10])
-}
+pub(crate) use model::Model;
+pub use model::{PooledShape, ServedModel};
 
 /// A model of the operator's list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -191,8 +45,17 @@ pub struct About {
     pub tasks: Vec<&'static str>,
 }
 
+/// Why a model did not come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotLoaded {
+    /// Something is wrong with it.
+    Failed(String),
+    /// Others that are in use have the memory that it needs.
+    NoRoom(String),
+}
+
 /// A model on its way, or why it does not come.
-pub type Loading = Pin<Box<dyn Future<Output = Result<ServedModel, String>> + Send>>;
+pub type Loading = Pin<Box<dyn Future<Output = Result<ServedModel, NotLoaded>> + Send>>;
 
 /// An adapter on its way, or why it does not come.
 pub type LoadingAdapter = Pin<Box<dyn Future<Output = Result<Adapter, String>> + Send>>;
@@ -242,15 +105,21 @@ impl Roster {
 /// A request's place among those that wait for a model; while there is one, the model stays.
 struct Seat<'a> {
     registry: &'a Registry,
-    id: &'a str,
+    /// The model's place in the list, which it keeps.
+    at: usize,
 }
 
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
-        if let Some(entry) = self.registry.roster().owner(self.id) {
-            entry.waiting -= 1;
-        }
+        self.registry.roster().entries[self.at].waiting -= 1;
     }
+}
+
+/// What a request for a model is told.
+enum Asked {
+    Here(Arc<Model>),
+    /// It has to wait for the model at this place of the list.
+    Comes(usize),
 }
 
 impl Registry {
@@ -304,13 +173,13 @@ impl Registry {
     }
 
     /// Takes what a load has come to.
-    fn settle(&self, id: &str, loaded: Result<ServedModel, String>) {
+    fn settle(&self, id: &str, loaded: Result<ServedModel, NotLoaded>) {
         let metrics = self.roster().entry(id).map(|entry| entry.metrics.clone()).unwrap_or_default();
         let state = match loaded {
             Ok(served) => State::Ready(Arc::new(Model::new(served, metrics))),
-            Err(reason) => {
-                tracing::error!(model = id, reason, "a model could not be loaded");
-                State::Away { failure: Some(Failure { reason: reason.into(), at: Instant::now() }) }
+            Err(why) => {
+                tracing::error!(model = id, ?why, "a model could not be loaded");
+                State::Away { failure: Some(Failure { why, at: Instant::now() }) }
             }
         };
         let mut roster = self.roster();
@@ -330,10 +199,12 @@ impl Registry {
         let mut seat = None;
         loop {
             changed.borrow_and_update();
-            if let Some(model) = self.ask(id, seat.is_some())? {
-                return Ok(model);
+            match self.ask(id, seat.is_some())? {
+                Asked::Here(model) => return Ok(model),
+                Asked::Comes(at) => {
+                    seat.get_or_insert_with(|| Seat { registry: self, at });
+                }
             }
-            seat.get_or_insert_with(|| Seat { registry: self, id });
             match time.deadline(false) {
                 // The sender is here, so this cannot fail.
                 None => drop(changed.changed().await),
@@ -344,16 +215,17 @@ impl Registry {
         }
     }
 
-    /// The model, or `None` where its coming has to be waited for; who has no seat yet is given one then.
-    fn ask(&self, id: &str, has_seat: bool) -> Result<Option<Arc<Model>>, ApiError> {
+    /// The model, or that its coming has to be waited for; who has no seat yet is given one then.
+    fn ask(&self, id: &str, has_seat: bool) -> Result<Asked, ApiError> {
         let mut roster = self.roster();
         let is_closed = roster.is_closed;
-        let Some(entry) = roster.owner(id) else {
+        let Some(at) = roster.place(id) else {
             return Err(ApiError::no_model(id, roster.names()));
         };
+        let entry = &mut roster.entries[at];
         if let Some(model) = entry.loaded(id)? {
             entry.used_at = Instant::now();
-            return Ok(Some(model));
+            return Ok(Asked::Here(model));
         }
         if is_closed {
             return Err(ApiError::unavailable("the server is shutting down", "shutting_down"));
@@ -374,12 +246,15 @@ impl Registry {
             tokio::spawn(async move {
                 // A panic of the loader is a failure of the load.
                 let load = tokio::spawn(loader.load(id.clone(), registry.clone())).await;
-                registry.settle(&id, load.unwrap_or_else(|_| Err("the loader stopped".to_owned())));
+                registry.settle(
+                    &id,
+                    load.unwrap_or_else(|_| Err(NotLoaded::Failed("the loader stopped".to_owned()))),
+                );
                 // What is wrong with one is told to whoever asks for it.
                 let _ = registry.bring_adapters(&id).await;
             });
         }
-        Ok(None)
+        Ok(Asked::Comes(at))
     }
 
     /// The model of this name, if it is loaded.

@@ -109,3 +109,52 @@ fn what_memory_can_never_hold_is_refused_with_numbers() {
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
     assert!(ended.stderr.contains("`a`, `b` need") && ended.stderr.contains("on demand"), "{}", ended.stderr);
 }
+
+fn fixture(name: &str) -> String {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name).display().to_string()
+}
+
+/// What the llama fixture writes under a name.
+fn written(server: &Server, model: &str) -> Value {
+    chat(server, model, json!({"ignore_eos": true}))["choices"][0]["message"]["content"].clone()
+}
+
+#[test]
+fn adapters_are_served_beside_their_model() {
+    let (attention, mlp) = (fixture("lora/attention"), fixture("lora/mlp"));
+    let modules = format!("one={attention},two={mlp}");
+    let server = Server::start(&[
+        &fixture("llama"),
+        "--lora-modules",
+        &modules,
+        "--lora-dir",
+        &fixture("lora"),
+        "--admin-key",
+        "operator",
+    ]);
+    let listed = server.get("/v1/models").json();
+    assert_eq!((&listed["data"][1]["id"], &listed["data"][1]["parent"]), (&json!("one"), &json!("llama")));
+    let (plain, one, two) = (written(&server, "llama"), written(&server, "one"), written(&server, "two"));
+    assert!(plain != one && one != two && plain != two, "{plain} {one} {two}");
+    let load = |name: &str, path: &str| {
+        let body = json!({"lora_name": name, "lora_path": path}).to_string();
+        let headers = "Content-Type: application/json\r\nAuthorization: Bearer operator\r\n";
+        server.request("POST", "/v1/load_lora_adapter", headers, &body)
+    };
+    assert_eq!(load("three", &attention).status, 200);
+    assert_eq!(written(&server, "three"), one);
+    let refused = load("four", &fixture("llama"));
+    assert_eq!(refused.status, 400, "{}", refused.body);
+    let refused = load("four", &fixture("lora"));
+    assert!(refused.status == 400 && refused.body.contains("adapter_config.json"), "{}", refused.body);
+    server.signal("TERM");
+    assert_eq!(server.wait().0, Some(0));
+}
+
+#[test]
+fn an_adapter_of_another_model_ends_the_start_with_1() {
+    let module = format!("one={}", fixture("lora/attention"));
+    let ended = run(&["serve", "--port", "0", &default_model(), "--lora-modules", &module]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("`one`") && ended.stderr.contains("expected shape"), "{}", ended.stderr);
+}

@@ -4,8 +4,9 @@ use mainstay_models::graph::{
     Activation, AttendLatent, Block, Expert, ExpertGroups, Experts, Gate, Graph, Matrix, Op, Rope,
     RopeLayout, Routing, RoutingOrder, Score, Value, Vector,
 };
+use mainstay_models::quant::BLOCK_LEN_MAX;
 
-use crate::random::Random;
+use crate::random::{FLOATS, Random};
 use crate::tiny::{linear, one, table};
 
 /// Experts of one layer.
@@ -49,8 +50,13 @@ impl Mixture {
         }
     }
 
+    /// One whose matrices can be of blocks.
+    pub(crate) fn of_blocks(random: &mut Random, f: Gate) -> Self {
+        Self { inner: BLOCK_LEN_MAX, f, ..Self::random(random) }
+    }
+
     pub(crate) fn push(&self, b: &mut Block, input: Value, hidden: usize) -> Value {
-        let scores = linear(b, input, "router", self.count, hidden);
+        let scores = linear(b, input, &format!("router{FLOATS}"), self.count, hidden);
         let bias = |name: String, width| self.biased.then(|| Vector::one(name, width));
         let expert = |id: usize| Expert {
             up: Matrix {
@@ -94,6 +100,12 @@ impl Latent {
                 scale: random.pick(&[1.0, 1.2]),
             },
         }
+    }
+
+    /// One whose matrices can be of blocks.
+    pub(crate) fn of_blocks(random: &mut Random) -> Self {
+        let value = 32;
+        Self { heads: BLOCK_LEN_MAX / value, latent: BLOCK_LEN_MAX, value, ..Self::random(random) }
     }
 
     pub(crate) fn push(&self, b: &mut Block, input: Value, hidden: usize) -> Value {

@@ -77,9 +77,13 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
     Weights::from_tensors(Path::new("seeded"), stored).unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// What the name of a matrix ends in that is of floats where others are of blocks, as files have their routers.
+pub(crate) const FLOATS: &str = ".floats";
+
 /// A tensor of this type; of blocks only matrices are, and their numbers are others of the same size.
 fn store(name: String, shape: Vec<usize>, values: &[f32], dtype: DType, random: &mut Random) -> MemoryTensor {
-    let dtype = if dtype.format().is_some() && shape.len() < 2 { DType::F32 } else { dtype };
+    let plain = shape.len() < 2 || name.ends_with(FLOATS);
+    let dtype = if dtype.format().is_some() && plain { DType::F32 } else { dtype };
     let mut bytes = Vec::new();
     match dtype {
         DType::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),

@@ -7,7 +7,7 @@ use mainstay_backend_api::{
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
-use mainstay_models::{AdapterWeights, Weights, graph::Graph};
+use mainstay_models::{Weights, graph::Graph};
 
 /// A backend and what failures call it.
 pub(crate) struct Named {
@@ -37,7 +37,7 @@ pub(crate) const STEP_TOKENS: usize = 640;
 
 /// A loaded model and its free pages.
 pub(crate) struct Rig {
-    executor: Box<dyn Executor>,
+    pub(crate) executor: Box<dyn Executor>,
     /// Free pages by group; the last is taken first.
     free: Vec<Vec<PageId>>,
     vocab: usize,
@@ -102,11 +102,6 @@ impl Rig {
     /// What decides the bits of its results.
     pub(crate) fn numeric_class(&self) -> NumericClass {
         self.executor.numeric_class()
-    }
-
-    /// Brings an adapter to the device.
-    pub(crate) fn set_adapter(&mut self, id: AdapterId, weights: &AdapterWeights) {
-        self.executor.set_adapter(id, Some(weights)).expect("the backend takes adapters");
     }
 
     /// Gives pages out in another order from now on.

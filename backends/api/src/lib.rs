@@ -126,7 +126,6 @@ pub trait Executor: Send {
     /// [`LoadError::Unsupported`] where the backend has none, [`LoadError::Resources`] where memory is short.
     fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
         let _ = (id, weights);
-        let backend = "this";
-        Err(LoadError::Unsupported { backend, what: "adapters".to_owned() })
+        Err(LoadError::Unsupported { backend: "loaded", what: "adapters".to_owned() })
     }
 }

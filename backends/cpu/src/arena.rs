@@ -35,6 +35,12 @@ impl Slot {
         Slot { offset: self.offset + cols.start, width: cols.len(), ..self }
     }
 
+    /// Whether rows of both may share floats.
+    pub(crate) fn meets(self, other: Slot) -> bool {
+        let end = |slot: Slot| slot.offset + slot.rows * slot.stride;
+        self.offset < end(other) && other.offset < end(self)
+    }
+
     /// The same floats as `parts` rows of `width` for each of its rows.
     pub(crate) fn split(self, parts: usize, width: usize) -> Slot {
         assert!(

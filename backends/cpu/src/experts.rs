@@ -163,7 +163,11 @@ impl Runner<'_> {
         self.scratch.items.clear();
         for (id, range) in self.scratch.grouping.touched() {
             let (weight, bias) = (mixture.up + id, mixture.up_bias.map(|first| first + id));
-            let rows = Rows::Picked { first: range.start, count: range.len() };
+            // As a run, one row is the same for all experts that it goes to.
+            let rows = match (range.start, range.len()) {
+                (first, 1) => Rows::Run { first: self.scratch.grouping.rows[first], count: 1 },
+                (first, count) => Rows::Picked { first, count },
+            };
             self.scratch.items.push(Item::new((weight, bias), (input, rows), (out, range.start)));
         }
         self.products(After::Gate(mixture.gate));

@@ -9,8 +9,7 @@ use mainstay_backend_api::{AdapterId, Limits, Step};
 use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
 use mainstay_kernels_cpu::kv::BlockShape;
 use mainstay_kernels_cpu::{
-    Form, Kernels, layer_norm, low_rank_in, low_rank_out, mean, normalize, rms_norm, rms_norm_add,
-    rms_norm_in_place, rope, rope_angles,
+    Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
@@ -21,6 +20,7 @@ use crate::load::BlockWeights;
 use crate::pages::Pages;
 use crate::plan::{Call, HeadPath, Heads, Map, Plan, Program, pairing};
 use crate::pool::{Job, Worker};
+use crate::products::Packed;
 use crate::whole::{Kv, StepKv};
 
 /// Consecutive tokens of a chunk whose attention is one job: they share loads of keys and values.
@@ -28,10 +28,6 @@ pub(crate) const TASK_TOKENS: usize = 16;
 
 /// Rows that one job of a row-wise call has.
 const ROWS: usize = 8;
-
-/// Ranks of an adapter's first product, and columns of its second, that are one job.
-const RANKS: usize = 16;
-const COLUMNS: usize = 512;
 
 /// Everything that the threads share during a step.
 pub(crate) struct Core {
@@ -62,9 +58,9 @@ pub(crate) struct Work {
     /// Tokens of one chunk whose attention is one job.
     pub(crate) tasks: Vec<Piece>,
     /// Rows that have an adapter, and which.
-    adapted: Vec<(usize, AdapterId)>,
+    pub(crate) adapted: Vec<(usize, AdapterId)>,
     /// The highest rank of these.
-    rank: usize,
+    pub(crate) rank: usize,
 }
 
 /// Consecutive tokens of one chunk.
@@ -134,8 +130,8 @@ pub(crate) struct Runner<'a> {
     pub(crate) rows: usize,
     pub(crate) weights: &'a BlockWeights,
     pub(crate) layer: usize,
-    /// The value that is packed, and how, while products of it follow each other.
-    pub(crate) in_packed: Option<(Slot, Form)>,
+    /// What is packed, while products follow each other.
+    pub(crate) in_packed: Option<Packed>,
     /// Whether the current block is a layer's.
     is_layer: bool,
 }
@@ -210,7 +206,7 @@ impl Core {
     }
 }
 
-impl<'a> Runner<'a> {
+impl Runner<'_> {
     fn program(&mut self, program: &Program) {
         self.in_packed = None;
         for call in &program.calls {
@@ -384,42 +380,6 @@ impl<'a> Runner<'a> {
                 heads.for_each(|head| rope(&mut head[first..], angles.row(r), layout));
             }
         });
-    }
-
-    /// Adds to the rows of a product what their adapters say.
-    fn adapt(&self, weight: usize, input: Slot, out: Slot) {
-        let core = self.core;
-        let Work { adapted, rank, .. } = &core.work;
-        let pieces = |(_, id): &(usize, AdapterId)| core.adapters[id].pieces(self.layer, weight);
-        let most = adapted.iter().map(|row| pieces(row).len()).max().unwrap_or(0);
-        let columns = adapted.iter().flat_map(&pieces).map(|piece| piece.rows).max().unwrap_or(0);
-        for nth in 0..most {
-            let (blocks, low) = (rank.div_ceil(RANKS), core.plan.low);
-            self.worker.each(adapted.len() * blocks, |job| {
-                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * RANKS);
-                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rank) else { return };
-                let ranks = first..(first + RANKS).min(piece.rank);
-                let rows = at.0..at.0 + 1;
-                let x = core.arena.read(input, rows.clone());
-                let mut low = core.arena.write(low.columns(ranks.clone()), rows, &job);
-                let a = piece.a.chunks_exact(x.cols()).skip(ranks.start);
-                low.row(0)
-                    .iter_mut()
-                    .zip(a)
-                    .for_each(|(low, a)| *low = low_rank_in(x.row(0), a, piece.scale));
-            });
-            let blocks = columns.div_ceil(COLUMNS);
-            self.worker.each(adapted.len() * blocks, |job| {
-                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * COLUMNS);
-                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rows) else { return };
-                let end = (first + COLUMNS).min(piece.rows);
-                let rows = at.0..at.0 + 1;
-                let low = core.arena.read(low.columns(0..piece.rank), rows.clone());
-                let own = out.columns(piece.first + first..piece.first + end);
-                let mut own = core.arena.write(own, rows, &job);
-                low_rank_out(low.row(0), &piece.b, (piece.rows, first), own.row(0));
-            });
-        }
     }
 
     /// Norm and rotation, on one head of one token, or on what is left of it behind its first `skipped` elements.

@@ -116,6 +116,18 @@ fn llama3(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
     Ok(())
 }
 
+/// A divisor for each frequency, as GGUF files write any scaling down.
+fn divide(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
+    let expected = format!("{} numbers above 0", inv_freq.len());
+    let wrong = || parameters.wrong("factors", &expected);
+    let factors = parameters.get("factors").and_then(|v| v.as_array()).filter(|l| l.len() == inv_freq.len());
+    for (f, factor) in inv_freq.iter_mut().zip(factors.ok_or_else(wrong)?) {
+        let factor = factor.as_f64().filter(|f| (1.0 / SCALE_MAX..=SCALE_MAX).contains(f));
+        *f /= factor.ok_or_else(wrong)? as f32;
+    }
+    Ok(())
+}
+
 /// YaRN (arXiv 2309.00071): pairs that turn often are kept, those that turn seldom are stretched by `factor`, and
 /// those between blended. Returns what sine and cosine are multiplied by.
 fn yarn(parameters: &Config, (theta, dim): (f64, usize), inv_freq: &mut [f32]) -> Result<f32, LoadError> {
@@ -171,18 +183,6 @@ pub(super) fn yarn_mscale_all(config: &Config) -> Result<f64, LoadError> {
 
 fn grown(stretch: f64, mscale: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { 0.1 * mscale * stretch.ln() + 1.0 }
-}
-
-/// A divisor for each frequency, as GGUF files write any scaling down.
-fn divide(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
-    let expected = format!("{} numbers above 0", inv_freq.len());
-    let wrong = || parameters.wrong("factors", &expected);
-    let factors = parameters.get("factors").and_then(|v| v.as_array()).filter(|l| l.len() == inv_freq.len());
-    for (f, factor) in inv_freq.iter_mut().zip(factors.ok_or_else(wrong)?) {
-        let factor = factor.as_f64().filter(|f| (1.0 / SCALE_MAX..=SCALE_MAX).contains(f));
-        *f /= factor.ok_or_else(wrong)? as f32;
-    }
-    Ok(())
 }
 
 /// A table of LongRoPE (arXiv 2402.13753): a factor of its own for each pair.

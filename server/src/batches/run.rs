@@ -29,7 +29,7 @@ const PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(5)]
 /// Wait before a batch goes on that the disk has stopped.
 const RETRY: Duration = Duration::from_secs(10);
 /// Errors of the server that pass.
-const PASSING: [&str; 4] = ["queue_full", "queue_timeout", "model_loading", "shutting_down"];
+const PASSING: [&str; 5] = ["queue_full", "queue_timeout", "model_loading", "model_no_room", "shutting_down"];
 
 /// What works on batches.
 pub(crate) struct Worker {

@@ -53,8 +53,13 @@ impl AdapterEntry {
 impl Roster {
     /// The model of this name, or the one whose adapter has it.
     pub(super) fn owner(&mut self, id: &str) -> Option<&mut Entry> {
-        let is_meant = |entry: &&mut Entry| entry.listed.id == id || entry.adapter(id).is_some();
-        self.entries.iter_mut().find(is_meant)
+        let at = self.place(id)?;
+        Some(&mut self.entries[at])
+    }
+
+    /// Where it stands in the list.
+    pub(super) fn place(&self, id: &str) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.listed.id == id || entry.adapter(id).is_some())
     }
 
     /// The names of all models and adapters.

@@ -6,17 +6,37 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::adapters::{AdapterEntry, AdapterState};
-use super::{About, Listed, ListedAdapter, Model, Roster};
+use super::{About, Listed, ListedAdapter, Model, NotLoaded, Roster};
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 
-/// How long a failed load is not tried again.
+/// How long a failed load is not tried again; and one for which there was no room.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
+const ROOM_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why a model did not come.
+/// Why a model did not come, and when.
 pub(super) struct Failure {
-    pub(super) reason: Arc<str>,
+    pub(super) why: NotLoaded,
     pub(super) at: Instant,
+}
+
+impl Failure {
+    fn reason(&self) -> &str {
+        match &self.why {
+            NotLoaded::Failed(reason) | NotLoaded::NoRoom(reason) => reason,
+        }
+    }
+
+    /// What whoever asks for it hears, as long as it is not tried again.
+    fn error(&self, id: &str) -> Option<ApiError> {
+        let pause = if matches!(self.why, NotLoaded::NoRoom(_)) { ROOM_PAUSE } else { RETRY_PAUSE };
+        let left = pause.checked_sub(self.at.elapsed())?;
+        let retry_s = left.as_secs() + 1;
+        Some(match &self.why {
+            NotLoaded::Failed(reason) => ApiError::model_failed(id, reason, retry_s),
+            NotLoaded::NoRoom(reason) => ApiError::model_no_room(id, reason, retry_s),
+        })
+    }
 }
 
 /// Where a model is.
@@ -114,11 +134,10 @@ impl Entry {
             },
             State::Starting => Err(ApiError::model_loading(id)),
             State::Failed(reason) => Err(ApiError::model_failed(id, reason, 1)),
-            State::Away { failure: Some(failure) } if failure.at.elapsed() < RETRY_PAUSE => {
-                let pause = RETRY_PAUSE.saturating_sub(failure.at.elapsed());
-                Err(ApiError::model_failed(id, &failure.reason, pause.as_secs() + 1))
+            State::Away { failure } => {
+                failure.as_ref().and_then(|failure| failure.error(id)).map_or(Ok(None), Err)
             }
-            State::Away { .. } | State::Coming | State::Leaving => Ok(None),
+            State::Coming | State::Leaving => Ok(None),
         }
     }
 
@@ -147,7 +166,9 @@ impl Entry {
     fn shown_alone(&self) -> Shown {
         let (state, error) = match &self.state {
             State::Starting | State::Coming => ("loading", None),
-            State::Away { failure } => ("not_loaded", failure.as_ref().map(|failure| failure.reason.clone())),
+            State::Away { failure } => {
+                ("not_loaded", failure.as_ref().map(|failure| failure.reason().into()))
+            }
             State::Ready(_) => ("loaded", None),
             State::Leaving => ("unloading", None),
             State::Failed(reason) => ("failed", Some(reason.clone())),

@@ -14,7 +14,8 @@ use mainstay_engine::Handle;
 use mainstay_engine::store::Store;
 use mainstay_models::AdapterWeights;
 use mainstay_server::{
-    About, ApiKey, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, Registry, ServerOptions,
+    About, ApiKey, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, NotLoaded, Registry, ServedModel,
+    ServerOptions,
 };
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
@@ -49,15 +50,15 @@ impl Fakes {
         }
     }
 
-    async fn bring(&self, id: String, registry: &Registry) -> Result<mainstay_server::ServedModel, String> {
+    async fn bring(&self, id: String, registry: &Registry) -> Result<ServedModel, NotLoaded> {
         self.permits.acquire().await.unwrap().forget();
         self.loads.fetch_add(1, Ordering::SeqCst);
         if self.fails.load(Ordering::SeqCst) {
-            return Err("tensor `x` is missing".to_owned());
+            return Err(NotLoaded::Failed("tensor `x` is missing".to_owned()));
         }
         while self.loaded.load(Ordering::SeqCst) >= self.room {
             if !registry.leave_oldest().await {
-                return Err("no room".to_owned());
+                return Err(NotLoaded::NoRoom("all are in use".to_owned()));
             }
         }
         self.loaded.fetch_add(1, Ordering::SeqCst);
@@ -232,7 +233,8 @@ async fn the_least_recently_used_model_goes_and_none_that_is_in_use() {
         server.post(CHAT, &ask("c", json!({}))).await.ok();
         assert_eq!(states(&server).await, ["a loaded", "b not_loaded", "c loaded"]);
         let error = server.post(CHAT, &ask("b", json!({}))).await.error(503);
-        assert!(error["message"].as_str().unwrap().contains("no room"), "{error}");
+        assert_eq!(error["code"], "model_no_room");
+        assert!(error["message"].as_str().unwrap().contains("all are in use"), "{error}");
         registry.leave_idle(Duration::ZERO).await;
         assert_eq!(states(&server).await, ["a loaded", "b not_loaded", "c loaded"], "in use, and pinned");
         drop(gate);

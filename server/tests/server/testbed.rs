@@ -14,15 +14,15 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mainstay_backend_api::echo::{EchoExecutor, POOLED_WIDTH};
 use mainstay_backend_api::{
-    CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PageRead, PageRef, Step, StepError,
-    StepOutput, StoredPage, Ticket,
+    AdapterId, CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PageRead, PageRef, Step,
+    StepError, StepOutput, StoredPage, Ticket,
 };
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
 use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy, Reuse};
-use mainstay_models::Generation;
 use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::{AddSpecial, Tokenizer};
+use mainstay_models::{AdapterWeights, Generation, LoadError};
 use mainstay_server::{
     FormatChoice, PooledShape, Registry, ServedModel, ServerOptions, ShutdownTrigger, serve, shutdown_channel,
 };
@@ -108,6 +108,10 @@ impl Executor for Scripted {
 
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
         self.echo.poll(done);
+    }
+
+    fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
+        self.echo.set_adapter(id, weights)
     }
 }
 

@@ -41,17 +41,17 @@ struct Run {
 }
 
 impl Kernels {
-    /// Quantizes the rows of one tile, whole blocks, wherever they are, to the tile's place in what
+    /// Quantizes the rows of one tile, wherever they are, whole blocks each, to the tile's place in what
     /// [`crate::Form::input_len`] floats hold, for products with integer weights.
     ///
     /// # Panics
-    /// If `packed` is not the tile's place.
+    /// If the rows are more than a tile has, or `packed` is not as long as they become.
     pub fn quantize_tile<'a>(&self, rows: impl ExactSizeIterator<Item = &'a [f32]>, packed: &mut [f32]) {
         let count = rows.len();
-        for (r, row) in rows.enumerate() {
-            let cols = row.len();
-            assert!(cols.is_multiple_of(BLOCK), "rows of {cols} columns are not whole blocks");
-            assert_eq!(packed.len(), input::len(count, cols), "a tile of {count} rows of {cols}");
+        assert!(count <= self.tile_rows(), "{count} rows in a tile of {}", self.tile_rows());
+        for (r, row) in (0..count).zip(rows) {
+            assert!(row.len().is_multiple_of(BLOCK), "a row of {} columns is not whole blocks", row.len());
+            assert_eq!(packed.len(), input::len(count, row.len()), "a tile of {count} rows of {}", row.len());
             // SAFETY: the place was just checked; the table was chosen for this machine.
             unsafe { (self.codes().quantize)(row, packed.as_mut_ptr().cast(), r, count) };
         }
