@@ -13,7 +13,6 @@ use mainstay_models::weights::DType;
 use mainstay_models::{Model, Weights};
 
 use crate::options::ModelArgs;
-use crate::source::Source;
 
 /// Options of `mainstay bench`.
 #[derive(Args, Clone, Debug)]
@@ -82,7 +81,7 @@ impl SubjectArgs {
             let (graph, weights) = shape.build(mix)?;
             return Ok((format!("{shape} {name} (random weights)"), graph, weights));
         }
-        let source = Source::parse(self.model.model.as_deref())?;
+        let source = self.model.source()?;
         let name = source.name();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let Model { graph, weights, .. } = runtime.block_on(source.open())?;

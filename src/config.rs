@@ -1,7 +1,8 @@
 //! The options file: every long option of the command line is a key of it.
 //!
 //! A file's values become the defaults of the matching options, so that the order flag, environment, file, built-in
-//! default and all checks of values are the command line's own. The table `mcp` is no option; see `mcp.rs`.
+//! default and all checks of values are the command line's own. The tables `mcp` and `models` are no options; see `mcp.rs`
+//! and `roster.rs`.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -24,7 +25,9 @@ pub(crate) fn apply(path: &Path, command: Command) -> Result<Command> {
         text.parse().map_err(|e: toml::de::Error| anyhow::anyhow!("{file}: {}", e.message()))?;
     let known = keys(&command);
     let mut command = command;
-    for (key, value) in table.iter().filter(|(key, _)| *key != crate::mcp::KEY) {
+    for (key, value) in
+        table.iter().filter(|(key, _)| ![crate::mcp::KEY, crate::roster::KEY].contains(&key.as_str()))
+    {
         let option = key.replace('_', "-");
         if !known.contains(&option) {
             bail!("{file}: unknown key `{key}` (known: {})", join(&known));

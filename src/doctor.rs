@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::bench;
 use crate::client::{RemoteArgs, Route, SamplingArgs};
 use crate::local::Connection;
-use crate::options::{EngineArgs, ModelArgs, switch};
+use crate::options::{EngineArgs, HubArgs, ModelArgs, switch};
 use crate::{data_dir, machine, size, start};
 
 /// Options of `mainstay doctor`.
@@ -94,7 +94,7 @@ fn examine(args: &DoctorArgs) -> Result<Report> {
 
 async fn hello(engine: &EngineArgs) -> Result<Hello> {
     let start = Instant::now();
-    let model = ModelArgs { model: None, engine: engine.clone() };
+    let model = ModelArgs { model: None, hub: HubArgs::default(), engine: engine.clone() };
     let remote = RemoteArgs { url: None, api_key: None };
     let connection = Connection::open(&remote, &model, None).await?;
     let ready_ms = start.elapsed().as_millis();

@@ -1,8 +1,11 @@
-//! Models from a hub: the files of `org/name[@revision]`, fetched once into the cache that other hub clients share.
+//! Models from a hub: the files of `org/name[:FILE][@revision]`, fetched once into the cache that other hub clients share.
 //!
 //! The layout is that of the hub's own clients: `blobs/<etag>`, `snapshots/<commit>/<file>` linking to a blob,
 //! `refs/<revision>` naming a commit, and `blobs/<etag>.incomplete` for what was interrupted, which is continued
 //! with a range request. Endpoint, token and cache directory follow HF_ENDPOINT, HF_TOKEN, HF_HOME.
+
+pub(crate) mod cache;
+mod choice;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -14,6 +17,7 @@ use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeModel};
 use hf_hub::{HFClient, HFError};
 use sha2::{Digest, Sha256};
 
+use self::choice::{Choice, choose};
 use crate::progress::Progress;
 
 /// How often a broken transfer of one file is taken up again without a single new byte.
@@ -24,21 +28,38 @@ const TRIES_WITHOUT_PROGRESS: u32 = 3;
 pub(crate) struct HubId {
     pub(crate) owner: String,
     pub(crate) name: String,
+    /// A GGUF file of the repository, or the quantization of one.
+    pub(crate) file: Option<String>,
     pub(crate) revision: String,
 }
 
+/// Where files may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// The hub, or the cache.
+    Hub,
+    /// The cache only.
+    Cache,
+}
+
+/// The revision where nobody names one.
+pub(crate) const MAIN: &str = "main";
+
 impl HubId {
-    /// Reads `org/name` or `org/name@revision`; `None` if the text is no such thing.
+    /// Reads `org/name[:FILE][@revision]`; `None` if the text is no such thing.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let (id, revision) = text.split_once('@').unwrap_or((text, MAIN));
+        let (id, file) = id.split_once(':').map_or((id, None), |(id, file)| (id, Some(file)));
         let (owner, name) = id.split_once('/')?;
         let word = |s: &str, extra: &str| {
             let fits = |c: char| c.is_ascii_alphanumeric() || extra.contains(c);
             !s.is_empty() && s.chars().all(fits) && !s.starts_with(['.', '-']) && !s.contains("..")
         };
-        (word(owner, "._-") && word(name, "._-") && word(revision, "._-/")).then(|| Self {
+        let fits = file.is_none_or(|file| word(file, "._-/"));
+        (fits && word(owner, "._-") && word(name, "._-") && word(revision, "._-/")).then(|| Self {
             owner: owner.into(),
             name: name.into(),
+            file: file.map(str::to_owned),
             revision: revision.into(),
         })
     }
@@ -46,6 +67,11 @@ impl HubId {
     /// `org/name`.
     pub(crate) fn id(&self) -> String {
         format!("{}/{}", self.owner, self.name)
+    }
+
+    /// The same, and which file where that was said.
+    pub(crate) fn model_name(&self) -> String {
+        self.file.as_ref().map_or_else(|| self.id(), |file| format!("{}:{file}", self.id()))
     }
 
     /// Where the cache keeps it.
@@ -64,21 +90,29 @@ struct RemoteFile {
     etag: String,
 }
 
-/// The directory of a snapshot that holds every file a model needs, after fetching what is missing.
+/// The directory of a snapshot that holds every file a model needs, or its GGUF file there, after fetching what is
+/// missing.
 ///
 /// # Errors
 /// Says what the hub answered and what to do about it. If the hub cannot be reached and a snapshot of the revision is
 /// in the cache, that one is used with a warning instead.
-pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
+pub(crate) async fn fetch(hub: &HubId, reach: Reach) -> Result<PathBuf> {
+    if reach == Reach::Cache {
+        let found = cached(hub)?;
+        return found.with_context(|| {
+            let (id, revision, dir) = (hub.id(), &hub.revision, hub.cache_dir());
+            format!("{id}: offline, and revision `{revision}` is not in the cache ({})", dir.display())
+        });
+    }
     let client = HFClient::new().map_err(|e| anyhow!(explain(hub, &e)))?;
     let repo = client.model(&hub.owner, &hub.name);
     let cache = hub.cache_dir();
     let info = match repo.info().revision(hub.revision.clone()).send().await {
         Ok(info) => info,
-        Err(error) => match cached_snapshot(&cache, &hub.revision) {
-            Some(snapshot) if unreachable(&error) => {
-                tracing::warn!("{}; using the copy in {}", explain(hub, &error), snapshot.display());
-                return Ok(snapshot);
+        Err(error) => match cached(hub) {
+            Ok(Some(copy)) if unreachable(&error) => {
+                tracing::warn!("{}; using the copy in {}", explain(hub, &error), copy.display());
+                return Ok(copy);
             }
             _ => bail!(explain(hub, &error)),
         },
@@ -87,8 +121,8 @@ pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
     ensure!(file_name(&commit), "{}: the hub names the commit `{commit}`", hub.id());
     let names = info.siblings.unwrap_or_default().into_iter().map(|s| s.rfilename).collect();
     let snapshot = cache.join("snapshots").join(&commit);
-    let files = missing(list(hub, &repo, &commit, names).await?, &snapshot);
-    for file in &files {
+    let (choice, files) = list(hub, &repo, &commit, names).await?;
+    for file in &missing(files, &snapshot) {
         let blob = fetch_blob(hub, &repo, &commit, file).await?;
         link(&blob, &snapshot, &file.path)?;
     }
@@ -96,29 +130,40 @@ pub(crate) async fn fetch(hub: &HubId) -> Result<PathBuf> {
     if hub.revision != commit {
         write_whole(&reference, commit.as_bytes())?;
     }
-    Ok(snapshot)
+    Ok(opened_by(&choice, &snapshot))
 }
 
-/// The snapshot that the cache holds for a revision.
-fn cached_snapshot(cache: &Path, revision: &str) -> Option<PathBuf> {
-    let commit =
-        fs::read_to_string(cache.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
+/// What the loader opens of a snapshot.
+fn opened_by(choice: &Choice, snapshot: &Path) -> PathBuf {
+    match choice {
+        Choice::Safetensors => snapshot.to_owned(),
+        Choice::Gguf(parts) => snapshot.join(parts.first().map_or("", String::as_str)),
+    }
+}
+
+/// The model, as the cache holds it.
+///
+/// # Errors
+/// Where the snapshot has not the file that was asked for.
+fn cached(hub: &HubId) -> Result<Option<PathBuf>> {
+    let cache = hub.cache_dir();
+    let reference = fs::read_to_string(cache.join("refs").join(&hub.revision));
+    let commit = reference.unwrap_or_else(|_| hub.revision.clone());
     let snapshot = cache.join("snapshots").join(commit.trim());
-    snapshot.join("config.json").exists().then_some(snapshot)
+    if !snapshot.is_dir() {
+        return Ok(None);
+    }
+    let files = cache::files(&snapshot)?;
+    let inside =
+        files.iter().filter(|file| file.exists()).filter_map(|file| file.strip_prefix(&snapshot).ok());
+    let names: Vec<&str> = inside.filter_map(Path::to_str).collect();
+    let choice = choose(names.iter().copied(), hub.file.as_deref());
+    let choice = choice.map_err(|what| anyhow!("{}: in the cache: {what}", hub.id()))?;
+    Ok(Some(opened_by(&choice, &snapshot)))
 }
 
 fn missing(files: Vec<RemoteFile>, snapshot: &Path) -> Vec<RemoteFile> {
     files.into_iter().filter(|f| !snapshot.join(&f.path).exists()).collect()
-}
-
-/// Whether a model is opened by this file: configuration, tokenizer, template, weights. Other formats of the same
-/// weights lie in directories of their own or under other names.
-fn needed(path: &str) -> bool {
-    if let Some(name) = path.strip_prefix("additional_chat_templates/") {
-        return file_name(name) && name.ends_with(".jinja");
-    }
-    let weights = path.starts_with("model") && path.ends_with(".safetensors");
-    file_name(path) && (weights || path.ends_with(".json") || path.ends_with(".jinja"))
 }
 
 /// Whether the text can be one component of a path and nothing else.
@@ -126,40 +171,40 @@ fn file_name(text: &str) -> bool {
     !text.is_empty() && !text.starts_with('.') && !text.contains(['/', '\\', '\0'])
 }
 
-/// The needed files with sizes and etags: of the tree, or where a hub has no trees, by asking for each name.
+/// The needed files, and those with sizes and etags: of the tree, or where a hub has no trees, by asking for each name.
 async fn list(
     hub: &HubId,
     repo: &HFRepository<RepoTypeModel>,
     commit: &str,
     names: Vec<String>,
-) -> Result<Vec<RemoteFile>> {
-    let mut files = match tree(repo, commit).await {
-        Ok(files) => files,
+) -> Result<(Choice, Vec<RemoteFile>)> {
+    let of = |names: &mut dyn Iterator<Item = &str>| {
+        let names: Vec<&str> = names.collect();
+        choose(names.iter().copied(), hub.file.as_deref()).map_err(|what| anyhow!("{}: {what}", hub.id()))
+    };
+    let (choice, mut files) = match tree(repo, commit).await {
+        Ok(files) => (of(&mut files.iter().map(|file| file.path.as_str()))?, files),
         Err(_) if !names.is_empty() => {
+            let choice = of(&mut names.iter().map(String::as_str))?;
             let mut files = Vec::new();
-            for path in names.into_iter().filter(|n| needed(n)) {
+            for path in names.into_iter().filter(|name| choice.needs(name)) {
                 let asked = repo.get_file_metadata().filepath(path.clone()).revision(commit).send().await;
                 let found = asked.map_err(|e| anyhow!(explain(hub, &e)))?;
                 files.push(RemoteFile { path, size: found.file_size, etag: found.etag });
             }
-            files
+            (choice, files)
         }
         Err(error) => bail!(explain(hub, &error)),
     };
-    files.retain(|f| needed(&f.path));
-    for name in ["config.json", "tokenizer.json"] {
-        ensure!(files.iter().any(|f| f.path == name), "{}: the repository has no {name}", hub.id());
+    files.retain(|f| choice.needs(&f.path));
+    for name in ["config.json", "tokenizer.json"].iter().filter(|_| choice == Choice::Safetensors) {
+        ensure!(files.iter().any(|f| f.path == *name), "{}: the repository has no {name}", hub.id());
     }
-    ensure!(
-        files.iter().any(|f| f.path.ends_with(".safetensors")),
-        "{}: the repository has no model*.safetensors (other formats are not supported yet)",
-        hub.id()
-    );
     if let Some(odd) = files.iter().find(|f| !file_name(&f.etag)) {
         bail!("{}: {}: the hub's etag `{}` is no file name", hub.id(), odd.path, odd.etag);
     }
     files.sort_by(|a, b| a.size.cmp(&b.size).then_with(|| a.path.cmp(&b.path)));
-    Ok(files)
+    Ok((choice, files))
 }
 
 async fn tree(repo: &HFRepository<RepoTypeModel>, commit: &str) -> Result<Vec<RemoteFile>, HFError> {
@@ -376,7 +421,15 @@ mod tests {
 
     #[test]
     fn ids_are_told_from_paths() {
-        let id = |o: &str, n: &str, r: &str| HubId { owner: o.into(), name: n.into(), revision: r.into() };
+        let id = |o: &str, n: &str, r: &str| HubId {
+            owner: o.into(),
+            name: n.into(),
+            file: None,
+            revision: r.into(),
+        };
+        let file = HubId::parse("o/n:Q4_K_M@v1").unwrap();
+        assert_eq!((file.file.as_deref(), file.revision.as_str()), (Some("Q4_K_M"), "v1"));
+        assert_eq!(file.model_name(), "o/n:Q4_K_M");
         assert_eq!(HubId::parse("org/name"), Some(id("org", "name", "main")));
         assert_eq!(HubId::parse("a-b/c.d_e@v1.0"), Some(id("a-b", "c.d_e", "v1.0")));
         assert_eq!(HubId::parse("o/n@refs/pr/3"), Some(id("o", "n", "refs/pr/3")));
@@ -391,27 +444,10 @@ mod tests {
             "o/n@",
             "o/n@../../x",
             "o/na me",
+            "o/n:",
+            "o/n:../x.gguf",
         ] {
             assert_eq!(HubId::parse(no), None, "{no}");
-        }
-    }
-
-    #[test]
-    fn only_files_of_the_model_are_needed() {
-        for yes in
-            ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "chat_template.jinja"]
-        {
-            assert!(needed(yes), "{yes}");
-        }
-        for no in [
-            "pytorch_model.bin",
-            "consolidated.safetensors",
-            "onnx/config.json",
-            "README.md",
-            "../x.json",
-            ".x.json",
-        ] {
-            assert!(!needed(no), "{no}");
         }
     }
 }

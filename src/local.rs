@@ -11,8 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::client::{Client, RemoteArgs};
 use crate::options::ModelArgs;
-use crate::source::Source;
-use crate::{serve, store};
+use crate::{serve, start, store};
 
 /// A server on a free port of the loopback address, under a key that only this process knows.
 pub(crate) struct Inside {
@@ -79,9 +78,9 @@ impl Connection {
     }
 
     async fn load(args: &ModelArgs, store: Option<Arc<Store>>) -> Result<Self> {
-        let source = Source::parse(args.model.as_deref())?;
+        let source = args.source()?;
         let name = source.name();
-        let started = serve::load(source, args.engine.clone(), store.clone()).await?;
+        let started = start::alone(source, args.engine.clone(), store.clone()).await?;
         let (device, engine) = (started.device.clone(), started.handle.clone());
         let registry = Registry::default();
         registry.ready(serve::served(name.clone(), started)?);

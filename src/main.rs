@@ -11,12 +11,15 @@ mod data_dir;
 mod doctor;
 mod exit;
 mod hub;
+mod loader;
 mod local;
 mod machine;
 mod mcp;
+mod memory;
 mod models;
 mod options;
 mod progress;
+mod roster;
 mod run;
 mod serve;
 mod sessions;
@@ -47,7 +50,7 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Serve a model over the OpenAI API.
+    /// Serve models over the OpenAI API.
     Serve(serve::ServeArgs),
     /// Talk to a model in the terminal.
     Chat(chat::ChatArgs),

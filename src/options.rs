@@ -1,10 +1,13 @@
 //! The options that choose a model, a device and the engine's limits, shared by every command that loads a model.
 
+use anyhow::Result;
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 use mainstay_engine::RestorePolicy;
 
+use crate::hub::Reach;
 use crate::size;
+use crate::source::Source;
 
 /// Which backend runs the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -53,14 +56,48 @@ impl From<RestoreChoice> for RestorePolicy {
     }
 }
 
+/// What is asked of a hub.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Hub")]
+pub(crate) struct HubArgs {
+    /// Revision of the model on the hub: a branch, a tag or a commit.
+    #[arg(long, env = "MAINSTAY_REVISION", value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// Ask no hub: use what was fetched before. HF_HUB_OFFLINE=1 does the same.
+    #[arg(long, env = "MAINSTAY_OFFLINE", value_parser = switch())]
+    pub(crate) offline: bool,
+}
+
+impl HubArgs {
+    /// Where files may come from. The variable is read as the hub's own clients read it.
+    pub(crate) fn reach(&self) -> Reach {
+        let told = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_ascii_uppercase();
+        let is_offline = self.offline || ["1", "ON", "YES", "TRUE"].contains(&told.as_str());
+        if is_offline { Reach::Cache } else { Reach::Hub }
+    }
+}
+
 /// Where the model comes from and what runs it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
-    /// A directory in Hugging Face layout, or a hub id org/name[@revision]; the small built-in model without it.
+    /// A directory in Hugging Face layout, or a hub id org/name[:FILE.gguf][@revision]; the small built-in model without
+    /// it.
     #[arg(env = "MAINSTAY_MODEL")]
     pub(crate) model: Option<String>,
     #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
     pub(crate) engine: EngineArgs,
+}
+
+impl ModelArgs {
+    /// Where the model comes from.
+    ///
+    /// # Errors
+    /// [`crate::exit::Usage`] for what cannot be a model.
+    pub(crate) fn source(&self) -> Result<Source> {
+        Source::parse(self.model.as_deref())?.as_told(&self.hub)
+    }
 }
 
 /// Device and limits of one engine.
@@ -82,7 +119,7 @@ pub(crate) struct EngineArgs {
     /// Longest sequence in tokens; what the model was made for, or what memory holds, without it.
     #[arg(long, env = "MAINSTAY_CONTEXT", value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
-    /// Memory for keys and values, such as 512M or 4G; a share of the free memory without it.
+    /// Memory for keys and values, such as 512M or 4G; what is left beside the weights without it.
     #[arg(long, env = "MAINSTAY_KV_MEMORY", value_name = "BYTES", value_parser = size::parse)]
     pub(crate) kv_memory: Option<u64>,
     /// Most tokens computed in one step, prompts and answers together.
@@ -100,6 +137,9 @@ pub(crate) struct EngineArgs {
     /// Read all weights again to prove which model they are, instead of trusting sizes and times of their files.
     #[arg(long, env = "MAINSTAY_VERIFY_WEIGHTS", value_parser = switch())]
     pub(crate) verify_weights: bool,
+    /// Leaves room for adapters.
+    #[arg(skip)]
+    pub(crate) takes_adapters: bool,
 }
 
 /// What every command takes.

@@ -1,4 +1,4 @@
-//! `mainstay serve`: listens at once, loads the model behind it, says on one line when it is ready, drains on signals.
+//! `mainstay serve`: listens at once, loads the models behind it, says on one line when it is ready, drains on signals.
 
 use std::future::Future;
 use std::io::Write;
@@ -10,31 +10,53 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use mainstay_engine::Reuse;
-use mainstay_engine::store::Store;
+use mainstay_models::Model;
 use mainstay_server::{
-    ApiKey, FormatChoice, McpServer, PooledShape, ReasoningFormat, Registry, ServedModel, ServerOptions,
-    ShutdownTrigger, ToolFormat, shutdown_channel,
+    ApiKey, FormatChoice, McpServer, PooledShape, Registry, ServedModel, ServerOptions, ShutdownTrigger,
+    shutdown_channel,
 };
 use tokio::net::TcpListener;
 
 use crate::exit::Usage;
+use crate::loader::{self, Loads};
 use crate::mcp;
-use crate::options::{EngineArgs, ModelArgs, switch};
+use crate::memory::{Memory, MemoryChoice};
+use crate::options::switch;
+use crate::roster::{RosterArgs, Wanted};
 use crate::size;
-use crate::source::Source;
-use crate::start::{self, Budget, Started};
+use crate::start::{self, Started};
 use crate::store::{self, StoreArgs};
 
 /// Options of `mainstay serve`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    pub(crate) models: RosterArgs,
+    #[command(flatten)]
+    pub(crate) memory: MemoryArgs,
     #[command(flatten)]
     pub(crate) http: HttpArgs,
     #[command(flatten)]
     pub(crate) store: StoreArgs,
 }
+
+/// What the models share.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Server")]
+pub(crate) struct MemoryArgs {
+    /// Memory for all models, weights and pages together, such as 16G; auto is what the machine or its container has
+    /// free at the start, less a reserve.
+    #[arg(long, env = "MAINSTAY_MEMORY", value_name = "BYTES", default_value = "auto", value_parser = MemoryChoice::parse)]
+    memory: MemoryChoice,
+    /// Unload models that nobody has used for so long, seconds; the next request for one waits until it is back.
+    #[arg(long, env = "MAINSTAY_MODEL_IDLE_S", value_name = "SECONDS", value_parser = seconds)]
+    model_idle_s: Option<Duration>,
+}
+
+/// Looks for idle models within the time that makes them so, and how far apart these looks are.
+const IDLE_LOOKS: u32 = 4;
+const IDLE_LOOK_MIN: Duration = Duration::from_millis(50);
+const IDLE_LOOK_MAX: Duration = Duration::from_secs(10);
 
 /// Address, keys and bounds of the HTTP side.
 #[derive(Args, Clone, Debug)]
@@ -55,20 +77,19 @@ pub(crate) struct HttpArgs {
         hide_env_values = true
     )]
     api_key: Vec<String>,
+    /// A key like --api-key's that also opens what is the operator's: /v1/store, loading and unloading adapters. Without
+    /// any key, whoever connects from this machine is the operator.
+    #[arg(
+        long,
+        env = "MAINSTAY_ADMIN_KEYS",
+        value_name = "KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    admin_key: Vec<String>,
     /// Allow other machines to connect although there is no key.
     #[arg(long, env = "MAINSTAY_INSECURE", value_parser = switch())]
     insecure: bool,
-    /// Name of the model in the API.
-    #[arg(long, env = "MAINSTAY_SERVED_MODEL_NAME", value_name = "NAME")]
-    served_model_name: Option<String>,
-    /// How the model writes calls of functions (hermes, llama3-json, mistral, harmony, gemma, json), or none to give
-    /// them out as text; found from its template without it.
-    #[arg(long, env = "MAINSTAY_TOOL_PARSER", value_name = "FORMAT")]
-    tool_parser: Option<ToolFormat>,
-    /// How the model writes what it thinks (think, mistral, harmony), or none to leave it in the text; found from its
-    /// template without it.
-    #[arg(long, env = "MAINSTAY_REASONING_PARSER", value_name = "FORMAT")]
-    reasoning_parser: Option<ReasoningFormat>,
     /// Longest time for a whole request, seconds.
     #[arg(long, env = "MAINSTAY_REQUEST_TIMEOUT", value_name = "SECONDS", value_parser = seconds)]
     request_timeout: Option<Duration>,
@@ -99,12 +120,6 @@ pub(crate) struct HttpArgs {
     public_metrics: bool,
 }
 
-impl HttpArgs {
-    fn format(&self) -> FormatChoice {
-        FormatChoice { reasoning: self.reasoning_parser, tools: self.tool_parser }
-    }
-}
-
 fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || format!("expected seconds such as 30 or 0.5, found `{text}`");
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
@@ -113,24 +128,29 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 /// Runs until a signal has been followed to its end.
 pub(crate) fn run(args: ServeArgs, file: Option<&Path>) -> Result<()> {
-    let source = Source::parse(args.model.model.as_deref())?;
+    let models = args.models.models(file)?;
     // refuses what needs no model before anything is fetched
-    start::backend(&args.model.engine)?;
-    let keys = keys(&args.http.api_key)?;
+    for model in &models {
+        start::backend(&model.how.engine)?;
+    }
+    let mut keys = keys("--api-key", &args.http.api_key)?;
+    keys.extend(self::keys("--admin-key", &args.http.admin_key)?.into_iter().map(ApiKey::admin));
     let mcp = mcp::servers(file, &args.http.mcp_server)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(serve(source, args, (keys, mcp)));
+    let result = runtime.block_on(serve(models, args, (keys, mcp)));
     // a fetch or a load that is still going on must not hold the process
     runtime.shutdown_background();
     result
 }
 
-async fn serve(source: Source, args: ServeArgs, (keys, mcp): (Vec<ApiKey>, Vec<McpServer>)) -> Result<()> {
-    let address = address(&args.http, !keys.is_empty()).await?;
+async fn serve(
+    models: Vec<Wanted>,
+    args: ServeArgs,
+    (keys, mcp): (Vec<ApiKey>, Vec<McpServer>),
+) -> Result<()> {
+    let address = address(&args.http, !keys.iter().all(ApiKey::is_admin)).await?;
     let listener = TcpListener::bind(address).await.map_err(|e| bind_error(address, &e))?;
     let local = listener.local_addr()?;
-    let id = args.http.served_model_name.clone().unwrap_or_else(|| source.name());
-    let registry = Registry::loading([id.clone()]);
     let (trigger, signal) = shutdown_channel();
     let signals = tokio::spawn(follow_signals(trigger)?);
     let opened = args.store.open()?;
@@ -140,6 +160,10 @@ async fn serve(source: Source, args: ServeArgs, (keys, mcp): (Vec<ApiKey>, Vec<M
         Some(_) => args.store.open_tier().await?,
         None => None,
     };
+    let memory = Memory::new(args.memory.memory);
+    let loads = Arc::new(Loads::new(memory, store.clone(), args.store.kv_reuse.into()));
+    let waiting = args.models.how.engine.max_waiting;
+    let registry = Registry::of(loader::listed(&models), loads.clone(), waiting);
     let options = ServerOptions {
         store: store.clone(),
         files: store.as_ref().and_then(|_| args.store.dir.files()),
@@ -148,52 +172,57 @@ async fn serve(source: Source, args: ServeArgs, (keys, mcp): (Vec<ApiKey>, Vec<M
         durability: args.store.durability.into(),
         journal_interval: args.store.journal_interval(),
         mcp_servers: mcp,
+        adapter_dirs: args.models.lora_dir.clone(),
         ..server_options(&args.http, keys, address)
     };
     let server = mainstay_server::serve(listener, registry.clone(), options, signal);
     let mut server = std::pin::pin!(server);
-    let load = load(source, args.model.engine, store.clone());
-    let started = tokio::select! {
-        started = load => started?,
+    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    let devices = tokio::select! {
+        devices = loads.start(models, &registry) => devices?,
         ended = &mut server => return Ok(ended?),
     };
-    let device = started.device.clone();
-    let handle = started.handle.clone();
-    let (format, reuse) = (args.http.format(), args.store.kv_reuse.into());
-    registry.ready(ServedModel { format, reuse, ..served(id.clone(), started)? });
+    let idle = args.memory.model_idle_s.map(|idle| tokio::spawn(leave_idle(registry.clone(), idle)));
     let mut out = std::io::stdout();
     // whoever started us may have closed stdout; that is no reason not to serve
-    let _ =
-        writeln!(out, "mainstay ready on http://{local} (model {id}, {device})").and_then(|()| out.flush());
+    let _ = writeln!(out, "mainstay ready on http://{local} ({})", told(&names, &devices))
+        .and_then(|()| out.flush());
     server.await?;
     signals.abort();
-    handle.shutdown();
-    handle.closed().await;
-    drop((handle, registry));
+    if let Some(idle) = idle {
+        idle.abort();
+        let _ = idle.await;
+    }
+    registry.close().await;
+    drop((loads, registry));
     match store {
         Some(store) => store::close(store).await,
         None => Ok(()),
     }
 }
 
-/// Opens the model and starts its engine.
-pub(crate) async fn load(source: Source, args: EngineArgs, store: Option<Arc<Store>>) -> Result<Started> {
-    let budget = if source == Source::Embedded { Budget::Embedded } else { Budget::Machine };
-    let model = source.open().await?;
-    tokio::task::spawn_blocking(move || start::engine(model, &args, budget, store))
-        .await
-        .context("the loader stopped")?
+/// `model a, cpu avx512`; of several `models a, b, cpu avx512`.
+fn told(names: &[String], devices: &[String]) -> String {
+    let word = if names.len() == 1 { "model" } else { "models" };
+    let devices = if devices.is_empty() { "none loaded".to_owned() } else { devices.join(", ") };
+    format!("{word} {}, {devices}", names.join(", "))
+}
+
+/// Lets models go that nobody has used for so long.
+async fn leave_idle(registry: Registry, idle: Duration) {
+    let look = (idle / IDLE_LOOKS).clamp(IDLE_LOOK_MIN, IDLE_LOOK_MAX);
+    loop {
+        tokio::time::sleep(look).await;
+        registry.leave_idle(idle).await;
+    }
 }
 
 /// What the server needs of a started model.
 pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
-    let created =
-        SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs();
-    let pooled = started.model.graph.pooled.as_ref();
-    let pooled = pooled.map(|pooled| PooledShape { kind: pooled.kind, width: pooled.width });
+    let pooled = pooled(&started.model);
     Ok(ServedModel {
         id,
-        created,
+        created: now_s()?,
         tokenizer: Arc::new(started.model.tokenizer),
         template: started.model.template,
         format: FormatChoice::default(),
@@ -207,8 +236,18 @@ pub(crate) fn served(id: String, started: Started) -> Result<ServedModel> {
     })
 }
 
-fn keys(texts: &[String]) -> Result<Vec<ApiKey>> {
-    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("--api-key: {e}"))));
+/// The row that the model makes of a text.
+pub(crate) fn pooled(model: &Model) -> Option<PooledShape> {
+    let pooled = model.graph.pooled.as_ref();
+    pooled.map(|pooled| PooledShape { kind: pooled.kind, width: pooled.width })
+}
+
+pub(crate) fn now_s() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?.as_secs())
+}
+
+fn keys(option: &str, texts: &[String]) -> Result<Vec<ApiKey>> {
+    let parse = |text: &String| text.parse().map_err(|e| anyhow!(Usage(format!("{option}: {e}"))));
     texts.iter().filter(|t| !t.is_empty()).map(parse).collect()
 }
 

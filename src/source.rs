@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use mainstay_models::Model;
 
 use crate::exit::Usage;
-use crate::hub::{self, HubId};
+use crate::hub::{self, HubId, MAIN, Reach};
+use crate::options::HubArgs;
 
 /// The name of the model in the binary.
 const EMBEDDED_NAME: &str = "mainstay-default";
@@ -18,8 +19,8 @@ pub(crate) enum Source {
     Embedded,
     /// A directory in the Hugging Face layout.
     Directory(PathBuf),
-    /// A repository on a hub.
-    Hub(HubId),
+    /// A repository on a hub, or what the cache has of it.
+    Hub(HubId, Reach),
 }
 
 impl Source {
@@ -33,6 +34,9 @@ impl Source {
         if path.is_dir() {
             return Ok(Source::Directory(path.to_owned()));
         }
+        if let Some(hub) = HubId::parse(text).filter(|hub| hub.file.is_some()) {
+            return Ok(Source::Hub(hub, Reach::Hub));
+        }
         if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
             return Err(Usage(format!("{text}: GGUF is not supported yet")).into());
         }
@@ -42,17 +46,41 @@ impl Source {
         }
         let hub = HubId::parse(text).ok_or_else(|| {
             Usage(format!(
-                "{text}: no such directory, and no hub id (which reads org/name or org/name@revision)"
+                "{text}: no such directory, and no hub id (which reads org/name[:FILE.gguf][@revision])"
             ))
         })?;
-        Ok(Source::Hub(hub))
+        Ok(Source::Hub(hub, Reach::Hub))
+    }
+
+    /// The same, as the options say.
+    ///
+    /// # Errors
+    /// [`Usage`] for a revision of what has none, or has another.
+    pub(crate) fn as_told(self, args: &HubArgs) -> Result<Self> {
+        match (self, &args.revision) {
+            (Source::Hub(mut hub, _), revision) => {
+                if let Some(revision) = revision {
+                    if hub.revision != MAIN && hub.revision != *revision {
+                        let what = format!("--revision {revision}: {} names `{}`", hub.id(), hub.revision);
+                        return Err(Usage(what).into());
+                    }
+                    hub.revision.clone_from(revision);
+                }
+                Ok(Source::Hub(hub, args.reach()))
+            }
+            (_, Some(revision)) => {
+                let what = "expected a model of the hub, found one that has no revisions";
+                Err(Usage(format!("--revision {revision}: {what}")).into())
+            }
+            (other, None) => Ok(other),
+        }
     }
 
     /// What the model is called in the API if the operator gives no name.
     pub(crate) fn name(&self) -> String {
         match self {
             Source::Embedded => EMBEDDED_NAME.to_owned(),
-            Source::Hub(hub) => hub.id(),
+            Source::Hub(hub, _) => hub.model_name(),
             Source::Directory(dir) => {
                 let whole = dir.canonicalize().unwrap_or_else(|_| dir.clone());
                 whole.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
@@ -60,17 +88,46 @@ impl Source {
         }
     }
 
+    /// Fetches what has to be fetched.
+    ///
+    /// # Errors
+    /// What the hub says.
+    pub(crate) async fn fetched(self) -> Result<Place> {
+        Ok(match self {
+            Source::Embedded => Place::Embedded,
+            Source::Directory(dir) => Place::Path(dir),
+            Source::Hub(hub, reach) => Place::Path(hub::fetch(&hub, reach).await?),
+        })
+    }
+
     /// Fetches what has to be fetched and opens the checkpoint.
     ///
     /// # Errors
     /// What the hub or the loader says.
     pub(crate) async fn open(self) -> Result<Model> {
-        let dir = match self {
-            Source::Embedded => return open_in_background(Model::embedded).await,
-            Source::Directory(dir) => dir,
-            Source::Hub(hub) => hub::fetch(&hub).await?,
-        };
-        open_in_background(move || Model::open(&dir)).await
+        self.fetched().await?.open().await
+    }
+}
+
+/// Where the files of a model are, on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the binary.
+    Embedded,
+    /// A directory, or a file.
+    Path(PathBuf),
+}
+
+impl Place {
+    /// Opens the checkpoint.
+    ///
+    /// # Errors
+    /// What the loader says.
+    pub(crate) async fn open(self) -> Result<Model> {
+        match self {
+            Place::Embedded => open_in_background(Model::embedded).await,
+            Place::Path(dir) => open_in_background(move || Model::open(&dir)).await,
+        }
     }
 }
 
@@ -91,7 +148,23 @@ mod tests {
         assert_eq!(Source::parse(None).unwrap(), Source::Embedded);
         assert_eq!(Source::parse(Some(here)).unwrap(), Source::Directory(here.into()));
         assert_eq!(Source::Directory("/a/b/../model-x".into()).name(), "model-x");
-        assert!(matches!(Source::parse(Some("org/name@v1")).unwrap(), Source::Hub(h) if h.revision == "v1"));
+        let file = Source::parse(Some("org/name:m-Q8_0.gguf")).unwrap();
+        assert_eq!(file.name(), "org/name:m-Q8_0.gguf");
+        assert!(
+            matches!(Source::parse(Some("org/name@v1")).unwrap(), Source::Hub(h, _) if h.revision == "v1")
+        );
+    }
+
+    #[test]
+    fn a_revision_is_of_a_hub_and_said_once() {
+        let told = |text: Option<&str>, revision: &str| {
+            let args = HubArgs { revision: Some(revision.to_owned()), offline: true };
+            Source::parse(text).unwrap().as_told(&args).map_err(|e| e.to_string())
+        };
+        let pinned = told(Some("org/name"), "v1").unwrap();
+        assert!(matches!(pinned, Source::Hub(hub, Reach::Cache) if hub.revision == "v1"));
+        assert!(told(Some("org/name@v2"), "v1").unwrap_err().contains("`v2`"));
+        assert!(told(None, "v1").unwrap_err().contains("no revisions"));
     }
 
     #[test]

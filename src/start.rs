@@ -14,20 +14,16 @@ use mainstay_models::weights::{DType, RootCheck};
 use mainstay_models::{Model, Weights};
 
 use crate::exit::Usage;
+use crate::memory::{Memory, MemoryChoice, Need};
 use crate::options::{BackendChoice, EngineArgs, KvType};
 use crate::progress::Progress;
+use crate::source::{Place, Source};
 use crate::{data_dir, machine, size};
 
-/// Without --kv-memory, keys and values take this part of the memory that is free beside the weights,
-const KV_SHARE: u64 = 4;
-/// at least this much where there is as much,
-const KV_BYTES_MIN: u64 = 64 << 20;
-/// and at most this much.
-const KV_BYTES_MAX: u64 = 16 << 30;
+/// Without --context, a model that has no room for so many tokens is not worth its memory.
+const CONTEXT_LEAST: usize = 512;
 /// The embedded model must not take a newcomer's memory: enough for 64 conversations of 4096 tokens.
 const KV_BYTES_EMBEDDED: u64 = 256 << 20;
-/// What is assumed to be free where the system does not tell.
-const FREE_BYTES_UNKNOWN: u64 = 4 << 30;
 /// Beside the weights, so that they are not read whole at every start.
 const SIDECAR: &str = ".mainstay-weights.json";
 /// Weights above this size are read from disk under a progress bar before the backend sees them.
@@ -40,15 +36,8 @@ pub(crate) struct Started {
     /// Backend and kernel path, for people: `cpu avx512, 2 threads`.
     pub(crate) device: String,
     pub(crate) limits: Limits,
-}
-
-/// Which budget applies without --kv-memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Budget {
-    /// A small constant.
-    Embedded,
-    /// A share of the free memory.
-    Machine,
+    /// Weights and pages.
+    pub(crate) memory_bytes: u64,
 }
 
 /// The backend that the options name.
@@ -63,7 +52,8 @@ pub(crate) fn backend(args: &EngineArgs) -> Result<Box<dyn Backend>> {
                 return Err(Usage("--threads: expected at least 1, found 0".into()).into());
             }
             let backend = CpuBackend::new(CpuOptions { threads: args.threads, isa });
-            Ok(Box::new(backend.map_err(|e| Usage(e.to_string()))?))
+            let backend = backend.map_err(|e| Usage(e.to_string()))?;
+            Ok(Box::new(if args.takes_adapters { backend.with_adapters() } else { backend }))
         }
         BackendChoice::Candle => Ok(Box::new(CandleBackend::best())),
         BackendChoice::Cuda => Err(Usage("--backend cuda: not in this version (try cpu)".into()).into()),
@@ -77,27 +67,57 @@ pub(crate) fn threads(args: &EngineArgs) -> usize {
     CpuBackend::new(options).map_or_else(|_| machine::cores(), |backend| backend.threads())
 }
 
-/// Loads the model on its backend and starts the engine's thread. Blocks for as long as that takes.
+/// What the model takes of the memory.
+///
+/// # Errors
+/// [`Usage`] for a context that the model was not made for.
+pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Need, Usage> {
+    let weight_bytes = model.graph.weight_bytes(&model.weights);
+    if model.graph.is_whole() {
+        return Ok(Need { weight_bytes, ..Need::default() });
+    }
+    let context = context(&model.graph, args)?;
+    let tokens = if args.context.is_some() { context } else { context.min(CONTEXT_LEAST) };
+    let layout = KvLayout::of(&model.graph, kv_dtype(args.kv_type, &model.weights));
+    let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
+    // one page is never given out
+    let kv_bytes = ((tokens.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+    let (least, most) = match (args.kv_memory, place) {
+        (Some(bytes), _) => (bytes, bytes),
+        (None, Place::Embedded) => (kv_bytes, KV_BYTES_EMBEDDED),
+        (None, Place::Path(_)) => (kv_bytes, u64::MAX),
+    };
+    Ok(Need { weight_bytes, kv_least: (least, tokens), kv_most: most })
+}
+
+/// Loads the only model of this process, from wherever it is, and starts its engine.
+///
+/// # Errors
+/// What the hub or the loader says; [`Usage`] where memory does not hold it.
+pub(crate) async fn alone(source: Source, args: EngineArgs, store: Option<Arc<Store>>) -> Result<Started> {
+    let (name, place) = (source.name(), source.fetched().await?);
+    let model = place.clone().open().await?;
+    let memory = Memory::new(MemoryChoice::Auto);
+    memory.declare(&name, need(&model, &args, &place)?)?;
+    // nothing else is loaded, so that what was declared has room
+    let kv_bytes = memory.room(&name).unwrap_or_default();
+    let started = tokio::task::spawn_blocking(move || engine(model, &args, kv_bytes, store));
+    started.await.context("the loader stopped")?
+}
+
+/// Loads the model on its backend, with so much memory for keys and values, and starts the engine's thread. Blocks for
+/// as long as that takes.
 ///
 /// # Errors
 /// [`Usage`] for limits that cannot be held; otherwise what the backend says.
 pub(crate) fn engine(
     model: Model,
     args: &EngineArgs,
-    budget: Budget,
+    kv_bytes: u64,
     store: Option<Arc<Store>>,
 ) -> Result<Started> {
     let backend = backend(args)?;
-    let free_bytes = machine::memory().map_or(FREE_BYTES_UNKNOWN, |m| m.available_bytes);
     let weight_bytes = model.graph.weight_bytes(&model.weights);
-    let kv_bytes = match (args.kv_memory, budget) {
-        (Some(bytes), _) => bytes,
-        (None, Budget::Embedded) => KV_BYTES_EMBEDDED,
-        // mapped weights are counted as free memory although the backend copies them
-        (None, Budget::Machine) => {
-            (free_bytes.saturating_sub(weight_bytes) / KV_SHARE).clamp(KV_BYTES_MIN, KV_BYTES_MAX)
-        }
-    };
     let limits = limits(&model.graph, kv_dtype(args.kv_type, &model.weights), kv_bytes, args)?;
     warm(&model.weights, weight_bytes);
     let mut executor = {
@@ -114,17 +134,20 @@ pub(crate) fn engine(
     }
     options.store = store;
     options.restore = args.restore.into();
+    let groups = executor.kv_layout().groups.iter().zip(&limits.pages);
+    let page_bytes: u64 = groups.map(|(group, pages)| group.page_bytes() as u64 * *pages as u64).sum();
     let handle = Handle::start(executor, options).context("the engine's thread could not be started")?;
     let class = handle.numeric_class();
     tracing::info!(
         family = model.graph.family,
         weights = size::show(weight_bytes),
-        kv = size::show(kv_bytes),
+        kv = size::show(page_bytes),
         path = class.path,
         ?limits,
         "engine started"
     );
-    Ok(Started { handle, device: device_name(&*backend), limits, model })
+    let memory_bytes = weight_bytes + page_bytes;
+    Ok(Started { handle, device: device_name(&*backend), limits, memory_bytes, model })
 }
 
 /// What of the model decides the bytes of its pages.
@@ -210,7 +233,7 @@ fn limits(graph: &Graph, kv_dtype: KvDType, kv_bytes: u64, args: &EngineArgs) ->
 }
 
 /// The context that was asked for, else what the model was made for.
-fn context(graph: &Graph, args: &EngineArgs) -> Result<usize, Usage> {
+pub(crate) fn context(graph: &Graph, args: &EngineArgs) -> Result<usize, Usage> {
     let (wanted, made_for) = (args.context.unwrap_or(graph.context), graph.context);
     if wanted == 0 || wanted > made_for {
         let what = format!("--context {wanted}: expected 1 to {made_for}, what the model was made for");
@@ -252,7 +275,7 @@ fn warm(weights: &Weights, weight_bytes: u64) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op};
+    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op, RopeSwitch};
 
     use super::*;
 
@@ -279,6 +302,7 @@ mod tests {
             hidden: 32,
             vocab: 100,
             context: 1000,
+            rope_switch: RopeSwitch::default(),
         }
     }
 

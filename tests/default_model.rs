@@ -73,6 +73,7 @@ fn ask(model: &Model, handle: &Handle, messages: &[Value]) -> Generation {
         logprobs: None,
         prompt_logprobs: None,
         priority: 0,
+        adapter: None,
         grammar: None,
         drawn: Vec::new(),
         keep: Keep::default(),

@@ -38,6 +38,22 @@ impl Config {
         Ok(Self { path: origin.to_owned(), prefix: String::new(), map })
     }
 
+    /// The same with keys that the file leaves out; one that it names, be it as `null`, stays.
+    pub(crate) fn or(&self, defaults: Value) -> Self {
+        let mut config = self.clone();
+        for (key, value) in entries(defaults) {
+            config.map.entry(key).or_insert(value);
+        }
+        config
+    }
+
+    /// The same with these keys in place of the file's.
+    pub(crate) fn with(&self, keys: Value) -> Self {
+        let mut config = self.clone();
+        config.map.extend(entries(keys));
+        config
+    }
+
     /// The file, for messages.
     pub fn path(&self) -> &Path {
         &self.path
@@ -56,11 +72,6 @@ impl Config {
     /// All keys and values at this level.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
         self.map.iter()
-    }
-
-    /// Whether the key stands in the file, be it as `null`: some defaults apply to absent keys only.
-    pub(crate) fn mentions(&self, key: &str) -> bool {
-        self.map.contains_key(key)
     }
 
     /// A whole number in a range; `None` where absent.
@@ -125,6 +136,14 @@ impl Config {
             .map(|v| v.as_u64().filter(|&n| n < vocab as u64).and_then(|n| u32::try_from(n).ok()))
             .collect();
         ids.ok_or_else(|| self.wrong(key, &format!("token ids below {vocab}")))
+    }
+}
+
+/// The keys of an object that stands in the source.
+fn entries(object: Value) -> Map<String, Value> {
+    match object {
+        Value::Object(map) => map,
+        other => unreachable!("{other} is no object"),
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Graph {
     pub vocab: usize,
     /// Longest sequence, in tokens, that the model was made for.
     pub context: usize,
+    /// Which table of its [`Rope`]s a sequence turns by.
+    pub rope_switch: RopeSwitch,
 }
 
 /// How a sequence becomes one row.
@@ -116,21 +118,51 @@ impl Matrix {
 }
 
 /// A weight vector, possibly several checkpoint tensors end to end. Names are relative to the layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Vector {
     /// Checkpoint tensors in order, with the length that each must have.
     pub parts: Vec<(String, usize)>,
+    /// Added to every stored number: 1 where a checkpoint holds the distance of a norm's weight from 1.
+    pub offset: f32,
 }
 
 impl Vector {
     /// A vector that is one checkpoint tensor.
     pub fn one(name: impl Into<String>, len: usize) -> Self {
-        Self { parts: vec![(name.into(), len)] }
+        Self::named(vec![(name.into(), len)])
     }
 
     /// Several checkpoint tensors end to end.
     pub fn stacked(parts: &[(&str, usize)]) -> Self {
-        Self { parts: parts.iter().map(|&(n, l)| (n.to_owned(), l)).collect() }
+        Self::named(parts.iter().map(|&(n, l)| (n.to_owned(), l)).collect())
+    }
+
+    /// As [`Vector::stacked`], of names that were made.
+    pub fn named(parts: Vec<(String, usize)>) -> Self {
+        Self { parts, offset: 0.0 }
+    }
+
+    /// The same, with this added to every stored number.
+    pub fn plus(self, offset: f32) -> Self {
+        Self { offset, ..self }
+    }
+
+    /// The numbers of the layer with this prefix.
+    ///
+    /// # Errors
+    /// As [`Weights::expect`].
+    pub fn read(&self, prefix: &str, weights: &Weights) -> Result<Vec<f32>, LoadError> {
+        let mut numbers = vec![0.0; self.width()];
+        let mut rest = &mut numbers[..];
+        for (name, len) in &self.parts {
+            let name = format!("{prefix}{name}");
+            weights.expect(&name, &[*len])?;
+            let (own, after) = rest.split_at_mut(*len);
+            weights.tensor(&name)?.read_f32(own);
+            rest = after;
+        }
+        numbers.iter_mut().for_each(|n| *n += self.offset);
+        Ok(numbers)
     }
 
     /// Number of elements.
@@ -213,6 +245,18 @@ pub struct Rope {
     pub layout: RopeLayout,
     /// Multiplier of sine and cosine.
     pub scale: f32,
+}
+
+/// Longest sequence, in tokens, that turns by the first table of every [`Rope`] (LongRoPE, arXiv 2402.13753); longer ones
+/// turn by the second. `None` where one table is for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RopeSwitch(pub Option<usize>);
+
+impl RopeSwitch {
+    /// Which table a sequence of this many tokens turns by, all of its tokens.
+    pub fn table(self, len: usize) -> usize {
+        usize::from(self.0.is_some_and(|most| len > most))
+    }
 }
 
 /// Attention. Under a causal mask K and V of this step's rows are appended to the layer's pages first, then every row
@@ -542,6 +586,7 @@ impl Graph {
             ends(block, &format!("block {i}"), self.hidden, self.hidden)?;
         }
         self.check_positions()?;
+        self.check_rotations()?;
         let kept = if self.is_whole() { 0 } else { self.layers.len() };
         if self.kv.len() != kept {
             return Err(wrong(format!("expected {kept} KV descriptions, found {}", self.kv.len())));
@@ -583,6 +628,20 @@ impl Graph {
                 && weight.rows() < self.context
             {
                 let what = format!("expected rows for {} positions, found {}", self.context, weight.rows());
+                return Err(LoadError::Graph { op: at, name: op.name(), what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Every rotation has a table for each length of a sequence.
+    fn check_rotations(&self) -> Result<(), LoadError> {
+        let want = 1 + self.rope_switch.table(usize::MAX);
+        for (at, op) in self.blocks.iter().flat_map(|b| b.ops.iter().enumerate()) {
+            if let Op::Rope { rope, .. } = op
+                && rope.tables.len() < want
+            {
+                let what = format!("expected {want} tables of angles, found {}", rope.tables.len());
                 return Err(LoadError::Graph { op: at, name: op.name(), what });
             }
         }

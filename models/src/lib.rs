@@ -1,9 +1,11 @@
 //! What a model is: its graph, weights, tokenizer and chat template. No arithmetic, no devices, no HTTP.
 
+pub mod adapter;
 pub mod config;
 pub mod error;
 pub mod families;
 mod file;
+mod gguf;
 pub mod graph;
 pub mod model;
 pub mod quant;
@@ -12,6 +14,7 @@ pub mod template;
 pub mod tokenizer;
 pub mod weights;
 
+pub use adapter::{AdapterWeights, LowRank};
 pub use error::LoadError;
 pub use model::{Generation, Hashes, Model};
 pub use weights::Weights;

@@ -8,6 +8,7 @@ use crate::LoadError;
 use crate::config::Config;
 use crate::families;
 use crate::file;
+use crate::gguf;
 use crate::graph::Graph;
 use crate::sentence;
 use crate::template::{ChatTemplate, Sources};
@@ -78,11 +79,46 @@ impl Hashes {
 
 impl Model {
     /// Opens a directory with config.json, safetensors, tokenizer.json and, where present, tokenizer_config.json,
-    /// chat_template.jinja, generation_config.json and the files of sentence-transformers.
+    /// chat_template.jinja, generation_config.json and the files of sentence-transformers; or a `.gguf` file, or the
+    /// first of several.
     ///
     /// # Errors
     /// [`LoadError`], naming the file and what in it is at fault.
-    pub fn open(dir: &Path) -> Result<Self, LoadError> {
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        match path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            true => Self::from_gguf(path, gguf::open(path)?),
+            false => Self::open_dir(path),
+        }
+    }
+
+    /// A `.gguf` file that lies in memory; `origin` stands for its path in messages.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_gguf_bytes(origin: &Path, bytes: Vec<u8>) -> Result<Self, LoadError> {
+        Self::from_gguf(origin, gguf::from_bytes(origin, bytes)?)
+    }
+
+    fn from_gguf(path: &Path, found: gguf::Checkpoint) -> Result<Self, LoadError> {
+        let files = Files {
+            dir: path.to_owned(),
+            config: found.config,
+            tokenizer: found.tokenizer,
+            tokenizer_config: Some(found.tokenizer_config),
+            generation: Some(found.generation),
+            template: None,
+            tool_template: None,
+        };
+        let config = Config::from_bytes(&files.path("config.json"), &files.config)?;
+        let mut graph = families::graph(&config)?;
+        if let (Some(kind), Some(pooled)) = (found.pooling, &mut graph.pooled) {
+            sentence::pool_by(pooled, kind);
+        }
+        let name = path.file_stem().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned());
+        Self::assemble(name, files, config, graph, found.weights)
+    }
+
+    fn open_dir(dir: &Path) -> Result<Self, LoadError> {
         let files = Files::read(dir)?;
         // The configuration first: its errors are cheaper to find than those of gigabytes of weights.
         let config = Config::from_bytes(&files.path("config.json"), &files.config)?;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::LoadError;
 use crate::config::Config;
 use crate::file;
-use crate::graph::{Graph, Op, PoolKind, PooledKind};
+use crate::graph::{Graph, Op, PoolKind, Pooled, PooledKind};
 
 /// Texts beyond this are not a model's.
 const LEN_MAX: usize = 1 << 26;
@@ -33,11 +33,7 @@ pub(crate) fn apply(dir: &Path, graph: &mut Graph) -> Result<(), LoadError> {
         return Ok(());
     };
     if let Some(kind) = pool_kind(dir)? {
-        for op in &mut pooled.block.ops {
-            if let Op::Pool { kind: found, .. } = op {
-                *found = kind;
-            }
-        }
+        pool_by(pooled, kind);
     }
     let path = dir.join("sentence_bert_config.json");
     if let Some(bytes) = file::read_optional(&path, file::CONFIG_BYTES_MAX)?
@@ -46,6 +42,15 @@ pub(crate) fn apply(dir: &Path, graph: &mut Graph) -> Result<(), LoadError> {
         graph.context = graph.context.min(most);
     }
     Ok(())
+}
+
+/// Makes an embedding of these rows.
+pub(crate) fn pool_by(pooled: &mut Pooled, kind: PoolKind) {
+    for op in &mut pooled.block.ops {
+        if let Op::Pool { kind: found, .. } = op {
+            *found = kind;
+        }
+    }
 }
 
 /// How `modules.json` pools; `None` where there is none, or it does not say.

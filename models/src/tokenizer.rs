@@ -7,6 +7,7 @@ use std::path::Path;
 use tokenizers::{DecoderWrapper, PostProcessor, TruncationDirection};
 
 use crate::LoadError;
+use crate::gguf;
 
 /// Whether encoding adds the special tokens of the tokenizer's post-processor (such as a leading `<s>`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,14 @@ impl Tokenizer {
             Ok(_) => Ok(tokenizer),
             Err(e) => Err(wrong(format!("expected a tokenizer, found one that fails on an empty text: {e}"))),
         }
+    }
+
+    /// The tokenizer in the metadata of a GGUF file, whether it has tensors or not.
+    ///
+    /// # Errors
+    /// [`LoadError::Io`], [`LoadError::Format`].
+    pub fn from_gguf(path: &Path) -> Result<Self, LoadError> {
+        Self::from_bytes(path, &gguf::tokenizer(path)?)
     }
 
     /// Token ids of a text. Special tokens written out in the text are recognised, as in transformers.

@@ -5,6 +5,7 @@
 
 mod define;
 mod dtype;
+mod gguf;
 mod header;
 mod memory;
 mod root;
@@ -211,11 +212,6 @@ impl Weights {
     fn add(&mut self, path: &Path, bytes: Bytes) -> Result<(), LoadError> {
         let file = self.files.len();
         for t in header::read(path, &bytes)? {
-            if let Some(other) = self.stored.get(&t.name) {
-                let other = self.files[other.span.file].path.display();
-                let what = format!("tensor `{}`: expected once, found in {other} too", t.name);
-                return Err(LoadError::format(path, what));
-            }
             let span = Span { file, range: t.range };
             let dtype = DType::parse(&t.dtype);
             if let Some(dtype) = dtype {
@@ -223,9 +219,20 @@ impl Weights {
                 let tensor = Tensor { dtype, shape, storage, rows: RowMap::PLAIN };
                 self.tensors.insert(t.name.clone(), tensor);
             }
-            self.stored.insert(t.name, Entry { type_name: t.dtype, dtype, shape: t.shape, span });
+            self.store(path, t.name, Entry { type_name: t.dtype, dtype, shape: t.shape, span })?;
         }
         self.files.push(Mapped { path: path.to_owned(), bytes });
+        Ok(())
+    }
+
+    /// Enters a stored tensor of the file at `path`.
+    fn store(&mut self, path: &Path, name: String, entry: Entry) -> Result<(), LoadError> {
+        if let Some(other) = self.stored.get(&name) {
+            let other = self.files.get(other.span.file).map_or(path, |f| &f.path).display();
+            let what = format!("tensor `{name}`: expected once, found in {other} too");
+            return Err(LoadError::format(path, what));
+        }
+        self.stored.insert(name, entry);
         Ok(())
     }
 }

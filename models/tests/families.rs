@@ -4,8 +4,21 @@ use std::path::Path;
 
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::graph::{Activation, Attend, Graph, Mask, Op, Rope};
+use mainstay_models::graph::{Activation, Attend, Block, Graph, Layer, Mask, Op, Rope};
 use serde_json::{Value, json};
+
+const FAMILIES: [&str; 10] = [
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "phi3_longrope",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+];
 
 fn fixture(family: &str, name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(family).join(name);
@@ -37,11 +50,14 @@ fn windows(graph: &Graph) -> Vec<Option<usize>> {
 }
 
 fn rope(graph: &Graph) -> &Rope {
-    let found = graph.blocks[0].ops.iter().find_map(|op| match op {
+    rope_of(graph, 0).unwrap()
+}
+
+fn rope_of(graph: &Graph, block: usize) -> Option<&Rope> {
+    graph.blocks[block].ops.iter().find_map(|op| match op {
         Op::Rope { rope, .. } => Some(rope),
         _ => None,
-    });
-    found.unwrap()
+    })
 }
 
 fn biases(graph: &Graph) -> Vec<bool> {
@@ -54,7 +70,7 @@ fn biases(graph: &Graph) -> Vec<bool> {
 
 #[test]
 fn both_layouts_of_a_configuration_give_one_graph() {
-    for family in ["llama", "mistral", "qwen2", "qwen3"] {
+    for family in FAMILIES {
         let (hub, new) = (fixture(family, "config.json"), fixture(family, "config.v5.json"));
         assert_ne!(hub, new);
         assert_eq!(format!("{:?}", graph(&hub).unwrap()), format!("{:?}", graph(&new).unwrap()));
@@ -133,6 +149,157 @@ fn windows_follow_the_configuration() {
     assert!(short.unwrap_err().contains("layer_types: expected a list of 2"));
 }
 
+fn names(block: &Block) -> String {
+    block.ops.iter().map(Op::name).collect::<Vec<_>>().join(" ")
+}
+
+/// The weights of the norms of a block, in order, and what is added to them.
+fn norms<'a>(block: &'a Block) -> Vec<(&'a str, usize, f32)> {
+    let of_op = |op: &'a Op| match op {
+        Op::RmsNorm { weight, .. } => Some((&*weight.parts[0].0, weight.width(), weight.offset)),
+        _ => None,
+    };
+    block.ops.iter().filter_map(of_op).collect()
+}
+
+#[test]
+fn norms_stand_where_the_family_has_them() {
+    let gemma = changed("gemma3_text", &json!({})).unwrap();
+    let expected = "Input RmsNorm Linear Slice Slice Slice RmsNorm RmsNorm Rope Rope Attend Linear RmsNorm Add \
+                    RmsNorm Linear GatedActivate Linear RmsNorm Add";
+    assert_eq!(names(&gemma.blocks[0]), expected);
+    let expected = [
+        ("input_layernorm.weight", 64, 1.0),
+        ("self_attn.q_norm.weight", 16, 1.0),
+        ("self_attn.k_norm.weight", 16, 1.0),
+        ("post_attention_layernorm.weight", 64, 1.0),
+        ("pre_feedforward_layernorm.weight", 64, 1.0),
+        ("post_feedforward_layernorm.weight", 64, 1.0),
+    ];
+    assert_eq!(norms(&gemma.blocks[0]), expected);
+    assert_eq!(norms(&gemma.epilogue), [("model.norm.weight", 64, 1.0)]);
+    let plain = changed("gemma2", &json!({"norm_offset": 0.0})).unwrap();
+    assert!(plain.blocks.iter().flat_map(norms).all(|(_, _, offset)| offset == 0.0));
+    let olmo = changed("olmo2", &json!({"num_key_value_heads": 2})).unwrap();
+    let expected = "Input Linear Slice Slice Slice RmsNorm RmsNorm Rope Rope Attend Linear RmsNorm Add Linear \
+                    GatedActivate Linear RmsNorm Add";
+    assert_eq!(names(&olmo.blocks[0]), expected);
+    let expected = [
+        ("self_attn.q_norm.weight", 64, 0.0),
+        ("self_attn.k_norm.weight", 32, 0.0),
+        ("post_attention_layernorm.weight", 64, 0.0),
+        ("post_feedforward_layernorm.weight", 64, 0.0),
+    ];
+    assert_eq!(norms(&olmo.blocks[0]), expected);
+}
+
+#[test]
+fn gemmas_numbers_follow_the_configuration() {
+    let attention = |graph: &Graph| {
+        let found = graph.blocks[0].ops.iter().find_map(|op| match op {
+            Op::Attend(attend) => Some((attend.scale, attend.softcap)),
+            _ => None,
+        });
+        found.unwrap()
+    };
+    let two = changed("gemma2", &json!({})).unwrap();
+    assert_eq!(attention(&two), (24f64.powf(-0.5) as f32, Some(5.0)));
+    assert!(matches!(two.epilogue.ops[4], Op::Softcap { cap: 12.0, .. }));
+    let none = json!({"attn_logit_softcapping": null, "final_logit_softcapping": null});
+    let plain = changed("gemma2", &none).unwrap();
+    assert_eq!((attention(&plain).1, plain.epilogue.ops.len()), (None, 4));
+    let mut silent = fixture("gemma2", "config.json");
+    let keys = silent.as_object_mut().unwrap();
+    keys.retain(|key, _| !key.contains("softcapping") && key != "tie_word_embeddings");
+    let silent = graph(&silent).unwrap();
+    assert_eq!(attention(&silent).1, Some(50.0));
+    assert!(
+        matches!(&silent.epilogue.ops[3], Op::Linear { weight, .. } if weight.parts[0].0.contains("embed"))
+    );
+    let scale = |patch: Value| match changed("gemma2", &patch).unwrap().prologue.ops[1] {
+        Op::Scale { factor, .. } => factor,
+        ref other => panic!("{other:?}"),
+    };
+    // The root of 1152 is 33.941..., which bf16 holds as 34 and f16 as 33.9375.
+    assert_eq!(scale(json!({"hidden_size": 1152, "torch_dtype": "bfloat16"})), 34.0);
+    assert_eq!(scale(json!({"hidden_size": 1152, "dtype": "float16"})), 33.9375);
+    assert_eq!(scale(json!({"hidden_size": 1152})), 1152f32.sqrt());
+    let both_ways = changed("gemma3_text", &json!({"use_bidirectional_attention": true})).unwrap_err();
+    assert!(both_ways.contains("use_bidirectional_attention: expected false"), "{both_ways}");
+}
+
+#[test]
+fn gemma_3_turns_layers_with_a_window_by_a_base_of_their_own() {
+    let graph =
+        changed("gemma3_text", &json!({"rope_scaling": {"rope_type": "linear", "factor": 8.0}})).unwrap();
+    assert_eq!(windows(&graph), [Some(8), Some(8), None, Some(8)]);
+    assert_eq!(graph.blocks.len(), 2);
+    let table = |block: usize| rope_of(&graph, block).unwrap().tables[0][1];
+    let of = |base: f32| base.powf(-0.125);
+    assert!((table(0) - of(1e4)).abs() < 1e-6 && (table(1) - of(1e6) / 8.0).abs() < 1e-6);
+    // The text model inside one that sees, with what Hugging Face leaves out there.
+    let text =
+        json!({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "sliding_window": 8});
+    let whole = json!({"model_type": "gemma3", "torch_dtype": "bfloat16", "text_config": text});
+    let graph = self::graph(&whole).unwrap();
+    assert_eq!((graph.family, graph.vocab, graph.context), ("gemma3", 262_208, 131_072));
+    assert_eq!((graph.kv[0].heads, graph.kv[0].head_dim), (4, 256));
+    assert_eq!(windows(&graph)[4..], [Some(8), None, Some(8)]);
+    let none = self::graph(&json!({"model_type": "gemma3"})).unwrap_err();
+    assert!(none.contains("text_config: expected an object, found nothing"), "{none}");
+}
+
+#[test]
+fn smollm_3_leaves_positions_out_of_some_layers() {
+    let rotated = |patch: Value| {
+        let graph = changed("smollm3", &patch).unwrap();
+        let of_layer = |layer: &Layer| rope_of(&graph, layer.block).is_some();
+        graph.layers.iter().map(of_layer).collect::<Vec<_>>()
+    };
+    assert_eq!(rotated(json!({})), [true, true, true, false]);
+    assert_eq!(rotated(json!({"no_rope_layers": [0, 1, 0, 1]})), [false, true, false, true]);
+    assert_eq!(
+        rotated(json!({"no_rope_layers": null, "no_rope_layer_interval": 2})),
+        [true, false, true, false]
+    );
+    let wrong = changed("smollm3", &json!({"no_rope_layers": [1, 1, 2, 0]})).unwrap_err();
+    assert!(wrong.contains("no_rope_layers: expected 4 numbers, each 0 or 1"), "{wrong}");
+    let window = json!({"use_sliding_window": true, "sliding_window": 8});
+    assert_eq!(windows(&changed("smollm3", &window).unwrap()), [None, None, None, Some(8)]);
+}
+
+#[test]
+fn phi_3_has_a_table_for_short_and_one_for_long_sequences() {
+    let long = changed("phi3_longrope", &json!({})).unwrap();
+    let rope = rope(&long);
+    assert_eq!((rope.tables.len(), rope.dim, rope.head_dim), (2, 16, 16));
+    assert!((rope.scale - (1.0 + 8f32.ln() / 64f32.ln()).sqrt()).abs() < 1e-6);
+    let (short, stretched) = (rope.tables[0][7], rope.tables[1][7]);
+    assert!((short * 1.35 / (stretched * 5.9) - 1.0).abs() < 1e-6);
+    assert_eq!([0, 64, 65, 512].map(|len| long.rope_switch.table(len)), [0, 0, 1, 1]);
+    assert_eq!(changed("phi3", &json!({})).unwrap().rope_switch.table(usize::MAX), 0);
+    let factors = json!([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let scaling = json!({"type": "su", "short_factor": factors, "long_factor": factors});
+    let part = json!({"partial_rotary_factor": 0.75, "rope_scaling": scaling});
+    let part = changed("phi3_longrope", &part).unwrap();
+    assert_eq!((self::rope(&part).dim, self::rope(&part).tables[0].len()), (12, 6));
+    let names: Vec<&str> = long.blocks[0]
+        .ops
+        .iter()
+        .filter_map(|op| match op {
+            Op::Linear { weight, .. } => Some(&*weight.parts[0].0),
+            _ => None,
+        })
+        .collect();
+    let expected = [
+        "self_attn.qkv_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_up_proj.weight",
+        "mlp.down_proj.weight",
+    ];
+    assert_eq!(names, expected);
+}
+
 /// Against the same formulas in NumPy, float32 throughout.
 #[test]
 fn rope_frequencies_are_those_of_float32() {
@@ -175,7 +342,7 @@ fn absurd_and_unsupported_configurations_are_refused() {
     for (patch, expected) in [
         (
             json!({"model_type": "gpt9"}),
-            "unknown model_type `gpt9` (known: bert, llama, mistral, qwen2, qwen3)",
+            "unknown model_type `gpt9` (known: bert, gemma2, gemma3, gemma3_text, llama, mistral, olmo2, phi3, ",
         ),
         (json!({"model_type": null}), "unknown model_type ``"),
         (json!({"model_type": 3}), "model_type: expected a text, found 3"),
@@ -216,7 +383,14 @@ fn absurd_and_unsupported_configurations_are_refused() {
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings: expected true or false, found 1"),
         (json!({"rope_scaling": 8}), "rope_scaling: expected an object, found 8"),
         (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4}}), "rope_scaling.rope_type: expected"),
-        (json!({"rope_scaling": {"type": "longrope"}}), "found \"longrope\""),
+        (
+            json!({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}),
+            "rope_scaling.short_factor: expected 8 numbers above 0",
+        ),
+        (
+            json!({"rope_scaling": {"type": "longrope"}}),
+            "rope_scaling.original_max_position_embeddings: expected",
+        ),
         (json!({"rope_parameters": {"rope_type": "dynamic"}}), "rope_parameters.rope_type: expected"),
         (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor: expected"),
         (json!({"rope_scaling": {"type": "linear", "factor": 0}}), "rope_scaling.factor: expected"),
@@ -225,7 +399,11 @@ fn absurd_and_unsupported_configurations_are_refused() {
                 "high_freq_factor": 4, "original_max_position_embeddings": 64}}),
             "rope_scaling.high_freq_factor: expected more than low_freq_factor",
         ),
-        (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor: expected 1"),
+        (json!({"partial_rotary_factor": 1.5}), "partial_rotary_factor: expected a number from 0 to 1"),
+        (
+            json!({"partial_rotary_factor": 0.2}),
+            "partial_rotary_factor: expected an even number of the head's 16 elements, not 3",
+        ),
         (json!({"quantization_config": {"quant_method": "awq"}}), "quant_method: expected no quantization"),
     ] {
         let error = changed("llama", &patch).expect_err(&patch.to_string());

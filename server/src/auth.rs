@@ -1,4 +1,4 @@
-//! Bearer keys: which tenant a request speaks for.
+//! Bearer keys: which tenant a request speaks for, and whether as the operator.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,10 +8,20 @@ use axum::http::{HeaderMap, header};
 
 use crate::error::ApiError;
 
+/// What a key opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// What belongs to its tenant.
+    User,
+    /// Also what belongs to the operator: the store as a whole, and what is loaded.
+    Admin,
+}
+
 /// A key and the tenant it belongs to. Only the key's hash is kept.
 #[derive(Clone)]
 pub struct ApiKey {
     tenant: Arc<str>,
+    role: Role,
     hash: blake3::Hash,
 }
 
@@ -38,7 +48,19 @@ impl FromStr for ApiKey {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(ApiKeyError("a space, a control character or a character outside ASCII"));
         }
-        Ok(Self { tenant: tenant.into(), hash: blake3::hash(key.as_bytes()) })
+        Ok(Self { tenant: tenant.into(), role: Role::User, hash: blake3::hash(key.as_bytes()) })
+    }
+}
+
+impl ApiKey {
+    /// The same key, of the operator.
+    pub fn admin(self) -> Self {
+        Self { role: Role::Admin, ..self }
+    }
+
+    /// Whether it is one of the operator's.
+    pub fn is_admin(&self) -> bool {
+        self.role == Role::Admin
     }
 }
 
@@ -52,31 +74,39 @@ impl fmt::Debug for ApiKey {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tenant(pub(crate) Arc<str>);
 
-/// The tenant of a request; with no keys configured everyone is the default tenant.
+/// The tenant and the role of a request. With no user's keys configured everyone is a user of the default tenant, and the
+/// operator whoever presents a key of the operator.
 ///
 /// Time does not depend on where a presented key differs: hashes are compared, all of them, each in constant time.
-pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<Tenant, ApiError> {
-    if keys.is_empty() {
-        return Ok(Tenant(DEFAULT_TENANT.into()));
-    }
-    let presented = match (headers.get(header::AUTHORIZATION), headers.get(X_API_KEY)) {
-        (Some(presented), _) => bearer(presented.as_bytes()).ok_or_else(|| {
-            ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found another scheme")
-        })?,
-        (None, Some(key)) => key.as_bytes().trim_ascii(),
-        (None, None) => {
-            let message = "expected the header `Authorization: Bearer KEY`, found none";
-            return Err(ApiError::unauthorized(message));
-        }
-    };
-    let hash = blake3::hash(presented);
+pub(crate) fn authenticate(keys: &[ApiKey], headers: &HeaderMap) -> Result<(Tenant, Role), ApiError> {
+    let presented = presented(headers);
+    let hash = presented.as_ref().ok().map(|key| blake3::hash(key));
     let mut found = None;
     for key in keys {
-        if key.hash == hash {
-            found = Some(Tenant(key.tenant.clone()));
+        if hash == Some(key.hash) {
+            found = Some((Tenant(key.tenant.clone()), key.role));
         }
     }
-    found.ok_or_else(|| ApiError::unauthorized("the API key is not known here"))
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    if keys.iter().all(|key| key.role == Role::Admin) {
+        return Ok((Tenant(DEFAULT_TENANT.into()), Role::User));
+    }
+    presented.and_then(|_| Err(ApiError::unauthorized("the API key is not known here")))
+}
+
+fn presented(headers: &HeaderMap) -> Result<&[u8], ApiError> {
+    match (headers.get(header::AUTHORIZATION), headers.get(X_API_KEY)) {
+        (Some(presented), _) => bearer(presented.as_bytes()).ok_or_else(|| {
+            ApiError::unauthorized("expected the header `Authorization: Bearer KEY`, found another scheme")
+        }),
+        (None, Some(key)) => Ok(key.as_bytes().trim_ascii()),
+        (None, None) => {
+            let message = "expected the header `Authorization: Bearer KEY`, found none";
+            Err(ApiError::unauthorized(message))
+        }
+    }
 }
 
 /// Where clients of Anthropic's API put the key.
@@ -100,7 +130,7 @@ mod tests {
         if let Some(value) = authorization {
             headers.insert(header::AUTHORIZATION, value.parse().unwrap());
         }
-        authenticate(keys, &headers).ok().map(|tenant| tenant.0.to_string())
+        authenticate(keys, &headers).ok().map(|(tenant, _)| tenant.0.to_string())
     }
 
     #[test]
@@ -116,6 +146,23 @@ mod tests {
         }
         assert_eq!(ask(&keys, None), None);
         assert_eq!(ask(&[], None).as_deref(), Some("default"));
+    }
+
+    #[test]
+    fn only_an_operators_key_is_one() {
+        let key = |text: &str| text.parse::<ApiKey>().unwrap();
+        let keys = [key("sk-a"), key("sk-op").admin()];
+        for (presented, expected) in [("sk-a", Role::User), ("sk-op", Role::Admin)] {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::AUTHORIZATION, format!("Bearer {presented}").parse().unwrap());
+            assert_eq!(authenticate(&keys, &headers).unwrap().1, expected, "{presented}");
+        }
+        assert_eq!(authenticate(&[], &HeaderMap::new()).unwrap().1, Role::User);
+        // A key of the operator's alone closes nothing.
+        let open = &keys[1..];
+        assert_eq!(authenticate(open, &HeaderMap::new()).unwrap().1, Role::User);
+        assert_eq!(ask(open, Some("Bearer EMPTY")).as_deref(), Some("default"));
+        assert!(authenticate(&keys, &HeaderMap::new()).is_err());
     }
 
     #[test]

@@ -127,11 +127,47 @@ impl ApiError {
             .code("unknown_url")
     }
 
-    /// 404: no such model.
-    pub(crate) fn no_model(id: &str) -> Self {
-        Self::new(StatusCode::NOT_FOUND, INVALID, format!("the model `{id}` does not exist"))
-            .param("model")
-            .code("model_not_found")
+    /// 404: no such model; there are those of `names`.
+    pub(crate) fn no_model<'a>(id: &str, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let names: Vec<String> = names.into_iter().map(|name| format!("`{name}`")).collect();
+        let message = match names.as_slice() {
+            [] => format!("the model `{id}` does not exist"),
+            names => format!("the model `{id}` does not exist; this server has {}", names.join(", ")),
+        };
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).param("model").code("model_not_found")
+    }
+
+    /// 404: no such adapter.
+    pub(crate) fn no_adapter(id: &str) -> Self {
+        let message = format!("The lora adapter '{id}' cannot be found.");
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).param("lora_name").code("adapter_not_found")
+    }
+
+    /// 503: the server is starting.
+    pub(crate) fn model_loading(id: &str) -> Self {
+        Self::unavailable(format!("the model `{id}` is being loaded"), "model_loading")
+    }
+
+    /// 503: the model did not come; it is not asked for again before `retry_s`.
+    pub(crate) fn model_failed(id: &str, reason: &str, retry_s: u64) -> Self {
+        let message = format!("the model `{id}` could not be loaded: {reason}");
+        Self::unavailable(message, "model_failed").retry_after(retry_s)
+    }
+
+    /// 409: the session is another model's.
+    pub(crate) fn of_other_model(own: &str, asked: &str) -> Self {
+        let message = format!(
+            "the session belongs to the model `{own}`, and the request names `{asked}`; name `{own}`, or begin a session \
+             of `{asked}`"
+        );
+        Self::conflict(message, "session_model").param("model")
+    }
+
+    /// 429: so many sequences or requests wait already.
+    pub(crate) fn queue_full(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            .code("queue_full")
+            .retry_after(1)
     }
 
     /// 404: there is no such session, or it is another tenant's.
@@ -163,6 +199,18 @@ impl ApiError {
             }
             _ => Self::internal("the disk of this server failed"),
         }
+    }
+
+    /// 404: an export was to have pages, and there are none.
+    pub(crate) fn no_pages() -> Self {
+        let message = "no keys and values of this session are kept: export it with include=tokens";
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).code("pages_not_found")
+    }
+
+    /// 403: what was asked for is the operator's.
+    pub(crate) fn not_admin() -> Self {
+        let message = "this needs a key of the operator (--admin-key)";
+        Self::new(StatusCode::FORBIDDEN, INVALID, message).code("admin_only")
     }
 
     /// 404: this server has no object store.
@@ -260,11 +308,7 @@ impl From<RequestError> for ApiError {
         let message = error.to_string();
         match error {
             RequestError::ContextLength { .. } => Self::context_length(message, "messages"),
-            RequestError::Busy { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
-                    .code("queue_full")
-                    .retry_after(1)
-            }
+            RequestError::Busy { .. } => Self::queue_full(message),
             RequestError::Invalid { field, what } => {
                 // The engine's word and the API's.
                 Self::field(if field == "choices" { "n" } else { field }, what)

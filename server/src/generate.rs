@@ -10,7 +10,6 @@ use mainstay_engine::store::Durability;
 use mainstay_engine::{Event, FinishReason, Generation, RequestError, Score};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::time::Instant;
 
 use crate::choice::{ChoiceText, Ending};
 use crate::detokenize::Detokenizer;
@@ -272,7 +271,7 @@ impl Run {
             if self.unsent.is_empty() && self.lanes.iter().all(|lane| lane.generation.is_none()) {
                 return None;
             }
-            let handled = match self.deadline() {
+            let handled = match self.job.time.deadline(self.started) {
                 None => Ok(self.event().await),
                 Some((at, error)) => tokio::time::timeout_at(at, self.event()).await.map_err(|_| error),
             };
@@ -359,18 +358,6 @@ impl Run {
             Poll::Pending
         })
         .await
-    }
-
-    /// The time limit that comes first, and what the client hears then.
-    fn deadline(&self) -> Option<(Instant, ApiError)> {
-        let time = &self.job.time;
-        let request =
-            time.request.map(|limit| (time.arrived + limit, ApiError::timeout(limit.as_secs_f64())));
-        let queue = time.queue.filter(|_| !self.started).map(|limit| {
-            let message = format!("the request waited longer than {} s to be started", limit.as_secs_f64());
-            (time.arrived + limit, ApiError::unavailable(message, "queue_timeout"))
-        });
-        [request, queue].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     fn handle(&mut self, at: usize, heard: Option<Heard>) -> Result<(), ApiError> {

@@ -41,6 +41,20 @@ pub(crate) struct TimeLimits {
     pub(crate) queue: Option<Duration>,
 }
 
+impl TimeLimits {
+    /// The limit that comes first, of a request whose first step has been `started` or not, and what the client hears
+    /// then.
+    pub(crate) fn deadline(&self, started: bool) -> Option<(Instant, ApiError)> {
+        let request =
+            self.request.map(|limit| (self.arrived + limit, ApiError::timeout(limit.as_secs_f64())));
+        let queue = self.queue.filter(|_| !started).map(|limit| {
+            let message = format!("the request waited longer than {} s to be started", limit.as_secs_f64());
+            (self.arrived + limit, ApiError::unavailable(message, "queue_timeout"))
+        });
+        [request, queue].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+}
+
 /// A request ready for the engine. Choice `i` belongs to prompt `i / options.choices`.
 #[derive(Clone)]
 pub(crate) struct Job {
@@ -155,6 +169,7 @@ impl Job {
             drawn: Vec::new(),
             keep: self.keep.clone(),
             priority: self.options.priority,
+            adapter: self.model.adapter.clone(),
             grammar: self.constraint.as_ref().map(|compiled| compiled.grammar(self.end_tokens())),
         }
     }

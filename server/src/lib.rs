@@ -41,6 +41,9 @@ mod tool_prompt;
 pub use auth::{ApiKey, ApiKeyError};
 pub use mcp::{McpServer, McpServerError};
 pub use output::{Format, FormatChoice, ReasoningFormat, ToolFormat, UnknownFormat};
-pub use registry::{PooledShape, Registry, ServedModel};
+pub use registry::{
+    About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, PooledShape, Registry, ServedModel,
+};
+pub use routes::store::{clean, damage_object, verification};
 pub use serve::{ServerOptions, serve};
 pub use shutdown::{ShutdownSignal, ShutdownStage, ShutdownTrigger, shutdown_channel};

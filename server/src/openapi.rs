@@ -102,6 +102,9 @@ const OPERATIONS: &[Operation] = &[
     of(("get", "/v1/sessions/{id}/turns"), "Its turns", PAGE, None),
     of(("get", "/v1/sessions/{id}/stream"), "The events of its answer", &[("after", Kind::Count)], None),
     of(("post", "/v1/sessions/{id}/prefetch"), "Reads its pages into memory", NONE, None),
+    of(("post", "/v1/store/gc"), "Cleans the store; the operator's", NONE, None),
+    of(("post", "/v1/store/verify"), "Reads the store and proves it; the operator's", NONE, None),
+    of(("post", "/v1/store/snapshot"), "Copies the store; the operator's", NONE, Some("SnapshotRequest")),
     of(("get", "/v1/files"), "Files", FILES, None),
     of(("post", "/v1/files"), "Takes a file in", NONE, Some(FORM)),
     of(("get", "/v1/files/{id}"), "A file", NONE, None),
@@ -282,6 +285,7 @@ fn schemas() -> Value {
             "name": {"type": ["string", "null"]}})),
         "RollbackRequest": object(&[], json!({"to_turn": {"type": "integer"}, "to_token": {"type": "integer"},
             "expected_turn": {"type": ["integer", "null"]}})),
+        "SnapshotRequest": object(&["dir"], json!({"dir": text()})),
         "TokenizeRequest": object(&["model"], json!({"model": text(), "prompt": text(), "messages": list(json!({}))})),
         "DetokenizeRequest": object(&["model", "tokens"], json!({"model": text(), "tokens": tokens()})),
         "Error": object(&["error"], json!({"error": object(&["message", "type", "param", "code"], json!({

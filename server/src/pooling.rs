@@ -6,7 +6,6 @@ use std::sync::Arc;
 use mainstay_engine::{Event, Generation, PoolRequest, RequestError};
 use mainstay_models::graph::PooledKind;
 use mainstay_models::tokenizer::Encoded;
-use tokio::time::Instant;
 
 use crate::error::ApiError;
 use crate::job::TimeLimits;
@@ -155,6 +154,7 @@ impl Pool<'_> {
                     tokens: text.tokens.clone(),
                     second: text.second,
                     priority: self.priority,
+                    adapter: self.model.adapter.clone(),
                 };
                 match self.model.served.engine.pool(request) {
                     Ok(generation) => running.push_back(generation),
@@ -173,7 +173,7 @@ impl Pool<'_> {
         let mut started = false;
         loop {
             let event = generation.events.recv();
-            let event = match self.deadline(started) {
+            let event = match self.time.deadline(started) {
                 None => event.await,
                 Some((at, error)) => tokio::time::timeout_at(at, event).await.map_err(|_| error)?,
             };
@@ -185,18 +185,6 @@ impl Pool<'_> {
                 None => return Err(ApiError::internal("the engine ended the request without a result")),
             }
         }
-    }
-
-    /// The time limit that comes first, and what the client hears then.
-    fn deadline(&self, started: bool) -> Option<(Instant, ApiError)> {
-        let time = &self.time;
-        let request =
-            time.request.map(|limit| (time.arrived + limit, ApiError::timeout(limit.as_secs_f64())));
-        let queue = time.queue.filter(|_| !started).map(|limit| {
-            let message = format!("the request waited longer than {} s to be started", limit.as_secs_f64());
-            (time.arrived + limit, ApiError::unavailable(message, "queue_timeout"))
-        });
-        [request, queue].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 }
 
@@ -238,15 +226,12 @@ impl Model {
             _ => "/v1/rerank",
         });
         let paths = paths.collect::<Vec<_>>().join(" and ");
-        ApiError::field("model", format!("the model `{}` {what}; it serves {paths}", self.served.id))
+        ApiError::field("model", format!("the model `{}` {what}; it serves {paths}", self.id))
     }
 
     /// What it is for: `generate`, `embed`, `rerank`.
     pub(crate) fn tasks(&self) -> impl Iterator<Item = &'static str> {
-        let pooled = self.served.pooled.map(|pooled| match pooled.kind {
-            PooledKind::Embedding => "embed",
-            PooledKind::Score => "rerank",
-        });
+        let pooled = self.served.pooled.map(|pooled| pooled.task());
         self.served.generates.then_some("generate").into_iter().chain(pooled)
     }
 }

@@ -128,7 +128,7 @@ impl ChatInput {
         let Some(template) = &model.served.template else {
             let message = format!(
                 "the model `{}` has no chat template, so it takes no messages; use /v1/completions",
-                model.served.id
+                model.id
             );
             return Err(ApiError::field("messages", message));
         };

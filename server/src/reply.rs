@@ -52,14 +52,14 @@ impl Envelope {
         Self {
             id: crate::random::id(S::ID_PREFIX),
             created: std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
-            model: model.served.id.clone(),
+            model: model.id.clone(),
             fingerprint: model.fingerprint.clone(),
         }
     }
 
     /// Of an answer that was begun before.
     pub(crate) fn of(id: String, created: u64, model: &Model) -> Self {
-        Self { id, created, model: model.served.id.clone(), fingerprint: model.fingerprint.clone() }
+        Self { id, created, model: model.id.clone(), fingerprint: model.fingerprint.clone() }
     }
 
     pub(crate) fn id(&self) -> &str {

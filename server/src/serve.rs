@@ -23,8 +23,10 @@ use crate::shutdown::{ShutdownSignal, ShutdownStage};
 /// What the operator decided.
 #[derive(Clone)]
 pub struct ServerOptions {
-    /// Keys that open the API; none leaves it open to everyone who can connect.
+    /// Keys that open the API; without one of a user it is open to everyone who can connect.
     pub api_keys: Vec<ApiKey>,
+    /// Directories that adapters may be loaded from while the server runs.
+    pub adapter_dirs: Vec<PathBuf>,
     /// Largest request body.
     pub body_limit_bytes: usize,
     /// Longest wait for a request's headers, and for the next piece of its body.
@@ -68,6 +70,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             api_keys: Vec::new(),
+            adapter_dirs: Vec::new(),
             body_limit_bytes: 32 << 20,
             header_timeout: Duration::from_secs(30),
             request_timeout: None,

@@ -1,20 +1,24 @@
-//! What only the owner of a data directory does: cleaning it, checking it, copying it.
+//! What the operator does with a data directory, or has its server do: cleaning it, checking it, copying it.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use mainstay_store::{Damage, Quota, RealDisk, RecoveryReport, Store, VerifyReport};
+use mainstay_server::{damage_object, verification};
+use mainstay_store::{Quota, RealDisk, RecoveryReport, Store, StoreError};
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::{PlaceArgs, check_directory, in_use};
+use crate::api::Api;
 use crate::exit::Usage;
 use crate::options::switch;
 use crate::size;
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct GcArgs {
-    /// Let pages of every tenant go until they take at most this; without it none is let go.
+    /// Let pages of every tenant go until they take at most this; without it none is let go. A server has quotas of its
+    /// own.
     #[arg(long, env = "MAINSTAY_PAGE_QUOTA", value_name = "BYTES", value_parser = size::parse)]
     page_quota: Option<u64>,
     /// Of these, what pinned sessions may hold; half without it.
@@ -35,113 +39,133 @@ pub(super) struct VerifyArgs {
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct SnapshotArgs {
-    /// The directory to copy to; empty, or made.
+    /// The directory to copy to; empty, or made. A server's is on its own machine.
     #[arg(env = "MAINSTAY_SNAPSHOT_DIR")]
     dir: PathBuf,
     #[command(flatten)]
     place: PlaceArgs,
 }
 
-/// Opens the data directory; a server's is out of reach.
-fn open(place: &PlaceArgs, command: &str) -> Result<(Store, RecoveryReport)> {
-    if place.remote.url.is_some() {
-        let what = "a server's data directory is not supported yet; stop it and give --data-dir";
-        return Err(Usage(format!("sessions {command} --url: {what}")).into());
-    }
+/// The server that has the data directory, if one was named. It wants a key of the operator.
+fn server(place: &PlaceArgs) -> Result<Option<Api>> {
+    let Some(url) = &place.remote.url else { return Ok(None) };
+    Api::new(url, place.remote.api_key.as_deref()).map(Some)
+}
+
+fn open(place: &PlaceArgs) -> Result<(Store, RecoveryReport)> {
     check_directory(place)?;
     place.dir.open_reported().map_err(in_use)
 }
 
 pub(super) async fn gc(args: &GcArgs) -> Result<()> {
-    let (store, _) = open(&args.place, "gc")?;
+    let done = match server(&args.place)? {
+        Some(_) if args.page_quota.is_some() || args.pinned_quota.is_some() => {
+            let what = "sessions gc --url: a server has quotas of its own; leave --page-quota and --pinned-quota out";
+            return Err(Usage(what.into()).into());
+        }
+        Some(api) => api.json(Method::POST, "/v1/store/gc", Some(&json!({}))).await?,
+        None => clean(args)?,
+    };
+    if done["trusts_clock"] == false {
+        eprintln!("the clock has jumped forward: no session is removed");
+    }
+    println!("sessions expired   {}", done["expired_sessions"]);
+    println!("pages let go       {}", done["evicted_pages"]);
+    println!("segments compacted {}", done["compacted_segments"]);
+    Ok(())
+}
+
+fn clean(args: &GcArgs) -> Result<Value> {
+    let (store, _) = open(&args.place)?;
     if let Some(page_bytes) = args.page_quota {
         let pinned_bytes = args.pinned_quota.unwrap_or(page_bytes / 2);
         for (tenant, _) in store.tenants() {
             store.set_quota(tenant, Quota { page_bytes, pinned_bytes, ..Quota::default() });
         }
     }
-    if !store.trusts_clock() {
-        eprintln!("the clock has jumped forward: no session is removed");
-    }
-    let done = store.maintain()?;
-    println!("sessions expired   {}", done.expired_sessions);
-    println!("pages let go       {}", done.evicted_pages);
-    println!("segments compacted {}", done.compacted_segments);
-    Ok(store.close()?)
+    let done = mainstay_server::clean(&store)?;
+    store.close()?;
+    Ok(done)
 }
 
 pub(super) async fn verify(args: &VerifyArgs) -> Result<()> {
-    let (store, opened) = open(&args.place, "verify")?;
-    let found = store.verify()?;
-    let lost = opened.damaged_sessions.len();
-    let problems = opened.damage.len() + found.damage.len() + lost + usize::from(opened.lost_entries > 0);
+    let report = match server(&args.place)? {
+        Some(api) => api.json(Method::POST, "/v1/store/verify", Some(&json!({}))).await?,
+        None => {
+            let (store, opened) = open(&args.place)?;
+            let report = report(&opened, verification(&store.verify()?));
+            store.close()?;
+            report
+        }
+    };
     if args.json {
-        println!("{:#}", report(&opened, &found));
+        println!("{report:#}");
     } else {
-        tell(&opened, &found);
+        tell(&report);
     }
-    store.close()?;
-    match problems {
+    let lost = usize::from(report["lost_entries"].as_u64() > Some(0));
+    match list(&report, "damage").len() + list(&report, "damaged_sessions").len() + lost {
         0 => Ok(()),
         1 => bail!("the data directory has damage in 1 place"),
         places => bail!("the data directory has damage in {places} places"),
     }
 }
 
-fn tell(opened: &RecoveryReport, found: &VerifyReport) {
-    println!("sessions        {}", found.sessions);
-    println!("journal entries {} proven", found.entries);
-    println!("pages           {} proven, {}", found.pages, size::show(found.page_bytes));
-    if opened.torn_bytes + opened.torn_page_bytes > 0 {
-        let bytes = opened.torn_bytes + opened.torn_page_bytes;
-        println!("cut off         {bytes} bytes that were being written at the end");
-    }
-    for damage in opened.damage.iter().chain(&found.damage) {
-        let Damage { path, offset, bytes, what, session } = damage;
-        let whose = session.map(|id| format!(" of sess_{id}")).unwrap_or_default();
-        println!("damaged         {path}, {bytes} bytes at {offset}: {what}{whose}");
-    }
-    for id in &opened.damaged_sessions {
-        println!("damaged         sess_{id} has lost its end; it is whole up to its last turn");
-    }
-    if opened.lost_entries > 0 {
-        println!("damaged         {} journal entries are missing", opened.lost_entries);
-    }
-    for copy in &opened.quarantined {
-        println!("put aside       {copy}");
-    }
+/// What opening the directory found, added to what reading it did.
+fn report(opened: &RecoveryReport, mut found: Value) -> Value {
+    let mut damage: Vec<Value> = opened.damage.iter().map(damage_object).collect();
+    damage.extend_from_slice(list(&found, "damage"));
+    let lost = opened.damaged_sessions.iter().map(|id| format!("sess_{id}"));
+    found["damage"] = json!(damage);
+    found["damaged_sessions"] = json!(lost.collect::<Vec<_>>());
+    found["lost_entries"] = json!(opened.lost_entries);
+    found["torn_bytes"] = json!(opened.torn_bytes + opened.torn_page_bytes);
+    found["quarantined"] = json!(opened.quarantined);
+    found
 }
 
-fn report(opened: &RecoveryReport, found: &VerifyReport) -> Value {
-    let damage = opened.damage.iter().chain(&found.damage).map(|damage| {
-        json!({
-            "path": damage.path,
-            "offset": damage.offset,
-            "bytes": damage.bytes,
-            "what": damage.what,
-            "session": damage.session.map(|id| format!("sess_{id}")),
-        })
-    });
-    let lost = opened.damaged_sessions.iter().map(|id| format!("sess_{id}"));
-    json!({
-        "sessions": found.sessions,
-        "entries": found.entries,
-        "pages": found.pages,
-        "page_bytes": found.page_bytes,
-        "damage": damage.collect::<Vec<_>>(),
-        "damaged_sessions": lost.collect::<Vec<_>>(),
-        "lost_entries": opened.lost_entries,
-        "torn_bytes": opened.torn_bytes + opened.torn_page_bytes,
-        "quarantined": opened.quarantined,
-    })
+fn list<'a>(report: &'a Value, field: &str) -> &'a [Value] {
+    report[field].as_array().map_or(&[], Vec::as_slice)
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn tell(report: &Value) {
+    let bytes = size::show(report["page_bytes"].as_u64().unwrap_or(0));
+    println!("sessions        {}", report["sessions"]);
+    println!("journal entries {} proven", report["entries"]);
+    println!("pages           {} proven, {bytes}", report["pages"]);
+    if report["torn_bytes"].as_u64() > Some(0) {
+        println!("cut off         {} bytes that were being written at the end", report["torn_bytes"]);
+    }
+    for damage in list(report, "damage") {
+        let whose = damage["session"].as_str().map(|id| format!(" of {id}")).unwrap_or_default();
+        let (path, what) = (text(&damage["path"]), text(&damage["what"]));
+        println!("damaged         {path}, {} bytes at {}: {what}{whose}", damage["bytes"], damage["offset"]);
+    }
+    for id in list(report, "damaged_sessions") {
+        println!("damaged         {} has lost its end; it is whole up to its last turn", text(id));
+    }
+    if report["lost_entries"].as_u64() > Some(0) {
+        println!("damaged         {} journal entries are missing", report["lost_entries"]);
+    }
+    for copy in list(report, "quarantined") {
+        println!("put aside       {}", text(copy));
+    }
 }
 
 pub(super) async fn snapshot(args: &SnapshotArgs) -> Result<()> {
-    let (store, _) = open(&args.place, "snapshot")?;
+    if let Some(api) = server(&args.place)? {
+        let body = json!({ "dir": args.dir });
+        return api.json(Method::POST, "/v1/store/snapshot", Some(&body)).await.map(drop);
+    }
+    let (store, _) = open(&args.place)?;
     let told = || format!("{}", args.dir.display());
     let to = RealDisk::new(&args.dir).with_context(told)?;
     store.snapshot(&to).map_err(|error| match error {
-        mainstay_store::StoreError::Io(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+        StoreError::Io(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
             anyhow!("{}: expected an empty directory, found files", told())
         }
         other => anyhow::Error::from(other).context(told()),

@@ -171,11 +171,6 @@ impl Place {
         Ok(Self { api: Api::new(&inside.url, Some(&inside.key))?, here: Some((inside, store)) })
     }
 
-    /// Whether it has no model.
-    fn is_here(&self) -> bool {
-        self.here.is_some()
-    }
-
     /// Writes a data directory out.
     async fn close(self) -> Result<()> {
         let Some((inside, store)) = self.here else { return Ok(()) };

@@ -15,8 +15,6 @@ use crate::exit::Usage;
 use crate::options::switch;
 use crate::size;
 
-const NO_MODEL: &str = "without a running server there is no model to tell which stored keys and values are the \
-    session's: the tokens alone are moved, the rest is computed again";
 const PIECE_BYTES: usize = 256 << 10;
 
 #[derive(Args, Clone, Debug)]
@@ -53,10 +51,7 @@ pub(super) async fn export(args: &ExportArgs) -> Result<()> {
         return Err(Usage("sessions export: give a file with -o, or send stdout to one".into()).into());
     }
     let place = Place::open(&args.place).await?;
-    if place.is_here() && !args.tokens_only {
-        eprintln!("{NO_MODEL}");
-    }
-    let include = if args.tokens_only || place.is_here() { "?include=tokens" } else { "" };
+    let include = if args.tokens_only { "?include=tokens" } else { "" };
     let request = place.api.request(Method::POST, &format!("{}/export{include}", path(&args.id)));
     let reply = place.api.send(request).await.with_context(|| args.id.clone())?;
     let bytes = match &args.output {
@@ -104,18 +99,14 @@ pub(super) async fn import(args: &ImportArgs) -> Result<()> {
         _ => Box::new(File::open(&args.file).with_context(|| told.clone())?),
     };
     let place = Place::open_or_make(&args.place).await?;
-    let tokens_only = args.tokens_only || place.is_here();
-    if place.is_here() && !args.tokens_only {
-        eprintln!("{NO_MODEL}");
-    }
     let name = args.name.as_deref().map(|name| format!("&name={}", piece(name))).unwrap_or_default();
-    let include = if tokens_only { "tokens" } else { "kv" };
+    let include = if args.tokens_only { "tokens" } else { "kv" };
     let request = place.api.request(Method::POST, &format!("/v1/sessions/import?include={include}{name}"));
     let reply = place.api.send(request.body(body(input))).await.with_context(|| told)?;
     let made: serde_json::Value = reply.json().await.context("the server sent no JSON")?;
     println!("{}", made["id"].as_str().unwrap_or_default());
     let (kv, count) = (&made["kv"], &made["token_count"]);
-    if !tokens_only {
+    if !args.tokens_only {
         let (taken, left) = (&kv["pages"], &kv["pages_refused"]);
         eprintln!("{count} tokens; {taken} pages of keys and values taken, {left} left");
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::hub_server::{Asked, COMMIT, Hub, Manners};
+use crate::hub_server::{Asked, COMMIT, Hub, Manners, OLD_COMMIT, OLD_CONFIG};
 use crate::program::{Ended, Scratch, mainstay};
 
 const WEIGHTS: &str = "model.safetensors";
@@ -29,6 +29,12 @@ fn pull(hub: &Hub, home: &Scratch, token: Option<&str>) -> Ended {
     let mut command = mainstay(&["pull", "org/name"]);
     command.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", &home.0);
     command.envs(token.map(|t| ("HF_TOKEN", t)));
+    command.output().unwrap().into()
+}
+
+fn with_hub(hub: &Hub, home: &Scratch, words: &[&str]) -> Ended {
+    let mut command = mainstay(words);
+    command.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", &home.0);
     command.output().unwrap().into()
 }
 
@@ -175,4 +181,84 @@ fn a_fetched_model_answers() {
     assert_eq!(fetched.code, Some(0), "{}", fetched.stderr);
     let embedded = Ended::from(mainstay(&["run"]).args(words).output().unwrap());
     assert_eq!(fetched.stdout, embedded.stdout);
+}
+
+#[test]
+fn a_model_that_is_not_given_to_everybody_says_what_to_do() {
+    let manners = Manners { is_gated: true, ..Manners::default() };
+    let (hub, home) = (Hub::start(files(), manners), Scratch::new());
+    let failed = pull(&hub, &home, Some("hf_secret"));
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stderr.contains("403") && failed.stderr.contains("ask for access"), "{}", failed.stderr);
+    assert!(!failed.stderr.contains("hf_secret"), "{}", failed.stderr);
+}
+
+#[test]
+fn offline_asks_nobody() {
+    let (hub, home) = (Hub::start(files(), Manners::default()), Scratch::new());
+    let failed = with_hub(&hub, &home, &["pull", "org/name", "--offline"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stderr.contains("offline") && failed.stderr.contains("`main`"), "{}", failed.stderr);
+    good(&pull(&hub, &home, None), &home);
+    hub.asked();
+    good(&with_hub(&hub, &home, &["pull", "org/name", "--offline"]), &home);
+    let mut command = mainstay(&["pull", "org/name"]);
+    command.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", &home.0).env("HF_HUB_OFFLINE", "1");
+    good(&command.output().unwrap().into(), &home);
+    assert_eq!(hub.asked(), []);
+}
+
+#[test]
+fn a_revision_is_pinned_listed_and_removed() {
+    let (hub, home) = (Hub::start(files(), Manners::default()), Scratch::new());
+    good(&pull(&hub, &home, None), &home);
+    let old = with_hub(&hub, &home, &["pull", "org/name", "--revision", "v1"]);
+    let old_snapshot = home.0.join("hub/models--org--name/snapshots").join(OLD_COMMIT);
+    assert_eq!(PathBuf::from(old.stdout.trim()), old_snapshot, "{}", old.stderr);
+    assert_eq!(fs::read(old_snapshot.join("config.json")).unwrap(), OLD_CONFIG);
+    assert_eq!(with_hub(&hub, &home, &["pull", "org/name@v1"]).stdout, old.stdout);
+    let refused = with_hub(&hub, &home, &["pull", "org/name@v1", "--revision", "main"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+    let listed = with_hub(&hub, &home, &["models", "ls"]).stdout;
+    for part in ["org/name", "* main (0123456789ab)", "  v1 (89abcdef0123)", "781 KiB"] {
+        assert!(listed.contains(part), "{part}: {listed}");
+    }
+    let unasked = with_hub(&hub, &home, &["models", "rm", "org/name@v1"]);
+    assert_eq!(unasked.code, Some(2));
+    assert!(unasked.stderr.contains("--yes") && old_snapshot.exists(), "{}", unasked.stderr);
+    let unknown = with_hub(&hub, &home, &["models", "rm", "org/name@v2", "--yes"]);
+    assert_eq!(unknown.code, Some(1));
+    assert!(unknown.stderr.contains("`v2`") && unknown.stderr.contains("v1 (89"), "{}", unknown.stderr);
+    let removed = with_hub(&hub, &home, &["models", "rm", "org/name@v1", "--yes"]);
+    assert_eq!((removed.code, removed.stdout.trim()), (Some(0), "13 B freed"), "{}", removed.stderr);
+    assert!(!old_snapshot.exists());
+    // What the other revision needs is still there, without the hub.
+    good(&with_hub(&hub.unreachable(), &home, &["pull", "org/name", "--offline"]), &home);
+    let removed =
+        with_hub(&Hub::start(files(), Manners::default()), &home, &["models", "rm", "org/name", "--yes"]);
+    assert_eq!(removed.code, Some(0), "{}", removed.stderr);
+    assert!(!home.0.join("hub/models--org--name").exists());
+}
+
+#[test]
+fn one_gguf_file_of_many_is_fetched() {
+    let names =
+        ["m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf", "mmproj-F16.gguf"];
+    let files = names.map(|name| (name, name.as_bytes().to_vec()));
+    let (hub, home) = (Hub::start(files.into(), Manners::default()), Scratch::new());
+    let fetched = |id: &str| {
+        let ended = with_hub(&hub, &home, &["pull", id]);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let asked = hub.asked();
+        let gets = asked.iter().filter(|a| a.method == "GET" && a.path.ends_with(".gguf")).count();
+        (ended.stdout.trim().rsplit('/').next().unwrap().to_owned(), gets)
+    };
+    assert_eq!(fetched("org/name:q8_0"), (names[1].to_owned(), 2));
+    assert_eq!(fetched("org/name"), (names[0].to_owned(), 1));
+    assert_eq!(fetched("org/name:m-Q4_K_M.gguf"), (names[0].to_owned(), 0));
+    let failed = with_hub(&hub, &home, &["pull", "org/name:Q5_K_M"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.stderr.contains("m-Q8_0.gguf") && failed.stderr.contains("`Q5_K_M`"), "{}", failed.stderr);
+    let offline = with_hub(&hub, &home, &["pull", "org/name:Q8_0", "--offline"]);
+    assert!(offline.stdout.trim().ends_with(names[1]), "{}", offline.stderr);
 }

@@ -8,7 +8,11 @@ use std::thread;
 
 use serde_json::json;
 
+/// What `main` is.
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// What `v1` is: another config.json, and all other files as they are.
+pub(crate) const OLD_COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
+pub(crate) const OLD_CONFIG: &[u8] = b"{\"old\": true}";
 
 /// How the hub behaves.
 #[derive(Clone, Default)]
@@ -23,6 +27,8 @@ pub(crate) struct Manners {
     pub(crate) no_tree: bool,
     /// Sends other bytes than its etags promise.
     pub(crate) lies: bool,
+    /// Lets nobody read the model, whatever the token.
+    pub(crate) is_gated: bool,
 }
 
 /// A request as the hub saw it.
@@ -103,11 +109,20 @@ fn answer(
     if wanted.is_some() && headers.get("authorization") != wanted.as_ref() {
         return whole(stream, 401, br#"{"error": "Invalid credentials"}"#);
     }
-    let tree = format!("/api/models/org/name/tree/{COMMIT}");
+    if manners_now.is_gated {
+        return whole(stream, 403, br#"{"error": "Access to model org/name is restricted"}"#);
+    }
+    let commit =
+        if asked.path.contains(OLD_COMMIT) || asked.path.ends_with("/v1") { OLD_COMMIT } else { COMMIT };
+    let mut files = files.clone();
+    if let Some(config) = files.get_mut("config.json").filter(|_| commit == OLD_COMMIT) {
+        *config = OLD_CONFIG.to_vec();
+    }
+    let tree = format!("/api/models/org/name/tree/{commit}");
     match asked.path.as_str() {
-        "/api/models/org/name/revision/main" => {
+        "/api/models/org/name/revision/main" | "/api/models/org/name/revision/v1" => {
             let siblings: Vec<_> = files.keys().map(|name| json!({"rfilename": name})).collect();
-            let info = json!({"id": "org/name", "sha": COMMIT, "siblings": siblings});
+            let info = json!({"id": "org/name", "sha": commit, "siblings": siblings});
             whole(stream, 200, info.to_string().as_bytes())
         }
         path if path == tree && !manners_now.no_tree => {
@@ -116,7 +131,7 @@ fn answer(
             whole(stream, 200, json!(entries).to_string().as_bytes())
         }
         path => {
-            let name = path.strip_prefix(&format!("/org/name/resolve/{COMMIT}/")).unwrap_or_default();
+            let name = path.strip_prefix(&format!("/org/name/resolve/{commit}/")).unwrap_or_default();
             match files.get(name) {
                 Some(bytes) => file(stream, &asked, (name, bytes), manners),
                 None => whole(stream, 404, br#"{"error": "Not found"}"#),

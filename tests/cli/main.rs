@@ -6,4 +6,5 @@ mod hub_server;
 mod program;
 mod serving;
 mod sessions;
+mod several;
 mod talking;

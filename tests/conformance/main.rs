@@ -36,14 +36,14 @@ struct Case {
     graph: Graph,
     weights: Weights,
     kv: KvDType,
-    /// Tokens of each sequence, and the rope table that it uses.
-    texts: Vec<(Vec<u32>, usize)>,
+    /// Tokens of each sequence.
+    texts: Vec<Vec<u32>>,
 }
 
 impl Case {
     fn of_op(name: String, graph: Graph, random: &mut Random) -> Self {
         let weights = weights(&graph, DType::F32, random);
-        let texts = [1, 37, 70].map(|len| (random.tokens(graph.vocab, len), random.below(2)));
+        let texts = [1, 37, 70].map(|len| random.tokens(graph.vocab, len));
         Self { name, graph, weights, kv: KvDType::F32, texts: texts.into() }
     }
 
@@ -54,7 +54,7 @@ impl Case {
         let weights = weights(&graph, dtype, &mut random);
         let kv = random.pick(&[KvDType::F32, KvDType::F32, KvDType::BF16]);
         let lens = [1 + random.below(8), 30 + random.below(6), 60 + random.below(80), 1 + random.below(100)];
-        let texts = lens.map(|len| (random.tokens(graph.vocab, len), random.below(2)));
+        let texts = lens.map(|len| random.tokens(graph.vocab, len));
         Self { name: format!("model {seed} ({dtype:?})"), graph, weights, kv, texts: texts.into() }
     }
 
@@ -63,14 +63,12 @@ impl Case {
     }
 
     fn open(&self, rig: &Rig, text: usize) -> Sequence {
-        let mut sequence = rig.open();
-        sequence.rope_table = self.texts[text].1;
-        sequence
+        rig.open_for(self.texts[text].len())
     }
 
     /// Every text by itself in one step.
     fn alone(&self, rig: &mut Rig) -> Vec<Rows> {
-        let one = |(i, (tokens, _)): (usize, &(Vec<u32>, usize))| {
+        let one = |(i, tokens): (usize, &Vec<u32>)| {
             let mut sequence = self.open(rig, i);
             let rows = rig.prefill(&mut sequence, tokens, tokens.len());
             rig.close(sequence);
@@ -86,7 +84,7 @@ impl Case {
         loop {
             let (mut chunks, mut who) = (Vec::new(), Vec::new());
             for (i, sequence) in sequences.iter_mut().enumerate() {
-                let left = &self.texts[i].0[sequence.computed..];
+                let left = &self.texts[i][sequence.computed..];
                 let take = cut(left.len()).min(left.len());
                 if take > 0 {
                     chunks.push((sequence, &left[..take]));
@@ -140,8 +138,8 @@ fn candle_computes_what_the_ops_mean() {
         let expected: Vec<Rows> = case
             .texts
             .iter()
-            .map(|(tokens, table)| Rows {
-                logits: scalar::logits(&case.graph, &case.weights, tokens, *table),
+            .map(|tokens| Rows {
+                logits: scalar::logits(&case.graph, &case.weights, tokens),
                 tokens: Vec::new(),
             })
             .collect();
@@ -222,12 +220,12 @@ fn a_fork_continues_as_its_parent_and_leaves_it_alone() {
         for Named { name, backend } in backends() {
             let mut rig = case.rig(&*backend);
             let what = format!("{}, {}", case.name, name);
-            let text = &case.texts[2].0;
+            let text = &case.texts[2];
             let (start, end) = text.split_at(45);
             let mut parent = case.open(&rig, 2);
             rig.prefill(&mut parent, start, start.len());
             // The fork goes another way first: its pages must be its own.
-            let (astray, _) = rig.fork_and_step(&parent, &case.texts[1].0);
+            let (astray, _) = rig.fork_and_step(&parent, &case.texts[1]);
             let (mut child, mut forked) = rig.fork_and_step(&parent, &end[..1]);
             forked.extend(rig.step(&mut [(&mut child, &end[1..])]).remove(0));
             let mut expected = rig.step(&mut [(&mut parent, &end[..1])]).remove(0);
@@ -246,13 +244,13 @@ fn pages_that_were_read_and_written_elsewhere_continue_the_sequence() {
         for Named { name, backend } in backends() {
             let (mut rig, mut random) = (case.rig(&*backend), Random::new(seed));
             let what = format!("{}, {}", case.name, name);
-            let text = &case.texts[2].0;
+            let text = &case.texts[2];
             let (start, end) = text.split_at(40);
             let mut unbroken = case.open(&rig, 2);
             rig.prefill(&mut unbroken, start, start.len());
-            let bytes = rig.read(&unbroken);
+            let (bytes, table) = (rig.read(&unbroken), unbroken.rope_table);
             rig.shuffle_pages(|pages| random.shuffle(pages));
-            let mut restored = rig.restore(start.len(), case.texts[2].1, bytes.clone());
+            let mut restored = rig.restore(start.len(), table, bytes.clone());
             assert_eq!(rig.read(&restored), bytes, "{what}: the same bytes come back");
             let expected = rig.step(&mut [(&mut unbroken, end)]).remove(0);
             let found = rig.step(&mut [(&mut restored, end)]).remove(0);
@@ -260,7 +258,7 @@ fn pages_that_were_read_and_written_elsewhere_continue_the_sequence() {
             [unbroken, restored].into_iter().for_each(|s| rig.close(s));
             // An executor of the same class on the same model takes them as well.
             let mut other = case.rig(&*backend);
-            let mut moved = other.restore(start.len(), case.texts[2].1, bytes);
+            let mut moved = other.restore(start.len(), table, bytes);
             let found = other.step(&mut [(&mut moved, end)]).remove(0);
             assert_same(&found.logits, &expected.logits, Rule::Bits, &format!("{what}, moved"));
         }

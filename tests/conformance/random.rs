@@ -115,7 +115,7 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
     }
     let mut vector = |v: &Vector, centre: f32, spread: f32| {
         for (name, len) in &v.parts {
-            let values = (0..*len).map(|_| centre + random.signed() * spread).collect();
+            let values = (0..*len).map(|_| centre - v.offset + random.signed() * spread).collect();
             tensors.insert(format!("{prefix}{name}"), (vec![*len], values));
         }
     };

@@ -8,7 +8,8 @@ use mainstay_models::graph::{
 type Row = Vec<f64>;
 
 /// The logits of every row.
-pub(crate) fn logits(graph: &Graph, weights: &Weights, tokens: &[u32], rope_table: usize) -> Vec<Vec<f32>> {
+pub(crate) fn logits(graph: &Graph, weights: &Weights, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let rope_table = graph.rope_switch.table(tokens.len());
     let sequence = Sequence { weights, tokens, rope_table, second: None };
     let rows = sequence.block(&graph.epilogue, "", sequence.hidden(graph));
     rows.iter().map(|r| r.iter().map(|&v| v as f32).collect()).collect()
@@ -144,7 +145,8 @@ impl Sequence<'_> {
     }
 
     fn vector(&self, vector: &Vector, prefix: &str) -> Row {
-        vector.parts.iter().flat_map(|(name, _)| self.tensor(&format!("{prefix}{name}"))).collect()
+        let numbers = vector.read(prefix, self.weights).unwrap_or_else(|e| panic!("{e}"));
+        numbers.into_iter().map(f64::from).collect()
     }
 
     fn tensor(&self, name: &str) -> Row {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mainstay_models::graph::{
     Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, RopeLayout, Value, Vector,
+    Rope, RopeLayout, RopeSwitch, Value, Vector,
 };
 
 use crate::random::Random;
@@ -46,6 +46,7 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
         hidden,
         vocab: hidden,
         context: CONTEXT,
+        rope_switch: RopeSwitch(Some(40)),
     }
 }
 
@@ -232,7 +233,17 @@ struct Recipe {
     gated: bool,
     activation: Activation,
     inner: usize,
-    post_norm: bool,
+    norms: Norms,
+    /// Added to the stored weights of norms.
+    offset: f32,
+}
+
+/// Where a layer's norms stand, by what attention and MLP are to them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Norms {
+    Before,
+    Around,
+    Behind,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -266,21 +277,32 @@ impl Recipe {
             gated: random.below(4) > 0,
             activation: random.pick(&ACTIVATIONS),
             inner: random.pick(&[24, 56, 96, 129]),
-            post_norm: random.below(4) == 0,
+            norms: random.pick(&[Norms::Before, Norms::Before, Norms::Around, Norms::Behind]),
+            offset: random.pick(&[0.0, 1.0]),
         }
     }
 
     fn block(&self, hidden: usize) -> Block {
         let mut b = Block::default();
         let residual = b.push(Op::Input);
-        let rows = norm(&mut b, residual, "norm1", hidden);
+        let rows = self.layer_norm(&mut b, residual, ("norm1", Norms::Behind), hidden);
         let rows = self.attention(&mut b, rows, hidden);
-        let rows = if self.post_norm { norm(&mut b, rows, "norm1.post", hidden) } else { rows };
+        let rows = self.layer_norm(&mut b, rows, ("norm1.post", Norms::Before), hidden);
         let residual = b.push(Op::Add { a: residual, b: rows });
-        let rows = norm(&mut b, residual, "norm2", hidden);
+        let rows = self.layer_norm(&mut b, residual, ("norm2", Norms::Behind), hidden);
         let rows = self.mlp(&mut b, rows, hidden);
+        let rows = self.layer_norm(&mut b, rows, ("norm2.post", Norms::Before), hidden);
         b.push(Op::Add { a: residual, b: rows });
         b
+    }
+
+    /// The rows as they are where norms stand on the other side only.
+    fn layer_norm(&self, b: &mut Block, rows: Value, (name, without): (&str, Norms), hidden: usize) -> Value {
+        if self.norms == without { rows } else { self.norm(b, rows, name, hidden) }
+    }
+
+    fn norm(&self, b: &mut Block, input: Value, name: &str, width: usize) -> Value {
+        b.push(Op::RmsNorm { input, weight: Vector::one(name, width).plus(self.offset), eps: 1e-5 })
     }
 
     fn attention(&self, b: &mut Block, input: Value, hidden: usize) -> Value {
@@ -310,8 +332,8 @@ impl Recipe {
     fn turned(&self, b: &mut Block, input: Value, name: &str, width: usize) -> Value {
         let input = match self.head_norm {
             None => input,
-            Some(HeadNorm::PerHead) => norm(b, input, &format!("{name}.norm"), self.head_dim),
-            Some(HeadNorm::PerRow) => norm(b, input, &format!("{name}.norm"), width),
+            Some(HeadNorm::PerHead) => self.norm(b, input, &format!("{name}.norm"), self.head_dim),
+            Some(HeadNorm::PerRow) => self.norm(b, input, &format!("{name}.norm"), width),
         };
         match &self.rope {
             Some(rope) => b.push(Op::Rope { input, rope: rope.clone() }),
@@ -377,6 +399,7 @@ pub(crate) fn model(random: &mut Random) -> Graph {
         hidden,
         vocab,
         context: CONTEXT,
+        rope_switch: RopeSwitch(random.pick(&[None, Some(40), Some(90)])),
     }
 }
 
@@ -466,5 +489,6 @@ pub(crate) fn encoder(random: &mut Random) -> Graph {
         hidden,
         vocab,
         context: CONTEXT,
+        rope_switch: RopeSwitch::default(),
     }
 }

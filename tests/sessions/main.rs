@@ -127,10 +127,11 @@ const SCENARIOS: [Scenario; 6] = [
         let (world, session) = case.begin(&from);
         let tenant = world.store.tenant(TENANT).unwrap().id;
         let mut bundle = Vec::new();
-        world.store.export(tenant, session, Some(world.handle.export_pages()), &mut bundle).unwrap();
+        world.store.export(tenant, session, Some(world.export_pages(session)), &mut bundle).unwrap();
         world.close();
         let world = case.open(&to);
-        let (own, pages) = (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT).unwrap());
+        let (own, pages) =
+            (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT, None).unwrap());
         let imported = world.store.import(&own, &mut &bundle[..], ImportAs::default(), pages).unwrap();
         assert_eq!(imported.pages_refused, 0);
         world.store.flush().unwrap();
@@ -143,10 +144,11 @@ const SCENARIOS: [Scenario; 6] = [
             ObjectTier::open(&format!("file://{}", place.0.display()), ObjectOptions::default()).unwrap();
         let (world, session) = case.begin(&from);
         let tenant = world.store.tenant(TENANT).unwrap().id;
-        tier.release(&world.store, tenant, session, Some(world.handle.export_pages())).unwrap();
+        tier.release(&world.store, tenant, session, Some(world.export_pages(session))).unwrap();
         world.close();
         let world = case.open(&to);
-        let (own, pages) = (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT).unwrap());
+        let (own, pages) =
+            (world.store.tenant(TENANT).unwrap(), world.handle.import_pages(TENANT, None).unwrap());
         let acquire = Acquire { pages, takeover: Takeover::No };
         let acquired = tier.acquire(&world.store, &own, session, acquire).unwrap();
         assert_eq!(acquired.pages_missed, 0);

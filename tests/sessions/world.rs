@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use mainstay_backend_api::{Backend, Executor, KvDType, KvLayout, Limits, PAGE_TOKENS};
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_engine::store::{
-    Append, Durability, Kind, Options, PageHeader, PageName, SessionId, Settings, Store,
+    Append, Durability, ExportPages, Kind, Options, PageHeader, PageName, SessionId, Settings, Store,
 };
 use mainstay_engine::{
     EngineOptions, Event, Handle, Keep, KvReport, ModelIdentity, Request, RestorePolicy, SamplingRequest,
@@ -89,7 +89,7 @@ impl World {
 
     pub(crate) fn create(&self) -> SessionId {
         let tenant = self.store.tenant(TENANT).unwrap().id;
-        let root = self.handle.root(TENANT, b"").unwrap();
+        let root = self.handle.root(TENANT, (None, b""), 0).unwrap();
         let settings = Settings { root, durability: Durability::Async, ..Settings::default() };
         self.store.create(tenant, settings).unwrap().id
     }
@@ -117,6 +117,7 @@ impl World {
             logprobs: Some(self.vocab),
             prompt_logprobs: None,
             priority: 0,
+            adapter: None,
             grammar: None,
             keep: Keep::default(),
         };
@@ -142,9 +143,9 @@ impl World {
     pub(crate) fn pages(&self, session: SessionId) -> Vec<Vec<u8>> {
         let tenant = self.store.tenant(TENANT).unwrap();
         let mut tokens = self.store.tokens(tenant.id, session).unwrap();
+        let export = self.export_pages(session);
+        let mut parent = self.handle.root(TENANT, (None, b""), tokens.len()).unwrap().unwrap();
         tokens.pop();
-        let (export, mut parent) =
-            (self.handle.export_pages(), self.handle.root(TENANT, b"").unwrap().unwrap());
         let mut payloads = Vec::new();
         for tokens in tokens.chunks(PAGE_TOKENS) {
             let key = tenant.chain.next(parent, tokens, &[]);
@@ -157,6 +158,12 @@ impl World {
             parent = key;
         }
         payloads
+    }
+
+    /// What of a session's pages goes along with it.
+    pub(crate) fn export_pages(&self, session: SessionId) -> ExportPages {
+        let tenant = self.store.tenant(TENANT).unwrap().id;
+        self.handle.export_pages(self.store.tokens(tenant, session).unwrap().len())
     }
 
     fn end(self) -> Store {

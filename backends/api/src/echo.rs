@@ -3,17 +3,18 @@
 //! A wrong page table, a stale page, a lost copy or a wrong position changes the hash, so an engine that keeps its
 //! books badly draws other tokens than [`expected`] tells. Steps outside the limits assert.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::Receiver;
 
-use mainstay_models::{LoadError, Weights, graph::Graph};
+use mainstay_models::graph::{Graph, RopeSwitch};
+use mainstay_models::{AdapterWeights, LoadError, Weights};
 
 use crate::kv::{
     CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, StoredPage,
     Ticket,
 };
 use crate::sample::{SampleScratch, sample_rows};
-use crate::step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
+use crate::step::{AdapterId, Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 use crate::{Backend, DeviceInfo, Executor, Invariance, Limits, NumericClass, StepError};
 
 /// Loads an [`EchoExecutor`] for any graph; only the vocabulary of the graph matters.
@@ -31,7 +32,9 @@ impl Backend for EchoBackend {
         _weights: &Weights,
         limits: &Limits,
     ) -> Result<Box<dyn Executor>, LoadError> {
-        Ok(Box::new(EchoExecutor::new(graph.vocab, limits.clone())))
+        let mut executor = EchoExecutor::new(graph.vocab, limits.clone());
+        executor.layout.rope_switch = graph.rope_switch;
+        Ok(Box::new(executor))
     }
 }
 
@@ -49,6 +52,8 @@ pub struct EchoExecutor {
     scratch: SampleScratch,
     submitted: Option<Result<StepOutput, StepError>>,
     copied: Vec<CopyDone>,
+    /// What each adapter adds to the tokens that it writes.
+    adapters: HashMap<AdapterId, u32>,
     steps: u64,
     fail_every: Option<u64>,
     gate: Option<Receiver<()>>,
@@ -61,12 +66,16 @@ impl EchoExecutor {
         let group = |layer| Group { layers: vec![layer], parts: vec![part("k"), part("v")] };
         Self {
             vocab,
-            layout: KvLayout { groups: (0..limits.pages.len()).map(group).collect() },
+            layout: KvLayout {
+                groups: (0..limits.pages.len()).map(group).collect(),
+                rope_switch: RopeSwitch::default(),
+            },
             slots: limits.pages.iter().map(|n| vec![(u32::MAX, u32::MAX); n * PAGE_TOKENS]).collect(),
             limits,
             scratch: SampleScratch::new(vocab),
             submitted: None,
             copied: Vec::new(),
+            adapters: HashMap::new(),
             steps: 0,
             fail_every: None,
             gate: None,
@@ -76,6 +85,13 @@ impl EchoExecutor {
     /// Every `n`th step fails, and leaves what a real failure may leave: pages half written.
     pub fn failing_every(mut self, n: u64) -> Self {
         self.fail_every = Some(n);
+        self
+    }
+
+    /// Sequences of more than `len` tokens turn by a second table. A sequence whose pages are of two tables, or of the
+    /// wrong one, draws other tokens than [`expected`] tells.
+    pub fn switching_at(mut self, len: usize) -> Self {
+        self.layout.rope_switch = RopeSwitch(Some(len));
         self
     }
 
@@ -89,6 +105,10 @@ impl EchoExecutor {
         &mut self.slots[page.group as usize][page.page.0 as usize * PAGE_TOKENS + slot]
     }
 
+    fn shift(&self, id: AdapterId) -> u32 {
+        *self.adapters.get(&id).unwrap_or_else(|| panic!("{id:?} is not here: {:?}", self.adapters))
+    }
+
     fn copy(&mut self, copies: &[(PageRef, PageRef)]) {
         for &(from, to) in copies {
             for i in 0..PAGE_TOKENS {
@@ -98,12 +118,13 @@ impl EchoExecutor {
     }
 
     fn write(&mut self, step: &Step, chunk: &Chunk) {
+        let shift = chunk.adapter.map_or(0, |id| self.shift(id));
         for (i, &token) in step.tokens[chunk.tokens.clone()].iter().enumerate() {
-            let position = chunk.position + i;
+            let (position, token) = (chunk.position + i, token.wrapping_add(shift));
             for group in 0..self.slots.len() {
                 let page = chunk.table(step, group)[position / PAGE_TOKENS];
                 let page = PageRef { group: group as u32, page };
-                *self.slot(page, position % PAGE_TOKENS) = (token, position as u32);
+                *self.slot(page, position % PAGE_TOKENS) = (token, turned(position as u32, chunk.rope_table));
             }
         }
     }
@@ -114,7 +135,8 @@ impl EchoExecutor {
         let own = &step.tokens[chunk.tokens.clone()];
         let read = |position: usize| {
             let page = chunk.table(step, 0)[position / PAGE_TOKENS];
-            self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
+            let (token, at) = self.slots[0][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
+            (token, turned(at, chunk.rope_table))
         };
         let end = chunk.position + own.len();
         let state = if self.slots.is_empty() {
@@ -132,7 +154,8 @@ impl EchoExecutor {
         for position in 0..chunk.position + chunk.tokens.len() {
             let slot = |group: usize| {
                 let page = chunk.table(step, group)[position / PAGE_TOKENS];
-                self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS]
+                let (token, at) = self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
+                (token, turned(at, chunk.rope_table))
             };
             // Groups agree unless one of them was kept badly, so the hash does not depend on their number.
             let (token, at) = slot(0);
@@ -183,6 +206,7 @@ impl Executor for EchoExecutor {
 
     fn submit(&mut self, step: &Step) -> Result<(), StepError> {
         check(step, &self.limits, self.vocab);
+        check_tables(step, self.layout.rope_switch);
         assert!(self.submitted.is_none(), "a step was submitted before the last one was finished");
         if let Some(gate) = &self.gate
             && gate.recv().is_err()
@@ -225,6 +249,21 @@ impl Executor for EchoExecutor {
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
         done.append(&mut self.copied);
     }
+
+    fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
+        match weights {
+            Some(weights) => self.adapters.insert(id, adapter_shift(&weights.hash)),
+            None => self.adapters.remove(&id),
+        };
+        Ok(())
+    }
+}
+
+/// What the fake adds to a token under the adapter of this hash, before it writes it: its pages hold other bytes, and
+/// [`expected`] tells what follows when it is added to all tokens.
+pub fn adapter_shift(hash: &[u8; 32]) -> u32 {
+    let [a, b, c, d, ..] = *hash;
+    u32::from_le_bytes([a, b, c, d]) | 1 << 31
 }
 
 /// The token that follows `tokens` when a sequence runs alone: what an engine over an [`EchoExecutor`] must draw.
@@ -301,6 +340,12 @@ fn row(state: u64) -> Vec<f32> {
 
 const SEED: u64 = 0x6d61_696e_7374_6179;
 
+/// A position as it is kept by this rope table, and from what was kept back to the position: by another table than it was
+/// kept by, it becomes none that there is.
+fn turned(position: u32, rope_table: usize) -> u32 {
+    position ^ (rope_table as u32) << 31
+}
+
 fn absorb(state: u64, token: u32, position: u32) -> u64 {
     mix(state ^ (u64::from(position) << 32 | u64::from(token)))
 }
@@ -317,6 +362,15 @@ fn mix(x: u64) -> u64 {
 fn push_logits(state: u64, vocab: usize, logits: &mut Vec<f32>) {
     let logit = |id: u64| (mix(state.wrapping_add(id)) >> 40) as f32 * (8.0 / (1 << 24) as f32) - 4.0;
     logits.extend((0..vocab as u64).map(logit));
+}
+
+/// Asserts that sequences turn by the table of their length. Of a prompt in chunks only the last shows how long it is.
+fn check_tables(step: &Step, switch: RopeSwitch) {
+    for chunk in &step.chunks {
+        let (end, table) = (chunk.position + chunk.tokens.len(), chunk.rope_table);
+        let known = switch.table(end)..=switch.table(usize::MAX);
+        assert!(known.contains(&table), "rope table {table} of a sequence with {end} tokens, {switch:?}");
+    }
 }
 
 /// Asserts that a step is one that any executor must accept.
@@ -411,6 +465,7 @@ mod tests {
                 pages: 0..2 * pages.len(),
                 rope_table: 0,
                 second: None,
+                adapter: None,
             }],
             page_table: table.clone().chain(table).collect(),
             outputs: vec![OutputRow { row: rows - 1, position: tokens.len(), want, top_logprobs: None }],
@@ -499,7 +554,14 @@ mod tests {
     fn two_writers_of_a_page_are_refused() {
         let mut step = one_chunk(&[1], 0, &[1]);
         step.tokens.push(2);
-        step.chunks.push(Chunk { tokens: 1..2, position: 0, pages: 2..4, rope_table: 0, second: None });
+        step.chunks.push(Chunk {
+            tokens: 1..2,
+            position: 0,
+            pages: 2..4,
+            rope_table: 0,
+            second: None,
+            adapter: None,
+        });
         step.page_table.extend([PageId(1), PageId(1)]);
         check(&step, &limits(), VOCAB);
     }

@@ -1,6 +1,6 @@
 //! How keys and values lie in pages: described from the graph, never assumed.
 
-use mainstay_models::graph::Graph;
+use mainstay_models::graph::{Graph, RopeSwitch};
 
 /// Tokens in a page, on every backend.
 pub const PAGE_TOKENS: usize = 32;
@@ -133,6 +133,9 @@ impl Group {
 pub struct KvLayout {
     /// The groups.
     pub groups: Vec<Group>,
+    /// By which table the keys of a sequence are turned before they are stored: pages of one table are of no use to the
+    /// other.
+    pub rope_switch: RopeSwitch,
 }
 
 impl CopyDone {
@@ -167,6 +170,6 @@ impl KvLayout {
                 None => groups.push(Group { layers: vec![layer], parts }),
             }
         }
-        Self { groups }
+        Self { groups, rope_switch: graph.rope_switch }
     }
 }

@@ -5,13 +5,13 @@ pub mod kv;
 pub mod sample;
 pub mod step;
 
-use mainstay_models::{LoadError, Weights, graph::Graph};
+use mainstay_models::{AdapterWeights, LoadError, Weights, graph::Graph};
 
 pub use kv::{
     CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageDigest, PageId, PageRead, PageRef, StoredPage,
     Ticket,
 };
-pub use step::{Chunk, OutputRow, Sampling, Step, StepOutput, Want};
+pub use step::{AdapterId, Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 
 /// Counts fixed at start. An executor allocates for them once and is never asked for more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,4 +119,14 @@ pub trait Executor: Send {
 
     /// Appends the copies that are done.
     fn poll(&mut self, done: &mut Vec<CopyDone>);
+
+    /// Takes an adapter, which chunks may name from the next step on, or lets one go.
+    ///
+    /// # Errors
+    /// [`LoadError::Unsupported`] where the backend has none, [`LoadError::Resources`] where memory is short.
+    fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
+        let _ = (id, weights);
+        let backend = "this";
+        Err(LoadError::Unsupported { backend, what: "adapters".to_owned() })
+    }
 }

@@ -76,6 +76,10 @@ impl Step {
     }
 }
 
+/// Names an adapter that an executor holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AdapterId(pub u32);
+
 /// A run of one sequence's tokens.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Chunk {
@@ -89,6 +93,8 @@ pub struct Chunk {
     pub rope_table: usize,
     /// Position in the sequence where the second text of a pair begins.
     pub second: Option<usize>,
+    /// What its rows' products are changed by: one of [`crate::Executor::set_adapter`]'s.
+    pub adapter: Option<AdapterId>,
 }
 
 impl Chunk {

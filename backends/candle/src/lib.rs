@@ -3,6 +3,7 @@
 //!
 //! candle chooses kernels by shape, so results depend on the batch within rounding: [`Invariance::None`].
 
+mod adapter;
 mod pages;
 mod plan;
 mod run;

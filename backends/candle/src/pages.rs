@@ -158,6 +158,7 @@ mod tests {
     fn pages(dtype: KvDType) -> Pages {
         let part = |name| Part { name, rows: 2, width: 3, dtype };
         let layout = KvLayout {
+            rope_switch: Default::default(),
             groups: vec![
                 Group { layers: vec![0, 2], parts: vec![part("k"), part("v")] },
                 Group { layers: vec![1], parts: vec![part("k"), part("v")] },

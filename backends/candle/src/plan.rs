@@ -12,6 +12,8 @@ pub(crate) struct Plan {
     pub(crate) prologue: Program,
     /// One per layer: blocks are shared by graphs, weights are not.
     pub(crate) layers: Vec<Program>,
+    /// What stands before the names of each layer's weights.
+    pub(crate) prefixes: Vec<String>,
     pub(crate) epilogue: Program,
     /// Empty where the model does not pool.
     pub(crate) pooled: Program,
@@ -43,6 +45,7 @@ impl Plan {
         Ok(Self {
             prologue: source.program(&graph.prologue, "")?,
             layers: layers.collect::<Result<_, _>>()?,
+            prefixes: graph.layers.iter().map(|layer| layer.prefix.clone()).collect(),
             epilogue: source.program(&graph.epilogue, "")?,
             pooled: match &graph.pooled {
                 Some(pooled) => source.program(&pooled.block, "")?,
@@ -103,7 +106,8 @@ impl Source<'_> {
     }
 
     fn vector(&self, vector: &Vector, prefix: &str) -> Result<Tensor, LoadError> {
-        stacked_f32(&self.tensors(&vector.parts, prefix)?).map_err(load_error)
+        let numbers = vector.read(prefix, self.weights)?;
+        Tensor::from_vec(numbers, vector.width(), self.device).map_err(load_error)
     }
 
     fn tensors(&self, parts: &[(String, usize)], prefix: &str) -> Result<Vec<Tensor>, LoadError> {

@@ -8,14 +8,16 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError, StoredPage,
-    Ticket,
+    AdapterId, CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError,
+    StoredPage, Ticket,
 };
 use mainstay_models::graph::{Activation, Attend, Ids, Mask, Op, PoolKind, Rope, RopeLayout};
+use mainstay_models::{AdapterWeights, LoadError};
 
+use crate::adapter::{self, Adapter, Adapters};
 use crate::pages::{Pages, PartIndex, Slot};
 use crate::plan::{Instruction, Plan, Program};
-use crate::{CandleBackend, NAME, step_error};
+use crate::{CandleBackend, NAME, load_error, step_error};
 
 /// Query rows that attend at once: bounds the scores of a long chunk.
 const ATTEND_ROWS: usize = 256;
@@ -25,6 +27,7 @@ pub(crate) struct CandleExecutor {
     plan: Plan,
     pages: Pages,
     limits: Limits,
+    adapters: Adapters,
     scratch: SampleScratch,
     /// Steps are computed inside `submit` and wait here, oldest first.
     finished: VecDeque<StepOutput>,
@@ -33,19 +36,21 @@ pub(crate) struct CandleExecutor {
 
 impl CandleExecutor {
     pub(crate) fn new(plan: Plan, pages: Pages, limits: Limits) -> Self {
-        let (scratch, finished, copied) = Default::default();
-        Self { plan, pages, limits, scratch, finished, copied }
+        let (adapters, scratch, finished, copied) = Default::default();
+        Self { plan, pages, limits, adapters, scratch, finished, copied }
     }
 
     /// The logits `[outputs, vocab]` of a step, and its pooled rows.
     fn run(&mut self, step: &Step) -> Result<(Vec<f32>, Vec<f32>)> {
         let empty = Tensor::zeros((step.tokens.len(), 0), DType::F32, &self.plan.device)?;
-        let mut rows =
-            evaluate(&self.plan.prologue, empty, &mut Scope { layer: 0, step, pages: &mut self.pages })?;
+        let mut scope = Scope { layer: 0, step, pages: &mut self.pages, adapters: None };
+        let mut rows = evaluate(&self.plan.prologue, empty, &mut scope)?;
         for (layer, program) in self.plan.layers.iter().enumerate() {
-            rows = evaluate(program, rows, &mut Scope { layer, step, pages: &mut self.pages })?;
+            (scope.layer, scope.adapters) =
+                (layer, Some((&self.adapters, self.plan.prefixes[layer].as_str())));
+            rows = evaluate(program, rows, &mut scope)?;
         }
-        let mut scope = Scope { layer: 0, step, pages: &mut self.pages };
+        (scope.layer, scope.adapters) = (0, None);
         let mut finish = |program: &Program, wanted: usize| -> Result<Vec<f32>> {
             if wanted == 0 {
                 return Ok(Vec::new());
@@ -98,6 +103,21 @@ impl Executor for CandleExecutor {
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
         done.append(&mut self.copied);
     }
+
+    fn set_adapter(
+        &mut self,
+        id: AdapterId,
+        weights: Option<&AdapterWeights>,
+    ) -> std::result::Result<(), LoadError> {
+        match weights {
+            Some(weights) => {
+                let adapter = Adapter::new(weights, &self.plan.device).map_err(load_error)?;
+                self.adapters.insert(id, adapter)
+            }
+            None => self.adapters.remove(&id),
+        };
+        Ok(())
+    }
 }
 
 /// What an op may need besides its inputs.
@@ -105,6 +125,8 @@ struct Scope<'a> {
     layer: usize,
     step: &'a Step,
     pages: &'a mut Pages,
+    /// Those that the chunks of the step may name, and the prefix of the layer; none outside of layers.
+    adapters: Option<(&'a Adapters, &'a str)>,
 }
 
 fn evaluate(program: &Program, input: Tensor, scope: &mut Scope) -> Result<Tensor> {
@@ -124,10 +146,14 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
             let ids = Tensor::from_vec(row_ids(*ids, scope.step), scope.step.tokens.len(), input.device())?;
             weight().index_select(&ids, 0)?.to_dtype(DType::F32)
         }
-        Op::Linear { input, .. } => {
+        Op::Linear { input, weight: matrix, .. } => {
             let product = values[*input].contiguous()?.matmul(&weight().to_dtype(DType::F32)?.t()?)?;
-            match &instruction.bias {
-                Some(bias) => product.broadcast_add(bias),
+            let product = match &instruction.bias {
+                Some(bias) => product.broadcast_add(bias)?,
+                None => product,
+            };
+            match scope.adapters {
+                Some(adapters) => adapter::add(product, (&values[*input], matrix), adapters, scope.step),
                 None => Ok(product),
             }
         }

@@ -5,12 +5,16 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::{CopyDone, KvLayout, PageRead, PageRef, StoredPage, Ticket};
 use mainstay_backend_api::sample::{Drawn, SampleScratch};
-use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput};
+use mainstay_backend_api::{
+    AdapterId, Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput,
+};
 use mainstay_kernels_cpu::attend::Attention;
-use mainstay_kernels_cpu::{Kernels, scratch_len};
+use mainstay_kernels_cpu::scratch_len;
 use mainstay_models::graph::Graph;
-use mainstay_models::{LoadError, Weights};
+use mainstay_models::{AdapterWeights, LoadError, Weights};
 
+use crate::CpuBackend;
+use crate::adapter::{self, Adapter, Adapters};
 use crate::arena::Arena;
 use crate::load::{self, ModelWeights};
 use crate::pages::Pages;
@@ -28,6 +32,8 @@ pub(crate) struct CpuExecutor {
     core: Core,
     pool: Pool,
     layout: KvLayout,
+    /// Block and prefix of every layer.
+    places: Vec<(usize, String)>,
     limits: Limits,
     /// Steps computed and not yet fetched, oldest first.
     finished: VecDeque<Result<StepOutput, StepError>>,
@@ -51,12 +57,12 @@ pub(crate) struct RowResult {
 
 impl CpuExecutor {
     pub(crate) fn new(
-        kernels: Kernels,
-        threads: usize,
+        backend: &CpuBackend,
         (graph, weights): (&Graph, &Weights),
         limits: &Limits,
     ) -> Result<Self, LoadError> {
-        let plan = Plan::new(graph, limits)?;
+        let (kernels, threads) = (backend.kernels, backend.threads);
+        let plan = Plan::new(graph, limits, backend.fusing)?;
         let layout = KvLayout::of(graph, limits.kv_dtype);
         let pages = Pages::new(&layout, limits)?;
         let arena = Arena::new(plan.arena_len).ok_or_else(|| LoadError::Resources {
@@ -93,6 +99,7 @@ impl CpuExecutor {
             arena,
             pages,
             work: Work::new(limits),
+            adapters: Adapters::new(),
         };
         let pool = Pool::new(threads).map_err(|e| LoadError::Resources {
             what: format!("{threads} threads could not be started: {e}"),
@@ -101,6 +108,7 @@ impl CpuExecutor {
             core,
             pool,
             layout,
+            places: adapter::layers(graph),
             limits: limits.clone(),
             finished: VecDeque::with_capacity(4),
             spare: Vec::with_capacity(4),
@@ -116,6 +124,8 @@ impl CpuExecutor {
         assert!(rows <= l.output_rows, "{rows} output rows in a step, limit {}", l.output_rows);
         assert!(step.pooled.iter().all(|&i| i < chunks), "pooled chunks {:?} of {chunks}", step.pooled);
         for chunk in &step.chunks {
+            let is_here = chunk.adapter.is_none_or(|id| self.core.adapters.contains_key(&id));
+            assert!(is_here, "a chunk names {:?}, which is not here", chunk.adapter);
             let end = chunk.position + chunk.tokens.len();
             assert!(end <= l.context, "a chunk ends at {end}, the context is {}", l.context);
             assert!(chunk.tokens.end <= tokens, "chunk tokens {:?} of {tokens}", chunk.tokens);
@@ -164,7 +174,7 @@ impl Executor for CpuExecutor {
         for &(from, to) in &step.copies {
             self.core.pages.copy(from, to);
         }
-        self.core.work.prepare(step);
+        self.core.prepare(step);
         if let Some(kv) = &mut self.core.step_kv {
             kv.prepare(step);
         }
@@ -197,5 +207,20 @@ impl Executor for CpuExecutor {
 
     fn poll(&mut self, done: &mut Vec<CopyDone>) {
         done.append(&mut self.copies);
+    }
+
+    fn set_adapter(&mut self, id: AdapterId, weights: Option<&AdapterWeights>) -> Result<(), LoadError> {
+        if self.core.plan.low.rows == 0 {
+            let what = "adapters of a model that was loaded without room for them".to_owned();
+            return Err(LoadError::Unsupported { backend: "cpu", what });
+        }
+        match weights {
+            Some(weights) => {
+                let adapter = Adapter::new(&self.places, &self.core.plan, weights);
+                self.core.adapters.insert(id, adapter)
+            }
+            None => self.core.adapters.remove(&id),
+        };
+        Ok(())
     }
 }

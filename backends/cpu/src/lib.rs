@@ -4,6 +4,7 @@
 //! thread count and the placement of pages: every sum has one order, fixed by the kernels, and threads only divide
 //! outputs among themselves.
 
+mod adapter;
 mod arena;
 mod executor;
 mod load;
@@ -19,6 +20,8 @@ use mainstay_backend_api::{Backend, DeviceInfo, Executor, Limits};
 use mainstay_kernels_cpu::{Isa, Kernels};
 use mainstay_models::graph::Graph;
 use mainstay_models::{LoadError, Weights};
+
+use crate::plan::Fusing;
 
 /// What the operator may decide.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +42,7 @@ pub fn default_threads() -> usize {
 pub struct CpuBackend {
     kernels: Kernels,
     threads: usize,
+    fusing: Fusing,
 }
 
 impl CpuBackend {
@@ -54,7 +58,12 @@ impl CpuBackend {
         if threads == 0 {
             return Err(LoadError::Resources { what: "expected at least 1 thread, found 0".into() });
         }
-        Ok(Self { kernels, threads })
+        Ok(Self { kernels, threads, fusing: Fusing::All })
+    }
+
+    /// Models that it loads take adapters. They are a little slower, and have the same bits.
+    pub fn with_adapters(self) -> Self {
+        Self { fusing: Fusing::LeavesProducts, ..self }
     }
 
     /// Threads that compute.
@@ -81,6 +90,6 @@ impl Backend for CpuBackend {
         limits: &Limits,
     ) -> Result<Box<dyn Executor>, LoadError> {
         graph.check(weights)?;
-        Ok(Box::new(executor::CpuExecutor::new(self.kernels, self.threads, (graph, weights), limits)?))
+        Ok(Box::new(executor::CpuExecutor::new(self, (graph, weights), limits)?))
     }
 }

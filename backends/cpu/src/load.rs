@@ -84,11 +84,12 @@ impl Loader<'_> {
         let parts = key.0.iter().map(|(n, rows)| Ok((self.weights.tensor(n)?, *rows)));
         let source = Source { parts: parts.collect::<Result<_, LoadError>>()?, order: used.order };
         let (rows, cols) = (matrix.rows(), matrix.cols);
-        let mut packed = PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
-            LoadError::Resources {
-                what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
-            }
-        })?;
+        let mut packed =
+            PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
+                LoadError::Resources {
+                    what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
+                }
+            })?;
         pack(&mut packed, &source, self.threads);
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
@@ -97,12 +98,7 @@ impl Loader<'_> {
 
     fn vector(&mut self, used: &VectorUse, prefix: &str) -> Result<Arc<[f32]>, LoadError> {
         let len = used.vector.width();
-        let mut plain = vec![0.0; len];
-        let mut first = 0;
-        for (name, part) in &used.vector.parts {
-            self.weights.tensor(&format!("{prefix}{name}"))?.read_f32(&mut plain[first..first + part]);
-            first += part;
-        }
+        let plain = used.vector.read(prefix, self.weights)?;
         let mut values: Vec<f32> = (0..len).map(|row| plain[source_row(row, len, used.order)]).collect();
         values.resize(len.next_multiple_of(LANES), 0.0);
         Ok(values.into())

@@ -134,7 +134,9 @@ impl Places {
         }
         let result = draft.root(draft.result);
         match exit {
-            Some(slot) if entry.is_none() && result == (draft.result, 0) => slots[result.0] = Some(slot),
+            Some(slot) if entry.is_none() && result.1 == 0 && draft.widths[result.0] == slot.width => {
+                slots[result.0] = Some(slot);
+            }
             Some(slot) if draft.entry != Some(result.0) || result.1 != 0 => {
                 let out = draft.extra(slot.width);
                 slots[out] = Some(slot);

@@ -3,6 +3,7 @@
 use mainstay_backend_api::Limits;
 use mainstay_kernels_cpu::{After, Function, LANES, Pairing};
 use mainstay_models::LoadError;
+use mainstay_models::adapter::RANK_MAX;
 use mainstay_models::graph::{
     self, Activation, Block, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Value, Vector,
 };
@@ -91,6 +92,13 @@ pub(crate) enum Call<P> {
         input: P,
         out: P,
     },
+    /// The norm, added to what is there.
+    NormAdd {
+        weight: WeightIndex,
+        eps: f32,
+        input: P,
+        out: P,
+    },
     LayerNorm {
         weight: WeightIndex,
         bias: WeightIndex,
@@ -169,6 +177,8 @@ pub(crate) struct Plan {
     pub(crate) angles: Vec<Slot>,
     /// Activations on their way into a product, tile by tile.
     pub(crate) packed: Slot,
+    /// `[tokens, rank]`: rows on their way through an adapter; no rows where there are none.
+    pub(crate) low: Slot,
     /// `[outputs, vocab]`
     pub(crate) logits: Slot,
     /// `[pooled sequences, width]`
@@ -180,6 +190,15 @@ pub(crate) struct Plan {
     /// Widest head, and most query heads over one key head.
     pub(crate) head_dim: usize,
     pub(crate) group: usize,
+}
+
+/// What may become part of the product before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fusing {
+    /// Whatever can.
+    All,
+    /// In layers, nothing that needs a product whole: adapters are added to it first.
+    LeavesProducts,
 }
 
 /// Which part of a graph a block is.
@@ -196,7 +215,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`LoadError::Unsupported`] for an op in a place where this backend cannot run it.
-    pub(crate) fn new(graph: &Graph, limits: &Limits) -> Result<Self, LoadError> {
+    pub(crate) fn new(graph: &Graph, limits: &Limits, fusing: Fusing) -> Result<Self, LoadError> {
         let mut ropes = Vec::new();
         let mut places = Places::new();
         let hidden = places.fixed(limits.tokens_per_step, graph.hidden);
@@ -207,7 +226,7 @@ impl Plan {
                 return Ok((Program { calls, matrices, vectors }, places.fixed(0, 0)));
             }
             let widths = block.widths(graph.hidden)?;
-            let mut draft = Fuse::new(block, &widths, role, &mut ropes).run()?;
+            let mut draft = Fuse::new(block, &widths, (role, fusing), &mut ropes).run()?;
             let rows = match role {
                 Role::Prologue | Role::Layer => limits.tokens_per_step,
                 Role::Epilogue => limits.output_rows,
@@ -230,6 +249,10 @@ impl Plan {
         let block = graph.pooled.as_ref().map_or(&none, |pooled| &pooled.block);
         let (pooled, pooled_rows) = plan_block(block, Role::Pooled, &mut places)?;
         let packed = places.fixed(1, packed_len);
+        let low = match fusing {
+            Fusing::All => places.fixed(0, 0),
+            Fusing::LeavesProducts => places.fixed(limits.tokens_per_step, RANK_MAX),
+        };
         let angles = ropes.iter().map(|r| places.fixed(limits.tokens_per_step, r.dim)).collect();
         let shapes = || blocks.iter().flat_map(|b| &b.calls).filter_map(Call::heads);
         let head_dim = shapes().map(|h| h.head_dim).max().unwrap_or(1);
@@ -244,6 +267,7 @@ impl Plan {
             ropes,
             angles,
             packed,
+            low,
             logits,
             pooled_rows,
             whole_heads,
@@ -274,6 +298,9 @@ impl<P: Copy> Call<P> {
             }
             Call::Norm { weight, eps, input, out } => {
                 Call::Norm { weight, eps, input: f(input, Read), out: f(out, Write) }
+            }
+            Call::NormAdd { weight, eps, input, out } => {
+                Call::NormAdd { weight, eps, input: f(input, Read), out: f(out, Write) }
             }
             Call::LayerNorm { weight, bias, eps, input, out } => {
                 Call::LayerNorm { weight, bias, eps, input: f(input, Read), out: f(out, Write) }
@@ -310,6 +337,7 @@ pub(crate) enum Access {
 struct Fuse<'a> {
     ops: &'a [Op],
     role: Role,
+    fusing: Fusing,
     ropes: &'a mut Vec<Rope>,
     /// How many ops read a value; the block's result has one reader more.
     readers: Vec<usize>,
@@ -319,14 +347,27 @@ struct Fuse<'a> {
 }
 
 impl<'a> Fuse<'a> {
-    fn new(block: &'a Block, widths: &[usize], role: Role, ropes: &'a mut Vec<Rope>) -> Self {
+    fn new(
+        block: &'a Block,
+        widths: &[usize],
+        (role, fusing): (Role, Fusing),
+        ropes: &'a mut Vec<Rope>,
+    ) -> Self {
         let ops = &block.ops;
         let mut readers = vec![0; ops.len()];
         ops.iter().flat_map(Op::inputs).for_each(|v| readers[v] += 1);
         if let Some(last) = readers.last_mut() {
             *last += 1;
         }
-        Self { ops, role, ropes, readers, absorbed: vec![false; ops.len()], draft: Draft::new(widths) }
+        Self {
+            ops,
+            role,
+            fusing,
+            ropes,
+            readers,
+            absorbed: vec![false; ops.len()],
+            draft: Draft::new(widths),
+        }
     }
 
     fn run(mut self) -> Result<Draft, LoadError> {
@@ -359,8 +400,8 @@ impl<'a> Fuse<'a> {
                 self.absorbed[*input] = true;
             }
             Op::Add { a, b } => {
-                if let Some((linear, _)) = self.residual(v, *a, *b) {
-                    self.absorbed[linear] = true;
+                if let Some((addend, _)) = self.residual(v, *a, *b) {
+                    self.absorbed[addend] = true;
                 }
             }
             Op::Attend(attend) => {
@@ -382,19 +423,22 @@ impl<'a> Fuse<'a> {
         }
     }
 
+    /// Whether `v` is a product that an element-wise function may become part of.
     fn is_free_linear(&self, v: Value) -> bool {
-        matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
+        let is_whole = self.role == Role::Layer && self.fusing == Fusing::LeavesProducts;
+        !is_whole && matches!(self.ops[v], Op::Linear { .. }) && self.only_for_one(v)
     }
 
-    /// For the sum `v`: the product to add, and the value that dies here and takes it.
+    /// For the sum `v`: the product or norm to add, and the value that dies here and takes it.
     fn residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
         if matches!(self.role, Role::Epilogue | Role::Pooled) {
             return None;
         }
-        [(b, a), (a, b)].into_iter().find(|&(linear, rest)| {
-            let free = matches!(self.ops[linear], Op::Linear { .. }) && self.readers[linear] == 1;
+        [(b, a), (a, b)].into_iter().find(|&(addend, rest)| {
+            let free = matches!(self.ops[addend], Op::Linear { .. } | Op::RmsNorm { .. })
+                && self.readers[addend] == 1;
             let own =
-                !self.ops[linear].inputs().contains(&rest) && !matches!(self.ops[rest], Op::Slice { .. });
+                !self.ops[addend].inputs().contains(&rest) && !matches!(self.ops[rest], Op::Slice { .. });
             let sliced = self.ops.iter().any(|op| matches!(op, Op::Slice { input, .. } if *input == rest));
             free && own && !sliced && (v + 1..self.ops.len()).all(|later| !self.may_read(later, rest))
         })
@@ -450,9 +494,15 @@ impl<'a> Fuse<'a> {
                 out: v,
             },
             Op::Add { a, b } => match self.absorbed_residual(v, *a, *b) {
-                Some((linear, rest)) => {
+                Some((addend, rest)) => {
                     self.draft.alias(v, rest);
-                    self.linear(linear, v, After::Accumulate)
+                    match &ops[addend] {
+                        Op::RmsNorm { input, weight, eps } => {
+                            let weight = self.draft.vector(weight, RowOrder::Plain);
+                            Call::NormAdd { weight, eps: *eps, input: *input, out: v }
+                        }
+                        _ => self.linear(addend, v, After::Accumulate),
+                    }
                 }
                 None => Call::Add { a: *a, b: *b, out: v },
             },
@@ -483,13 +533,19 @@ impl<'a> Fuse<'a> {
         }
     }
 
-    /// Which of a sum's operands was absorbed as a product.
+    /// Which of a sum's operands was absorbed.
     fn absorbed_residual(&self, v: Value, a: Value, b: Value) -> Option<(Value, Value)> {
-        self.residual(v, a, b).filter(|&(linear, _)| self.absorbed[linear])
+        self.residual(v, a, b).filter(|&(addend, _)| self.absorbed[addend])
     }
 
+    /// In the place of its input, where nobody else reads that.
     fn map(&mut self, v: Value, input: Value, f: Map) -> Call<Value> {
-        self.draft.calls.push(Call::Copy { input, out: v });
+        let is_view = matches!(self.ops[input], Op::Input | Op::SelectRows { .. } | Op::Slice { .. });
+        if self.readers[input] == 1 && !is_view {
+            self.draft.alias(v, input);
+        } else {
+            self.draft.calls.push(Call::Copy { input, out: v });
+        }
         Call::Map { f, out: v }
     }
 

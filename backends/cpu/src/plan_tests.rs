@@ -1,7 +1,7 @@
 //! What is fused, and that values that live together lie apart.
 
 use mainstay_backend_api::KvDType;
-use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind};
+use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind, RopeSwitch};
 
 use super::*;
 use crate::plan::Access;
@@ -40,6 +40,7 @@ fn graph(block: Block) -> Graph {
         hidden: HIDDEN,
         vocab: 50,
         context: 64,
+        rope_switch: RopeSwitch::default(),
     }
 }
 
@@ -92,6 +93,7 @@ fn kinds(program: &Program) -> Vec<&'static str> {
         Call::Linear { after: After::Activate(_), .. } => "linear+activate",
         Call::Linear { after: After::Gate(_), .. } => "linear+gate",
         Call::Norm { .. } => "norm",
+        Call::NormAdd { .. } => "norm+add",
         Call::Add { .. } => "add",
         Call::Map { .. } => "map",
         Call::Rope { .. } => "rope",
@@ -124,7 +126,7 @@ fn check_places(program: &Program) {
 
 #[test]
 fn a_llama_layer_is_eight_calls() {
-    let plan = Plan::new(&graph(llama()), &limits()).unwrap();
+    let plan = Plan::new(&graph(llama()), &limits(), Fusing::All).unwrap();
     let wanted = ["norm", "linear", "append", "attend", "linear+add", "norm", "linear+gate", "linear+add"];
     assert_eq!(kinds(&plan.blocks[0]), wanted);
     assert_eq!(kinds(&plan.prologue), ["embed"]);
@@ -144,7 +146,7 @@ fn a_residual_that_is_read_again_is_not_overwritten() {
     let l = b.push(linear(n, HIDDEN, HIDDEN));
     let sum = b.push(Op::Add { a: x, b: l });
     b.push(Op::Add { a: sum, b: x });
-    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    let plan = Plan::new(&graph(b), &limits(), Fusing::All).unwrap();
     assert_eq!(kinds(&plan.blocks[0]), ["norm", "linear", "add", "add", "copy"]);
     check_places(&plan.blocks[0]);
 
@@ -156,7 +158,7 @@ fn a_residual_that_is_read_again_is_not_overwritten() {
     let second = b.push(linear(x, HIDDEN, HIDDEN));
     let sum = b.push(Op::Add { a: x, b: first });
     b.push(Op::Add { a: sum, b: second });
-    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    let plan = Plan::new(&graph(b), &limits(), Fusing::All).unwrap();
     assert_eq!(kinds(&plan.blocks[0]), ["norm", "linear", "add", "linear+add", "copy"]);
     check_places(&plan.blocks[0]);
 }
@@ -171,8 +173,8 @@ fn halves_that_cut_a_panel_are_not_fused() {
     let d = b.push(linear(s, HIDDEN, 20));
     let d = b.push(Op::Activate { input: d, f: Activation::Relu });
     b.push(Op::Softcap { input: d, cap: 3.0 });
-    let plan = Plan::new(&graph(b), &limits()).unwrap();
-    let wanted = ["linear", "gate", "copy", "map", "linear+activate", "copy", "map", "copy"];
+    let plan = Plan::new(&graph(b), &limits(), Fusing::All).unwrap();
+    let wanted = ["linear", "gate", "map", "linear+activate", "map", "copy"];
     assert_eq!(kinds(&plan.blocks[0]), wanted);
     check_places(&plan.blocks[0]);
 }
@@ -184,7 +186,7 @@ fn places_are_reused() {
     for _ in 0..20 {
         x = b.push(norm(x, HIDDEN));
     }
-    let plan = Plan::new(&graph(b), &limits()).unwrap();
+    let plan = Plan::new(&graph(b), &limits(), Fusing::All).unwrap();
     // Hidden rows, two norms in turn; products' packed rows; the epilogue is smaller.
     assert!(plan.arena_len <= 10 * HIDDEN * 3 + 10 * HIDDEN, "{}", plan.arena_len);
 }
@@ -193,11 +195,61 @@ fn places_are_reused() {
 fn ops_in_the_wrong_place_are_refused_at_load() {
     let mut wrong = graph(llama());
     wrong.epilogue.ops = llama().ops;
-    let error = Plan::new(&wrong, &limits()).unwrap_err();
+    let error = Plan::new(&wrong, &limits(), Fusing::All).unwrap_err();
     assert!(error.to_string().contains("attend in the epilogue"), "{error}");
     let mut wrong = graph(llama());
     wrong.blocks[0].ops.push(Op::SelectRows { input: 0 });
-    assert!(matches!(Plan::new(&wrong, &limits()), Err(LoadError::Unsupported { backend: "cpu", .. })));
+    assert!(matches!(
+        Plan::new(&wrong, &limits(), Fusing::All),
+        Err(LoadError::Unsupported { backend: "cpu", .. })
+    ));
+}
+
+#[test]
+fn norms_behind_products_are_added_to_the_residual() {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let g = b.push(linear(x, 96, HIDDEN));
+    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let d = b.push(linear(g, HIDDEN, 48));
+    let n = b.push(norm(d, HIDDEN));
+    let sum = b.push(Op::Add { a: x, b: n });
+    let n = b.push(norm(sum, HIDDEN));
+    let d = b.push(linear(n, HIDDEN, HIDDEN));
+    let n = b.push(norm(d, HIDDEN));
+    b.push(Op::Add { a: n, b: sum });
+    let mut graph = graph(b);
+    graph.prologue.push(Op::Scale { input: 0, factor: 8.0 });
+    graph.epilogue.push(Op::Softcap { input: 2, cap: 30.0 });
+    let plan = Plan::new(&graph, &limits(), Fusing::All).unwrap();
+    let wanted = ["linear+gate", "linear", "norm+add", "norm", "linear", "norm+add"];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    assert_eq!(kinds(&plan.prologue), ["embed", "map"]);
+    assert_eq!(kinds(&plan.epilogue), ["select", "linear", "map"]);
+    [&plan.prologue, &plan.blocks[0], &plan.epilogue].into_iter().for_each(check_places);
+    let Call::Embed { out, .. } = plan.prologue.calls[0] else { panic!("{:?}", plan.prologue.calls) };
+    let Call::Map { out: scaled, .. } = plan.prologue.calls[1] else { panic!("{:?}", plan.prologue.calls) };
+    let Call::Linear { input, .. } = plan.blocks[0].calls[0] else { panic!("{:?}", plan.blocks[0].calls) };
+    assert!(out == scaled && scaled == input, "rows are scaled where the layers find them");
+
+    // A norm of the residual itself cannot be added to it.
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    b.push(Op::Add { a: x, b: n });
+    let plan = Plan::new(&self::graph(b), &limits(), Fusing::All).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["norm", "add", "copy"]);
+    // Nor does a value that is read again take it, or is mapped in its place.
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let l = b.push(linear(x, HIDDEN, HIDDEN));
+    let s = b.push(Op::Scale { input: l, factor: 2.0 });
+    let n = b.push(norm(s, HIDDEN));
+    let sum = b.push(Op::Add { a: l, b: n });
+    b.push(Op::Add { a: sum, b: l });
+    let plan = Plan::new(&self::graph(b), &limits(), Fusing::All).unwrap();
+    assert_eq!(kinds(&plan.blocks[0]), ["linear", "copy", "map", "norm", "add", "add", "copy"]);
+    check_places(&plan.blocks[0]);
 }
 
 fn pooled(width: usize, build: impl FnOnce(&mut Block, Value)) -> Option<Pooled> {
@@ -238,7 +290,7 @@ fn a_bert_layer_adds_into_its_products_and_normalizes_behind_them() {
         }),
         ..graph(b)
     };
-    let plan = Plan::new(&graph, &Limits { pages: Vec::new(), ..limits() }).unwrap();
+    let plan = Plan::new(&graph, &Limits { pages: Vec::new(), ..limits() }, Fusing::All).unwrap();
     let wanted = [
         "linear",
         "append",
@@ -261,7 +313,7 @@ fn a_bert_layer_adds_into_its_products_and_normalizes_behind_them() {
 fn rows_are_pooled_before_anything_else_is_made_of_them() {
     let refused = |build: fn(&mut Block, Value)| {
         let graph = Graph { pooled: pooled(HIDDEN, build), ..graph(llama()) };
-        Plan::new(&graph, &limits()).unwrap_err().to_string()
+        Plan::new(&graph, &limits(), Fusing::All).unwrap_err().to_string()
     };
     let found = refused(|b, x| {
         let input = b.push(norm(x, HIDDEN));

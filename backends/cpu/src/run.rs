@@ -5,15 +5,16 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
-use mainstay_backend_api::{Limits, Step};
+use mainstay_backend_api::{AdapterId, Limits, Step};
 use mainstay_kernels_cpu::attend::{AttendShape, Sight};
 use mainstay_kernels_cpu::kv::KvPart;
 use mainstay_kernels_cpu::{
-    After, Form, Kernels, LANES, PART_ROWS, PackedMatrix, Part, Product, layer_norm, mean, normalize, pack_tile, rms_norm,
-    rms_norm_in_place, rope, rope_angles,
+    After, Form, Kernels, LANES, PART_ROWS, PackedMatrix, Part, Product, layer_norm, low_rank_in,
+    low_rank_out, mean, normalize, pack_tile, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
+use crate::adapter::Adapters;
 use crate::arena::{Arena, Slot};
 use crate::executor::{RowResult, Scratch};
 use crate::load::BlockWeights;
@@ -30,6 +31,10 @@ pub(crate) const PART_ROWS_MAX: usize = PART_ROWS;
 
 /// Rows that one job of a row-wise call has.
 const ROWS: usize = 8;
+
+/// Ranks of an adapter's first product, and columns of its second, that are one job.
+const RANKS: usize = 16;
+const COLUMNS: usize = 512;
 
 /// Panels that one job of a product has at most.
 const PANELS_MAX: usize = 8;
@@ -49,6 +54,7 @@ pub(crate) struct Core {
     pub(crate) arena: Arena,
     pub(crate) pages: Pages,
     pub(crate) work: Work,
+    pub(crate) adapters: Adapters,
     pub(crate) scratch: Vec<Mutex<Scratch>>,
     pub(crate) rows: Vec<Mutex<RowResult>>,
 }
@@ -61,6 +67,10 @@ pub(crate) struct Work {
     runs: Vec<Piece>,
     /// Tokens of one chunk whose attention is one job.
     tasks: Vec<Piece>,
+    /// Rows that have an adapter, and which.
+    adapted: Vec<(usize, AdapterId)>,
+    /// The highest rank of these.
+    rank: usize,
 }
 
 /// Consecutive tokens of one chunk.
@@ -80,6 +90,8 @@ impl Work {
             tokens: Vec::with_capacity(tokens),
             runs: Vec::with_capacity(tokens),
             tasks: Vec::with_capacity(tokens),
+            adapted: Vec::with_capacity(tokens),
+            rank: 0,
         }
     }
 
@@ -88,10 +100,13 @@ impl Work {
         self.tokens.clear();
         self.runs.clear();
         self.tasks.clear();
+        self.adapted.clear();
         for (chunk, c) in step.chunks.iter().enumerate() {
             assert_eq!(c.tokens.start, self.tokens.len(), "chunks lie end to end");
             let (first, len) = (c.tokens.start, c.tokens.len());
             self.tokens.extend((0..len).map(|i| (c.position + i, chunk)));
+            self.adapted
+                .extend(c.adapter.into_iter().flat_map(|id| (first..first + len).map(move |row| (row, id))));
             let mut start = 0;
             while start < len {
                 let end = len.min(start + PAGE_TOKENS - (c.position + start) % PAGE_TOKENS);
@@ -127,26 +142,46 @@ struct Runner<'a> {
     layer: usize,
     /// The value that is packed, and how, while products of it follow each other.
     in_packed: Option<(Slot, Form)>,
+    /// Whether the current block is a layer's.
+    is_layer: bool,
 }
 
 impl Core {
+    /// Cuts a step for the jobs.
+    pub(crate) fn prepare(&mut self, step: &Step) {
+        self.work.prepare(step);
+        let ranks = self.work.adapted.iter().map(|(_, id)| self.adapters[id].rank());
+        self.work.rank = ranks.max().unwrap_or(0);
+    }
+
     /// This thread's share of a step.
     pub(crate) fn step(&self, worker: &Worker<'_>, step: &Step) {
         let mut scratch = self.scratch[worker.index].lock().unwrap_or_else(PoisonError::into_inner);
         let rows = step.tokens.len();
         let scratch = &mut *scratch;
-        let mut runner =
-            Runner { core: self, worker, step, scratch, rows, weights: &self.prologue, layer: 0, in_packed: None };
+        let mut runner = Runner {
+            core: self,
+            worker,
+            step,
+            scratch,
+            rows,
+            weights: &self.prologue,
+            layer: 0,
+            in_packed: None,
+            is_layer: false,
+        };
         if rows == 0 {
             return;
         }
         runner.angles();
         runner.program(&self.plan.prologue);
+        runner.is_layer = true;
         for (layer, (block, weights)) in self.layers.iter().enumerate() {
             runner.layer = layer;
             runner.weights = weights;
             runner.program(&self.plan.blocks[*block]);
         }
+        runner.is_layer = false;
         if !step.pooled.is_empty() {
             runner.rows = step.pooled.len();
             runner.weights = &self.pooled;
@@ -194,12 +229,20 @@ impl<'a> Runner<'a> {
                 Call::Pool { kind, input, out } => self.pool(kind, input, out),
                 Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
                 Call::Linear { weight, bias, input, after, out } => {
-                    self.linear((weight, bias), input, after, out)
+                    self.linear((weight, bias), input, after, out);
+                    if self.is_layer && !self.core.work.adapted.is_empty() {
+                        self.adapt(weight, input, out);
+                    }
                 }
                 Call::Norm { weight, eps, input, out } => {
                     let width = self.vector_width(program, weight);
                     let weight = &self.weights.vectors[weight][..width];
                     self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
+                }
+                Call::NormAdd { weight, eps, input, out } => {
+                    let width = self.vector_width(program, weight);
+                    let weight = &self.weights.vectors[weight][..width];
+                    self.row_wise(input, out, |x, o| rms_norm_add(x, weight, eps, o));
                 }
                 Call::LayerNorm { weight, bias, eps, input, out } => {
                     let width = self.vector_width(program, weight);
@@ -384,6 +427,42 @@ impl<'a> Runner<'a> {
             let mut out = core.arena.write(place, part.rows.clone(), &job);
             core.kernels.matmul(&product, &part, &mut out, floats);
         });
+    }
+
+    /// Adds to the rows of a product what their adapters say.
+    fn adapt(&self, weight: usize, input: Slot, out: Slot) {
+        let core = self.core;
+        let Work { adapted, rank, .. } = &core.work;
+        let pieces = |(_, id): &(usize, AdapterId)| core.adapters[id].pieces(self.layer, weight);
+        let most = adapted.iter().map(|row| pieces(row).len()).max().unwrap_or(0);
+        let columns = adapted.iter().flat_map(&pieces).map(|piece| piece.rows).max().unwrap_or(0);
+        for nth in 0..most {
+            let (blocks, low) = (rank.div_ceil(RANKS), core.plan.low);
+            self.worker.each(adapted.len() * blocks, |job| {
+                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * RANKS);
+                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rank) else { return };
+                let ranks = first..(first + RANKS).min(piece.rank);
+                let rows = at.0..at.0 + 1;
+                let x = core.arena.read(input, rows.clone());
+                let mut low = core.arena.write(low.columns(ranks.clone()), rows, &job);
+                let a = piece.a.chunks_exact(x.cols()).skip(ranks.start);
+                low.row(0)
+                    .iter_mut()
+                    .zip(a)
+                    .for_each(|(low, a)| *low = low_rank_in(x.row(0), a, piece.scale));
+            });
+            let blocks = columns.div_ceil(COLUMNS);
+            self.worker.each(adapted.len() * blocks, |job| {
+                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * COLUMNS);
+                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rows) else { return };
+                let end = (first + COLUMNS).min(piece.rows);
+                let rows = at.0..at.0 + 1;
+                let low = core.arena.read(low.columns(0..piece.rank), rows.clone());
+                let own = out.columns(piece.first + first..piece.first + end);
+                let mut own = core.arena.write(own, rows, &job);
+                low_rank_out(low.row(0), &piece.b, (piece.rows, first), own.row(0));
+            });
+        }
     }
 
     /// Norm and rotation, on one head of one token.

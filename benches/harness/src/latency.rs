@@ -290,6 +290,7 @@ impl<'a> Bed<'a> {
                 pages: page..step.page_table.len(),
                 rope_table: 0,
                 second: None,
+                adapter: None,
             });
         }
         self.executor.submit(&step)?;

@@ -1,8 +1,10 @@
 //! Names of a sequence's pages: whose, of which model, computed by whom; and what the store has of them.
 
 use mainstay_backend_api::PAGE_TOKENS;
+use mainstay_models::graph::RopeSwitch;
 use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Root, Store, Tenant};
 
+use crate::Adapter;
 use crate::identity::Identity;
 use crate::request::Reuse;
 
@@ -23,8 +25,10 @@ pub(crate) struct Header {
 #[derive(Clone, Debug)]
 pub(crate) struct Chain {
     tenant: Tenant,
-    root: PageKey,
-    content: ContentId,
+    /// By rope table.
+    roots: [PageKey; 2],
+    contents: [ContentId; 2],
+    rope_switch: RopeSwitch,
     class: ClassId,
 }
 
@@ -48,15 +52,30 @@ impl Stored {
 }
 
 impl Chain {
-    pub(crate) fn new(tenant: Tenant, identity: &Identity, salt: &[u8]) -> Self {
-        let root = Root { content: identity.content, adapter: None, rope_table: 0, salt };
-        let root = tenant.chain.root(&root);
-        Self { tenant, root, content: identity.content, class: identity.class }
+    /// Of a tenant's pages that are computed under this adapter, in the client's own partition `salt`.
+    pub(crate) fn new(
+        tenant: Tenant,
+        identity: &Identity,
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+    ) -> Self {
+        let adapter = adapter.map(Adapter::hash);
+        let root = |rope_table: usize| {
+            let content = identity.contents[rope_table];
+            tenant.chain.root(&Root { content, adapter, rope_table: rope_table as u32, salt })
+        };
+        let roots = [root(0), root(1)];
+        let (contents, rope_switch, class) = (identity.contents, identity.rope_switch, identity.class);
+        Self { tenant, roots, contents, rope_switch, class }
     }
 
-    /// The parent of a sequence's first page.
-    pub(crate) fn root(&self) -> PageKey {
-        self.root
+    /// Which rope table a sequence of this many tokens turns by, all of them.
+    pub(crate) fn rope_table(&self, len: usize) -> usize {
+        self.rope_switch.table(len)
+    }
+
+    /// The parent of the first page of a sequence that turns by this rope table.
+    pub(crate) fn root(&self, rope_table: usize) -> PageKey {
+        self.roots[rope_table]
     }
 
     /// Who computes here.
@@ -70,10 +89,16 @@ impl Chain {
     }
 
     /// How the store names a page of a group: full, or a tail of fewer tokens.
-    pub(crate) fn page(&self, class: ClassId, group: usize, parent: PageKey, tokens: &[u32]) -> PageHeader {
+    pub(crate) fn page(
+        &self,
+        (class, group): (ClassId, usize),
+        rope_table: usize,
+        parent: PageKey,
+        tokens: &[u32],
+    ) -> PageHeader {
         let key = self.tenant.chain.next(parent, tokens, &[]);
         let name = self.name(class, group, key);
-        PageHeader { name, content: self.content, parent, tokens: tokens.to_vec() }
+        PageHeader { name, content: self.contents[rope_table], parent, tokens: tokens.to_vec() }
     }
 
     fn name(&self, class: ClassId, group: usize, key: PageKey) -> PageName {
@@ -85,7 +110,7 @@ impl Chain {
         Stored { pages: 0, tail: 0, class: self.class, lack: None }
     }
 
-    /// The keys of all full pages, and how much of them the store has in every group.
+    /// How much of these tokens the store has in every group, and the keys of all full pages.
     pub(crate) fn look_up(
         &self,
         store: &Store,
@@ -94,21 +119,40 @@ impl Chain {
         reuse: Reuse,
     ) -> (Stored, Vec<PageKey>) {
         let full = &tokens[..tokens.len() / PAGE_TOKENS * PAGE_TOKENS];
-        let keys: Vec<PageKey> = self.tenant.chain.keys(self.root, full).collect();
+        let table = self.rope_table(tokens.len());
+        let named = |table: usize| {
+            let root = self.roots[table];
+            let mut keys = vec![root];
+            keys.extend(self.tenant.chain.keys(root, full));
+            keys
+        };
+        let mut keys = named(table);
         let own = self.find(store, (self.class, groups), tokens, &keys);
         let others = || {
             let classes = store.classes().into_iter().filter(|class| *class != self.class);
             let found = classes.map(|class| self.find(store, (class, groups), tokens, &keys));
             found.max_by_key(Stored::tokens).filter(|found| found.tokens() > own.tokens())
         };
+        // What it had when it was shorter.
+        let shorter = || {
+            let found = (table > 0).then(|| self.find(store, (self.class, groups), tokens, &named(0)));
+            found.filter(|found| found.tokens() > 0)
+        };
+        let lack = || match (others(), shorter()) {
+            (Some(_), _) => Some("numeric_class"),
+            (None, Some(_)) => Some("rope_table"),
+            (None, None) => None,
+        };
         let found = match (reuse, own.tokens()) {
             (Reuse::Equivalent, _) => others().unwrap_or(own),
-            (Reuse::Exact, 0) => Stored { lack: others().map(|_| "numeric_class"), ..own },
+            (Reuse::Exact, 0) => Stored { lack: lack(), ..own },
             (Reuse::Exact, _) => own,
         };
+        keys.remove(0);
         (found, keys)
     }
 
+    /// `keys` are those of all full pages, the root before the first.
     fn find(
         &self,
         store: &Store,
@@ -116,13 +160,13 @@ impl Chain {
         tokens: &[u32],
         keys: &[PageKey],
     ) -> Stored {
-        let name = |group, key| self.name(class, group, key);
-        let run = |group| store.chain_len(&name(group, self.root), keys);
+        let (root, name) = (keys[0], |group, key| self.name(class, group, key));
+        let run = |group| store.chain_len(&name(group, root), &keys[1..]);
         let pages = (0..groups).map(run).min().unwrap_or(0);
-        let parent = pages.checked_sub(1).map_or(self.root, |last| keys[last]);
+        let parent = keys[pages];
         let rest = &tokens[pages * PAGE_TOKENS..];
         let rest = &rest[..rest.len().min(PAGE_TOKENS)];
-        let tail = store.find_tail(&name(0, self.root), parent, rest);
+        let tail = store.find_tail(&name(0, root), parent, rest);
         let tail = tail.filter(|(found, _)| (1..groups).all(|group| store.contains(&name(group, found.key))));
         Stored { pages, tail: tail.map_or(0, |(_, len)| len), class, lack: None }
     }

@@ -1,12 +1,12 @@
 //! The engine seen from outside its thread: a cloneable handle that sends requests and reads counters.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS};
 use mainstay_store::{
-    BundlePages, Durability, ExportPages, KeyChain, PageKey, Root, Store, StoreError, Tenant, TenantId,
+    BundlePages, Durability, ExportPages, KeyChain, PageKey, Store, StoreError, Tenant, TenantId,
     TenantSecret,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -14,6 +14,8 @@ use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
 use crate::chain::Chain;
 use crate::copies::Copies;
+use crate::draft::{DraftPolicy, Pace};
+use crate::drafter::Drafter;
 use crate::identity::{Identity, ModelIdentity};
 use crate::mask::MaskThreads;
 use crate::planner::{Planner, RestorePolicy};
@@ -24,7 +26,7 @@ use crate::scheduler::{Scheduler, TierUse, slots_max};
 use crate::sequence::{Sequence, SequenceId, Submission};
 use crate::stats::Counters;
 use crate::tier::Tier;
-use crate::{Event, Keep, Request, RequestError, Stats};
+use crate::{Adapter, Event, Keep, Request, RequestError, Stats};
 
 /// What the operator decided.
 #[derive(Clone)]
@@ -43,6 +45,8 @@ pub struct EngineOptions {
     pub store: Option<Arc<Store>>,
     /// Whether stored pages are read back.
     pub restore: RestorePolicy,
+    /// Whether tokens are guessed ahead.
+    pub draft: DraftPolicy,
 }
 
 impl EngineOptions {
@@ -56,6 +60,7 @@ impl EngineOptions {
             model: ModelIdentity::default(),
             store: None,
             restore: RestorePolicy::default(),
+            draft: DraftPolicy::default(),
         }
     }
 }
@@ -67,16 +72,17 @@ pub struct RequestId(pub u64);
 /// Starts engines and talks to them. When the last handle is gone, the engine finishes what it has and ends.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     /// Not bounded itself, since no stop may be lost: requests are bounded by seats, stops by what was accepted.
-    inbox: UnboundedSender<Message>,
+    pub(crate) inbox: UnboundedSender<Message>,
     /// One permit per sequence that may wait to be started; closed by shutdown.
     seats: Arc<Semaphore>,
     seat_count: usize,
     next_id: AtomicU64,
+    pub(crate) next_adapter: AtomicU32,
     counters: Arc<Counters>,
     limits: Arc<Limits>,
     bounds: Bounds,
@@ -107,6 +113,19 @@ impl Handle {
     /// # Errors
     /// If the system gives no thread, or the limits leave no room for a single token.
     pub fn start(executor: Box<dyn Executor>, options: EngineOptions) -> std::io::Result<Self> {
+        Self::start_with(executor, None, options)
+    }
+
+    /// The same, with a smaller model of the same vocabulary, and the limits it was loaded with, that guesses what the
+    /// executor draws. It changes no token, and is not asked where that would not be faster.
+    ///
+    /// # Errors
+    /// As [`Handle::start`].
+    pub fn start_with(
+        executor: Box<dyn Executor>,
+        draft: Option<(Box<dyn Executor>, Limits)>,
+        options: EngineOptions,
+    ) -> std::io::Result<Self> {
         let limits = usable(options.limits)?;
         let (sender, inbox) = unbounded_channel();
         let seat_count = options.waiting.min(Semaphore::MAX_PERMITS).min(u32::MAX as usize);
@@ -122,6 +141,7 @@ impl Handle {
             seats: Arc::new(Semaphore::new(seat_count)),
             seat_count,
             next_id: AtomicU64::new(0),
+            next_adapter: AtomicU32::new(0),
             counters: Arc::clone(&counters),
             bounds: Bounds {
                 context: limits.context,
@@ -137,7 +157,9 @@ impl Handle {
             class,
         });
         let pool = KvPool::new(&limits.pages);
-        let (scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
+        let (mut scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
+        let guesses = options.draft == DraftPolicy::Auto && uses.is_invariant;
+        scheduler.pace = guesses.then(Pace::default);
         let engine = Engine {
             executor,
             scheduler,
@@ -146,6 +168,7 @@ impl Handle {
             counters,
             planner,
             copies,
+            drafter: draft.map(|(executor, limits)| Drafter::new(executor, limits)),
             masks,
             put_off: None,
             tier,
@@ -174,6 +197,8 @@ impl Handle {
     fn queue(&self, mut request: Request, goal: Goal) -> Result<Generation, RequestError> {
         let shared = &*self.shared;
         request.check(goal, &shared.bounds)?;
+        let is_here = request.adapter.as_ref().is_none_or(|adapter| adapter.is_of(&shared.inbox));
+        assert!(is_here, "a request names {:?}, which another engine has", request.adapter);
         let seats = Arc::clone(&shared.seats).try_acquire_many_owned(request.choices);
         let seat = seats.map_err(|error| match error {
             TryAcquireError::NoPermits => RequestError::Busy { waiting: shared.seat_count },
@@ -187,7 +212,7 @@ impl Handle {
         tokens.append(&mut request.drawn);
         let (tenant, store) = self.tenant(&request.tenant);
         let keep = &request.keep;
-        let chain = Chain::new(tenant, &shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &shared.identity, (request.adapter.as_ref(), &keep.salt));
         let stored = match store {
             Some(store) => chain.look_up(store, shared.groups, &tokens, keep.reuse),
             None => (chain.nothing(), Vec::new()),
@@ -227,30 +252,40 @@ impl Handle {
         &self.shared.identity
     }
 
-    /// Where the chain of page keys of a tenant's session begins.
+    /// Where the chain of page keys of a tenant's session of this many tokens begins.
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn root(&self, tenant: &str, salt: &[u8]) -> Result<Option<PageKey>, StoreError> {
+    pub fn root(
+        &self,
+        tenant: &str,
+        (adapter, salt): (Option<&Adapter>, &[u8]),
+        len: usize,
+    ) -> Result<Option<PageKey>, StoreError> {
         let Some(store) = &self.shared.store else { return Ok(None) };
-        let root = Root { content: self.shared.identity.content, adapter: None, rope_table: 0, salt };
-        Ok(Some(store.tenant(tenant)?.chain.root(&root)))
+        let chain = Chain::new(store.tenant(tenant)?, &self.shared.identity, (adapter, salt));
+        Ok(Some(chain.root(self.shared.identity.rope_table(len))))
     }
 
-    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use; where
-    /// there are none, why, if that is known.
-    pub fn stored_len(&self, tenant: &str, keep: &Keep, tokens: &[u32]) -> (usize, Option<&'static str>) {
+    /// How many of these tokens, from the first on, have stored pages that a request of this engine would use, with what
+    /// `keep` says and under this adapter; where there are none, why, if that is known.
+    pub fn stored_len(
+        &self,
+        tenant: &str,
+        (keep, adapter): (&Keep, Option<&Adapter>),
+        tokens: &[u32],
+    ) -> (usize, Option<&'static str>) {
         let (tenant, Some(store)) = self.tenant(tenant) else { return (0, None) };
-        let chain = Chain::new(tenant, &self.shared.identity, &keep.salt);
+        let chain = Chain::new(tenant, &self.shared.identity, (adapter, &keep.salt));
         let (stored, _) = chain.look_up(store, self.shared.groups, tokens, keep.reuse);
         (stored.tokens(), stored.lack)
     }
 
-    /// Which pages an export of a session of this model takes along.
-    pub fn export_pages(&self) -> ExportPages {
+    /// Which pages an export of a session of this model and of this many tokens takes along.
+    pub fn export_pages(&self, len: usize) -> ExportPages {
         let identity = &self.shared.identity;
         ExportPages {
-            content: identity.content,
+            content: identity.contents[identity.rope_table(len)],
             class: identity.class,
             groups: u16::try_from(self.shared.groups).unwrap_or(u16::MAX),
         }
@@ -260,10 +295,12 @@ impl Handle {
     ///
     /// # Errors
     /// [`StoreError`] where the tenant is not to be had.
-    pub fn import_pages(&self, tenant: &str) -> Result<BundlePages, StoreError> {
-        let content = self.shared.identity.content;
-        let root = self.root(tenant, b"")?;
-        Ok(root.map_or(BundlePages::Refuse, |root| BundlePages::Accept { content, root }))
+    pub fn import_pages(&self, tenant: &str, adapter: Option<&Adapter>) -> Result<BundlePages, StoreError> {
+        let Some(store) = &self.shared.store else { return Ok(BundlePages::Refuse) };
+        let identity = &self.shared.identity;
+        let chain = Chain::new(store.tenant(tenant)?, identity, (adapter, b""));
+        let chains = [0, 1].map(|table| (identity.contents[table], chain.root(table)));
+        Ok(BundlePages::Accept { chains })
     }
 
     /// Waits until the pages of all requests that have finished are with the system, where a killed process leaves

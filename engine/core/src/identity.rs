@@ -4,7 +4,10 @@ use mainstay_backend_api::{
     Chunk, Executor, Invariance, KvDType, KvLayout, Limits, NumericClass, OutputRow, PAGE_TOKENS, PageId,
     PageRead, PageRef, Sampling, Step, StepError, StepOutput, Ticket, Want,
 };
+use mainstay_models::graph::RopeSwitch;
 use mainstay_store::{ClassId, Content, ContentId};
+
+use crate::Adapter;
 
 /// What of a loaded model decides the bytes of its pages, as hashes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,7 +28,9 @@ pub struct ModelIdentity {
 /// cold can be told why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    pub(crate) content: ContentId,
+    /// By the rope table that a sequence's keys are turned by.
+    pub(crate) contents: [ContentId; 2],
+    pub(crate) rope_switch: RopeSwitch,
     pub(crate) class: ClassId,
     parts: Vec<(&'static str, String)>,
 }
@@ -41,12 +46,16 @@ impl Identity {
         for part in [&model.config, &model.tokenizer, &model.template] {
             config.update(part);
         }
-        let content = ContentId::of(&Content {
-            weights_root: model.weights,
-            config_hash: *config.finalize().as_bytes(),
-            kv_dtype,
-            kv_scales_hash: [0; 32],
-            payload_layout: &payload_layout,
+        let mut long = config.clone();
+        long.update(b"rope table 1");
+        let contents = [config, long].map(|config| {
+            ContentId::of(&Content {
+                weights_root: model.weights,
+                config_hash: *config.finalize().as_bytes(),
+                kv_dtype,
+                kv_scales_hash: [0; 32],
+                payload_layout: &payload_layout,
+            })
         });
         let invariance: &[u8] = match class.invariance {
             Invariance::Full => b"full",
@@ -59,7 +68,6 @@ impl Identity {
             ("parallel", b"1"),
             ("invariance", invariance),
         ]);
-        let short = |hash: &[u8; 32]| hash[..8].iter().map(|b| format!("{b:02x}")).collect::<String>();
         let parts = vec![
             ("weights", short(&model.weights)),
             ("config", short(&model.config)),
@@ -69,7 +77,7 @@ impl Identity {
             ("layout", short(blake3::hash(&payload_layout).as_bytes())),
             ("numeric_class", short(&class.0)),
         ];
-        Self { content, class, parts }
+        Self { contents, rope_switch: layout.rope_switch, class, parts }
     }
 
     /// What it is made of: names and values, for people and for comparing.
@@ -77,10 +85,28 @@ impl Identity {
         &self.parts
     }
 
+    /// The same of what is computed under an adapter.
+    pub fn under(&self, adapter: &Adapter) -> Self {
+        let mut own = self.clone();
+        own.parts.push(("adapter", short(&adapter.hash())));
+        own
+    }
+
+    /// Which rope table a session of this many tokens turns by: that by which its last one was drawn, which itself need
+    /// not have been computed.
+    pub(crate) fn rope_table(&self, session_len: usize) -> usize {
+        self.rope_switch.table(session_len.saturating_sub(1))
+    }
+
     /// The name of the first part that is not what `earlier` says it was.
     pub fn changed<'a>(&self, earlier: impl Fn(&str) -> Option<&'a str>) -> Option<&'static str> {
         self.parts.iter().find(|(name, value)| earlier(name) != Some(value)).map(|(name, _)| *name)
     }
+}
+
+/// A hash for people, and for comparing.
+fn short(hash: &[u8; 32]) -> String {
+    hash[..8].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The layout of a payload in bytes; every list is preceded by its length, so that no two layouts give the same.
@@ -119,7 +145,14 @@ pub fn probe(executor: &mut dyn Executor, limits: &Limits, vocab: usize) -> Resu
     let want = Want::Sample(Sampling::greedy());
     let step = Step {
         tokens: (0..len).map(|i| (i * vocab / (len + 1)) as u32).collect(),
-        chunks: vec![Chunk { tokens: 0..len, position: 0, pages: 0..groups, rope_table: 0, second: None }],
+        chunks: vec![Chunk {
+            tokens: 0..len,
+            position: 0,
+            pages: 0..groups,
+            rope_table: 0,
+            second: None,
+            adapter: None,
+        }],
         page_table: vec![PageId(1); groups],
         outputs: vec![OutputRow { row: len - 1, position: len, want, top_logprobs: None }],
         return_logits: true,
@@ -157,7 +190,8 @@ mod tests {
 
     fn layout(dtype: KvDType) -> KvLayout {
         let part = |name| Part { name, rows: 2, width: 8, dtype };
-        KvLayout { groups: vec![Group { layers: vec![0, 1], parts: vec![part("k"), part("v")] }] }
+        let group = Group { layers: vec![0, 1], parts: vec![part("k"), part("v")] };
+        KvLayout { groups: vec![group], rope_switch: RopeSwitch::default() }
     }
 
     fn class(path: &str, sources: &'static str) -> NumericClass {
@@ -183,8 +217,9 @@ mod tests {
             let value = |n: &str| base.parts.iter().find(|(name, _)| *name == n).map(|(_, v)| v.as_str());
             assert_eq!(other.changed(value), Some(name));
             assert_eq!(other.class != base.class, name == "numeric_class", "{name}");
-            assert_eq!(other.content != base.content, name != "numeric_class", "{name}");
+            assert_eq!(other.contents[0] != base.contents[0], name != "numeric_class", "{name}");
             assert_eq!(base.changed(value), None);
+            assert_ne!(other.contents[0], other.contents[1], "pages of one table are not those of the other");
         }
     }
 

@@ -3,8 +3,11 @@
 
 #![warn(missing_docs)]
 
+mod adapter;
 mod chain;
 mod copies;
+mod draft;
+mod drafter;
 pub mod handle;
 pub mod identity;
 mod mask;
@@ -17,6 +20,8 @@ mod sequence;
 mod stats;
 mod tier;
 
+pub use adapter::Adapter;
+pub use draft::DraftPolicy;
 pub use handle::{EngineOptions, Generation, Handle, RequestId};
 pub use identity::{Identity, ModelIdentity, probe};
 /// Sessions and their pages on disk, for those above the engine.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mainstay_store::Durability;
 
-use crate::Grammar;
+use crate::{Adapter, Grammar};
 
 /// One generation request, already tokens.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct Request {
     pub keep: Keep,
     /// Whose turn it is: lower numbers go first, equal ones in the order of arrival.
     pub priority: i32,
+    /// What the model is changed by.
+    pub adapter: Option<Adapter>,
     /// What every choice is held to. Prompt log-probabilities and scores are those of the model, as without it.
     pub grammar: Option<Arc<dyn Grammar>>,
 }
@@ -47,6 +49,8 @@ pub struct PoolRequest {
     pub second: Option<usize>,
     /// As [`Request::priority`].
     pub priority: i32,
+    /// As [`Request::adapter`].
+    pub adapter: Option<Adapter>,
 }
 
 impl PoolRequest {
@@ -63,6 +67,7 @@ impl PoolRequest {
             prompt_logprobs: None,
             keep: Keep { durability: Durability::Ephemeral, ..Keep::default() },
             priority: self.priority,
+            adapter: self.adapter,
             grammar: None,
         };
         (request, Goal::Row { second: self.second })

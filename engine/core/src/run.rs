@@ -4,12 +4,14 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mainstay_backend_api::{Executor, Step, StepOutput};
+use mainstay_backend_api::{AdapterId, Executor, Step, StepOutput};
+use mainstay_models::{AdapterWeights, LoadError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::oneshot;
 
 use crate::copies::Copies;
+use crate::drafter::Drafter;
 use crate::mask::{MaskThreads, Masked};
 use crate::planner::Planner;
 use crate::pool::KvPool;
@@ -31,6 +33,10 @@ pub(crate) enum Message {
     Masked(Masked),
     /// Tell when the pages of what has finished are with the system; `false` if that takes longer.
     Flush(Duration, oneshot::Sender<bool>),
+    /// Bring an adapter to the device, and tell when it is there.
+    LoadAdapter(AdapterId, Box<AdapterWeights>, oneshot::Sender<Result<(), LoadError>>),
+    /// Nobody has this adapter any more.
+    DropAdapter(AdapterId),
     /// Finish what was accepted, then end.
     Shutdown,
 }
@@ -44,6 +50,8 @@ pub(crate) struct Engine {
     pub(crate) counters: Arc<Counters>,
     pub(crate) planner: Planner,
     pub(crate) copies: Copies,
+    /// A smaller model that guesses, until its device fails.
+    pub(crate) drafter: Option<Drafter>,
     pub(crate) masks: MaskThreads,
     /// Until when the next step is put off for masks.
     pub(crate) put_off: Option<Instant>,
@@ -85,6 +93,7 @@ impl Engine {
         let mut stalled = true;
         while self.receive(&mut open, stalled) {
             self.take_copies();
+            self.guess();
             self.scheduler.plan(&mut self.pool, &mut step, &mut self.planner);
             self.begin_copies();
             self.report();
@@ -107,6 +116,28 @@ impl Engine {
         }
     }
 
+    /// Has the smaller model guess, if there is one.
+    fn guess(&mut self) {
+        let Some(drafter) = &mut self.drafter else { return };
+        let wanted = self.scheduler.wants();
+        if wanted.is_empty() {
+            return;
+        }
+        let begun = Instant::now();
+        match drafter.guess(&wanted) {
+            Ok(guesses) => {
+                let count = guesses.iter().map(|(_, draft)| draft.len()).sum();
+                drop(wanted);
+                if let Some(pace) = &mut self.scheduler.pace {
+                    pace.has_guessed(count, begun.elapsed());
+                }
+                self.scheduler.offer(guesses);
+            }
+            // Requests do without.
+            Err(_) => self.drafter = None,
+        }
+    }
+
     fn compute(&mut self, step: &Step, out: &mut StepOutput) {
         let begun = Instant::now();
         match self.executor.submit(step).and_then(|()| self.executor.finish(out)) {
@@ -116,6 +147,9 @@ impl Engine {
                 let took = begun.elapsed();
                 self.put_off = Some(Instant::now() + took / MASK_SHARE);
                 self.planner.has_computed(step.tokens.len(), took);
+                if let Some(pace) = &mut self.scheduler.pace {
+                    pace.has_computed(step.tokens.len(), took);
+                }
                 self.scheduler.commit(&mut self.pool, out);
             }
             Err(error) => self.scheduler.fail(&mut self.pool, &error),
@@ -162,6 +196,14 @@ impl Engine {
                     self.report();
                 }
                 Message::Flush(patience, reply) => self.flush(patience, reply),
+                Message::LoadAdapter(id, weights, reply) => {
+                    // Whoever asked may have left; then it stays until the engine ends, and nobody can name it.
+                    let _ = reply.send(self.executor.set_adapter(id, Some(&weights)));
+                }
+                Message::DropAdapter(id) => {
+                    // To let go of what is there needs nothing that may lack.
+                    let _ = self.executor.set_adapter(id, None);
+                }
                 Message::Shutdown => *open = false,
             }
         }

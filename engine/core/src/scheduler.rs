@@ -9,17 +9,19 @@ use mainstay_backend_api::{
 };
 use mainstay_store::{Durability, PageHeader};
 
+use crate::draft::{self, DRAFT_LEN_MAX, Pace, Source};
+use crate::drafter::Wanted;
 use crate::mask::{Ask, Held, Masked, forbid};
 use crate::planner::Planner;
 use crate::pool::KvPool;
 use crate::request::Goal;
 use crate::sequence::{LoadId, Rank, Sequence, SequenceId, Submission};
-use crate::{Event, FinishReason, RequestError, RequestId, Score, Stats};
+use crate::{Adapter, Event, FinishReason, RequestError, RequestId, Score, Stats};
 
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    /// Sequences without pages, by rank: not yet started, or preempted.
+    /// Sequences without pages, by rank: not yet started, preempted, or about to be computed anew by another rope table.
     waiting: VecDeque<Sequence>,
     /// Sequences with pages, by rank.
     running: Vec<Sequence>,
@@ -36,6 +38,8 @@ pub(crate) struct Scheduler {
     pub(crate) spills: Vec<Spill>,
     /// Masks to have computed, taken by the loop.
     pub(crate) asks: Vec<Ask>,
+    /// How long steps take, told by the loop; `None` where nothing is guessed.
+    pub(crate) pace: Option<Pace>,
 }
 
 /// What the scheduler knows of the tier below the pool.
@@ -102,6 +106,7 @@ impl Scheduler {
             loads: Vec::new(),
             spills: Vec::new(),
             asks: Vec::new(),
+            pace: None,
         }
     }
 
@@ -183,6 +188,7 @@ impl Scheduler {
         assert!(self.planned.is_empty(), "{} chunks are in flight", self.planned.len());
         step.clear();
         self.remove(pool, |s| s.submission.events.is_closed());
+        self.guess();
         self.grow(pool, &mut step.copies);
         let mut room = Room { tokens: self.limits.tokens_per_step, rows: self.limits.output_rows };
         // Whoever is about to draw goes first, so that a long prompt holds nobody up.
@@ -217,6 +223,60 @@ impl Scheduler {
         self.running.iter().any(|s| !s.may_draw())
     }
 
+    /// Whether this is a step to guess in, and how many rows there are for it. One with prompts in it is not: it is full
+    /// of rows.
+    fn guess_room(&self) -> Option<(&Pace, usize)> {
+        let is_drawing = self.waiting.is_empty() && self.running.iter().all(|s| s.remaining() == 1);
+        let slots: usize = self.running.iter().map(Sequence::slots).sum();
+        let rows = self.limits.output_rows.min(self.limits.tokens_per_step).saturating_sub(slots);
+        self.pace.as_ref().filter(|_| is_drawing).map(|pace| (pace, rows))
+    }
+
+    /// What a smaller model is to guess.
+    pub(crate) fn wants(&self) -> Vec<Wanted<'_>> {
+        let Some((pace, mut rows)) = self.guess_room() else { return Vec::new() };
+        let from = (self.running.len(), Source::Model);
+        let mut wanted = Vec::new();
+        for sequence in &self.running {
+            let most = sequence.draft_room(self.limits.context).min(rows).min(DRAFT_LEN_MAX);
+            let len = pace.worth(sequence.luck, most, from);
+            rows -= len;
+            let sampling = sampling(sequence, sequence.id.choice);
+            wanted.push(Wanted { id: sequence.id, tokens: &sequence.tokens, len, sampling });
+        }
+        wanted.retain(|one| one.len > 0);
+        wanted
+    }
+
+    /// Takes in what it guessed.
+    pub(crate) fn offer(&mut self, guesses: Vec<(SequenceId, Vec<u32>)>) {
+        for (id, draft) in guesses {
+            if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
+                sequence.draft = draft;
+            }
+        }
+    }
+
+    /// Guesses what the sequences draw next from their own tokens, where no model has.
+    fn guess(&mut self) {
+        let Some((pace, mut rows)) = self.guess_room() else {
+            return self.running.iter_mut().for_each(|s| s.draft.clear());
+        };
+        let (pace, from) = (pace.clone(), (self.running.len(), Source::LookUp));
+        for sequence in &mut self.running {
+            let most = sequence.draft_room(self.limits.context).min(rows).min(DRAFT_LEN_MAX);
+            sequence.draft.truncate(most);
+            if sequence.draft.is_empty() {
+                let worth = pace.worth(sequence.luck, most, from);
+                draft::look_up(&sequence.tokens, worth, &mut sequence.draft);
+                if worth == 0 && most > 0 {
+                    sequence.luck.has_passed();
+                }
+            }
+            rows -= sequence.draft.len();
+        }
+    }
+
     /// Finds pages for the tokens that were drawn, at the cost of the sequences whose rank is last.
     fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) {
         let mut at = 0;
@@ -225,6 +285,10 @@ impl Scheduler {
             let sits_out = self.running[at].loading.is_none() && !self.running[at].may_run();
             if sits_out || self.running[at].grow(pool, copies) {
                 at += 1;
+                continue;
+            }
+            if !self.running[at].draft.is_empty() {
+                self.running[at].draft.clear();
                 continue;
             }
             assert!(self.running.len() > 1, "a sequence alone does not fit: {:?}", self.running[0].id);
@@ -274,14 +338,7 @@ impl Scheduler {
 
     /// Hands over a running sequence's full pages that the store does not have.
     fn spill(&mut self, at: usize, pool: &mut KvPool) {
-        if !self.tier.spills {
-            return;
-        }
-        let sequence = &mut self.running[at];
-        for page in sequence.take_unstored() {
-            let spill = spill(sequence, (page, PAGE_TOKENS), pool);
-            self.spills.push(spill);
-        }
+        spill_full(self.tier, &mut self.running[at], &mut self.spills, pool);
     }
 
     /// Starts sequences in the order of their ranks while there is room for their first chunk. One page is left for
@@ -355,8 +412,8 @@ impl Scheduler {
             let at =
                 self.running.binary_search_by_key(&part.rank, Sequence::rank).expect("what was planned runs");
             let sequence = &mut self.running[at];
-            let first = sequence.generated() == 0;
-            let done = sequence.remaining() == part.tokens;
+            let draws = part.outputs.start + part.scored..part.outputs.end;
+            let (done, first) = (sequence.remaining() == part.tokens, sequence.generated() == 0);
             sequence.advance(part.tokens, pool);
             self.spill(at, pool);
             let sequence = &mut self.running[at];
@@ -365,13 +422,11 @@ impl Scheduler {
                 let event = Event::Pooled(out.pooled[row * width..][..width].to_vec());
                 self.events.push((Arc::clone(&sequence.submission), event));
             }
-            let draws = part.outputs.start + part.scored..part.outputs.end;
             sequence.scores.extend((part.outputs.start..draws.start).map(|row| score(out, row)));
             if done && (first || draws.is_empty()) {
                 self.finish_prompt(at, draws, out, pool);
             } else if done {
-                let sequence = self.running.remove(at);
-                self.extend(sequence, draws.start, out, pool);
+                self.draw(at, draws.start, out, pool);
             }
         }
         // Keeps the memory.
@@ -390,41 +445,77 @@ impl Scheduler {
         let is_over = matches!(sequence.held, Held::Ended);
         let undrawn = if is_over { FinishReason::Complete } else { FinishReason::Length };
         let forks: Vec<Sequence> = (1..choices).map(|choice| sequence.fork(choice, pool)).collect();
-        for (choice, sequence) in (0..).zip(std::iter::once(sequence).chain(forks)) {
+        for (choice, mut sequence) in (0..).zip(std::iter::once(sequence).chain(forks)) {
             if draws.is_empty() {
                 self.finish(sequence, undrawn, pool);
             } else {
-                self.extend(sequence, draws.start + choice, out, pool);
+                let ends = self.extend(&mut sequence, draws.start + choice, out);
+                self.settle(sequence, ends, pool);
             }
         }
     }
 
-    /// Appends the token drawn at an output row, and keeps the sequence running unless it has ended.
-    fn extend(&mut self, mut sequence: Sequence, row: usize, out: &StepOutput, pool: &mut KvPool) {
+    /// Appends what was drawn at an output row and, as long as the guesses are what was drawn, at those behind it.
+    fn draw(&mut self, at: usize, row: usize, out: &StepOutput, pool: &mut KvPool) {
+        let mut sequence = self.running.remove(at);
+        let draft = std::mem::take(&mut sequence.draft);
+        let mut kept = 0;
+        let ends = loop {
+            let ends = self.extend(&mut sequence, row + kept, out);
+            // Past the switch of a RoPE table the guesses' rows are not what a lone run computes.
+            let is_true = draft.get(kept) == Some(&out.tokens[row + kept]) && !sequence.outgrows_table();
+            if ends.is_some() || !is_true {
+                break ends;
+            }
+            kept += 1;
+            sequence.advance(1, pool);
+        };
+        sequence.luck.has_drawn(draft.len(), kept);
+        self.totals.drafted_tokens += draft.len() as u64;
+        self.totals.draft_kept_tokens += kept as u64;
+        // Keeps the memory.
+        sequence.draft = draft;
+        sequence.draft.clear();
+        if kept > 0 {
+            spill_full(self.tier, &mut sequence, &mut self.spills, pool);
+        }
+        self.settle(sequence, ends, pool);
+    }
+
+    /// Appends the token drawn at an output row; why the sequence ends with it, if it does.
+    fn extend(&mut self, sequence: &mut Sequence, row: usize, out: &StepOutput) -> Option<FinishReason> {
         let token = out.tokens[row];
         let drawn_before = sequence.generated();
         sequence.tokens.push(token);
         self.totals.generated_tokens += 1;
-        let request = sequence.request();
-        let score = request.logprobs.map(|_| score(out, row));
+        let score = sequence.request().logprobs.map(|_| score(out, row));
         let event = Event::Token { choice: sequence.id.choice, token, score };
-        let stop = &request.stop;
-        let ends = if drawn_before >= stop.min_tokens && stop.tokens.contains(&token) {
+        self.events.push((Arc::clone(&sequence.submission), event));
+        if let Held::Unasked(masking) | Held::Ready(masking) = &mut sequence.held {
+            masking.drawn.push(token);
+        }
+        let stop = &sequence.request().stop;
+        if drawn_before >= stop.min_tokens && stop.tokens.contains(&token) {
             Some(FinishReason::Stop(token))
         } else if sequence.generated() >= stop.max_tokens || sequence.tokens.len() >= self.limits.context {
             Some(FinishReason::Length)
         } else {
             None
-        };
-        self.events.push((Arc::clone(&sequence.submission), event));
+        }
+    }
+
+    /// Ends a sequence, or keeps it running.
+    fn settle(&mut self, mut sequence: Sequence, ends: Option<FinishReason>, pool: &mut KvPool) {
         match ends {
             Some(reason) => self.finish(sequence, reason, pool),
             None => {
-                if let Held::Unasked(masking) | Held::Ready(masking) = &mut sequence.held {
-                    masking.drawn.push(token);
-                }
                 self.ask(&mut sequence);
-                self.insert(sequence);
+                if sequence.outgrows_table() {
+                    sequence.change_table(pool);
+                    self.queue(sequence);
+                } else {
+                    self.insert(sequence);
+                }
             }
         }
     }
@@ -488,6 +579,16 @@ impl Scheduler {
     }
 }
 
+/// Hands over the full pages of a sequence that the store does not have.
+fn spill_full(tier: TierUse, sequence: &mut Sequence, spills: &mut Vec<Spill>, pool: &mut KvPool) {
+    if !tier.spills {
+        return;
+    }
+    for page in sequence.take_unstored() {
+        spills.push(spill(sequence, (page, PAGE_TOKENS), pool));
+    }
+}
+
 /// A page of a sequence, of which this many tokens count, to hand to the store.
 fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvPool) -> Spill {
     let parent = sequence.parent(page);
@@ -501,7 +602,7 @@ fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvP
     for (group, pages) in sequence.pages.iter().enumerate() {
         pool.share(group, pages[page]);
         spill.reads.push(PageRead { page: PageRef { group: group as u32, page: pages[page] }, tokens });
-        spill.headers.push(chain.page(chain.class(), group, parent, own));
+        spill.headers.push(chain.page((chain.class(), group), sequence.rope_table, parent, own));
     }
     spill
 }
@@ -513,9 +614,13 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
     let tokens = (1..=most).rev().find(|&len| sequence.rows(len) <= room.rows)?;
     let (start, position) = (step.tokens.len(), sequence.computed);
     step.tokens.extend_from_slice(&sequence.tokens[position..position + tokens]);
+    step.tokens.extend_from_slice(&sequence.draft);
+    let end = step.tokens.len();
     let goal = sequence.submission.goal;
     let second = if let Goal::Row { second } = goal { second } else { None };
-    let mut chunk = Chunk { tokens: start..start + tokens, position, pages: 0..0, rope_table: 0, second };
+    let adapter = sequence.request().adapter.as_ref().map(Adapter::id);
+    let (all, rope_table) = (start..end, sequence.rope_table);
+    let mut chunk = Chunk { tokens: all, position, pages: 0..0, rope_table, second, adapter };
     let table = step.page_table.len();
     for pages in &sequence.pages {
         step.page_table.extend_from_slice(&pages[..chunk.page_count()]);
@@ -540,24 +645,32 @@ fn plan_chunk(sequence: &Sequence, step: &mut Step, room: &mut Room) -> Option<P
         }
     }
     let outputs = outputs..step.outputs.len();
-    room.tokens -= tokens;
+    room.tokens -= end - start;
     room.rows -= outputs.len();
     Some(Planned { rank: sequence.rank(), tokens, outputs, scored: scored.len(), pooled })
 }
 
-/// Asks the step's last row for the sequence's next token, or for the first one of every choice.
+/// Asks the step's last rows for the sequence's next token and those behind its guesses, or for the first one of every
+/// choice.
 fn plan_draws(sequence: &Sequence, step: &mut Step) {
+    let last = step.tokens.len() - 1 - sequence.draft.len();
+    (0..=sequence.draft.len()).for_each(|guessed| plan_draw(sequence, guessed, last + guessed, step));
+}
+
+/// Asks a row for the token behind the sequence's own and so many guesses.
+fn plan_draw(sequence: &Sequence, guessed: usize, row: usize, step: &mut Step) {
     let request = sequence.request();
     let wanted = &request.sampling;
     let bias = step.biases.len();
     step.biases.extend_from_slice(&wanted.logit_bias);
-    if sequence.generated() < request.stop.min_tokens {
+    if sequence.generated() + guessed < request.stop.min_tokens {
         step.biases.extend(request.stop.tokens.iter().map(|&token| (token, f32::NEG_INFINITY)));
     }
     let bias = bias..step.biases.len();
     let history = step.history.len();
     if wanted.has_penalties() {
         step.history.extend_from_slice(&sequence.tokens);
+        step.history.extend_from_slice(&sequence.draft[..guessed]);
     }
     let history = history..step.history.len();
     let mask = step.masks.len();
@@ -567,25 +680,33 @@ fn plan_draws(sequence: &Sequence, step: &mut Step) {
     } else {
         None
     };
-    let row = step.tokens.len() - 1;
     for choice in sequence.id.choice..sequence.id.choice + sequence.draws() {
         let want = Want::Sample(Sampling {
-            temperature: wanted.temperature,
-            top_k: wanted.top_k,
-            top_p: wanted.top_p,
-            min_p: wanted.min_p,
-            repetition_penalty: wanted.repetition_penalty,
-            presence_penalty: wanted.presence_penalty,
-            frequency_penalty: wanted.frequency_penalty,
-            seed: wanted.seed,
-            choice,
             bias: bias.clone(),
             mask: mask.clone(),
             history: history.clone(),
-            prompt_len: sequence.submission.prompt_len,
+            ..sampling(sequence, choice)
         });
-        let position = sequence.tokens.len();
+        let position = sequence.tokens.len() + guessed;
         step.outputs.push(OutputRow { row, position, want, top_logprobs: request.logprobs });
+    }
+}
+
+/// How a choice of a sequence draws, before bias, mask and history.
+fn sampling(sequence: &Sequence, choice: u32) -> Sampling {
+    let wanted = &sequence.request().sampling;
+    Sampling {
+        temperature: wanted.temperature,
+        top_k: wanted.top_k,
+        top_p: wanted.top_p,
+        min_p: wanted.min_p,
+        repetition_penalty: wanted.repetition_penalty,
+        presence_penalty: wanted.presence_penalty,
+        frequency_penalty: wanted.frequency_penalty,
+        seed: wanted.seed,
+        choice,
+        prompt_len: sequence.submission.prompt_len,
+        ..Sampling::greedy()
     }
 }
 

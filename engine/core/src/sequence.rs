@@ -11,6 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::chain::{Chain, Header, Stored};
+use crate::draft::Luck;
 use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
@@ -76,7 +77,9 @@ pub(crate) struct Sequence {
     pub(crate) computed: usize,
     /// Page tables `[group][position / PAGE_TOKENS]`.
     pub(crate) pages: Vec<Vec<PageId>>,
-    /// Keys of its full pages so far as they were needed; tokens are only appended, so they stay true.
+    /// By which of the model's rope tables its keys are turned: that of its length when it began, until it grows beyond.
+    pub(crate) rope_table: usize,
+    /// Keys of its full pages so far as they were needed; tokens are only appended, so they stay true of its table.
     keys: Vec<PageKey>,
     /// Log-probabilities of prompt tokens from the second on, if they were asked for.
     pub(crate) scores: Vec<Score>,
@@ -89,6 +92,9 @@ pub(crate) struct Sequence {
     pub(crate) report: Option<KvReport>,
     /// How it is held to the request's grammar.
     pub(crate) held: Held,
+    /// Guesses of the tokens behind its last, for the step that is planned.
+    pub(crate) draft: Vec<u32>,
+    pub(crate) luck: Luck,
     /// Another class computed some of its pages, so that what is computed after them is not this class's either.
     is_mixed: bool,
 }
@@ -105,6 +111,7 @@ impl Sequence {
         let held = Held::new(&submission.request, &tokens[submission.prompt_len..]);
         Self {
             id: SequenceId { request, choice: 0 },
+            rope_table: submission.chain.rope_table(tokens.len()),
             submission,
             tokens,
             computed: 0,
@@ -122,6 +129,8 @@ impl Sequence {
             stored,
             loading: None,
             held,
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: false,
         }
     }
@@ -137,6 +146,7 @@ impl Sequence {
             tokens: self.tokens.clone(),
             computed: self.computed,
             pages: self.pages.clone(),
+            rope_table: self.rope_table,
             keys: self.keys.clone(),
             scores: Vec::new(),
             seat: None,
@@ -144,6 +154,8 @@ impl Sequence {
             loading: None,
             report: None,
             held: Held::new(self.request(), &[]),
+            draft: Vec::new(),
+            luck: Luck::default(),
             is_mixed: self.is_mixed,
         }
     }
@@ -164,6 +176,13 @@ impl Sequence {
     /// Tokens to compute before the next one can be drawn.
     pub(crate) fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// How many tokens behind the next one it may come to draw.
+    pub(crate) fn draft_room(&self, context: usize) -> usize {
+        let more = self.request().stop.max_tokens.saturating_sub(self.generated() + 1);
+        let is_drawing = self.generated() > 0 && self.remaining() == 1 && matches!(self.held, Held::Free);
+        if is_drawing { more.min(context.saturating_sub(self.tokens.len() + 1)) } else { 0 }
     }
 
     /// Whether its next token can be drawn: that of a choice under a grammar cannot before its mask is there.
@@ -216,10 +235,10 @@ impl Sequence {
             pages[page]
         };
         while self.keys.len() <= page {
-            let parent = self.keys.last().copied().unwrap_or(chain.root());
+            let parent = self.keys.last().copied().unwrap_or(chain.root(self.rope_table));
             self.keys.push(chain.next(parent, &tokens(self.keys.len())).key);
         }
-        let parent = if page == 0 { chain.root() } else { self.keys[page - 1] };
+        let parent = if page == 0 { chain.root(self.rope_table) } else { self.keys[page - 1] };
         Header { key: self.keys[page], parent, tokens: tokens(page) }
     }
 
@@ -272,7 +291,8 @@ impl Sequence {
             let tokens = if i < full { PAGE_TOKENS } else { tail };
             let tokens = &self.tokens[i * PAGE_TOKENS..][..tokens];
             let chain = &self.submission.chain;
-            headers.extend((0..groups).map(|group| chain.page(class, group, parent, tokens)));
+            let page = |group| chain.page((class, group), self.rope_table, parent, tokens);
+            headers.extend((0..groups).map(page));
         }
         Some(headers)
     }
@@ -362,7 +382,8 @@ impl Sequence {
 
     /// The key before a page.
     pub(crate) fn parent(&mut self, page: usize) -> PageKey {
-        page.checked_sub(1).map_or(self.submission.chain.root(), |before| self.header(before).key)
+        let root = self.submission.chain.root(self.rope_table);
+        page.checked_sub(1).map_or(root, |before| self.header(before).key)
     }
 
     /// The key of the first page that it has to compute or to load.
@@ -396,15 +417,16 @@ impl Sequence {
         pages
     }
 
-    /// Makes sure that all its tokens have pages that it may write to. `false` if pages are short; nothing has
-    /// changed then. A page shared with a fork is copied before it is written.
+    /// Makes sure that all its tokens, guesses too, have pages that it may write to. `false` if pages are short; nothing
+    /// has changed then. A page shared with a fork is copied before it is written.
     pub(crate) fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) -> bool {
-        let (first, end) = (self.computed / PAGE_TOKENS, self.tokens.len().div_ceil(PAGE_TOKENS));
+        let len = self.tokens.len() + self.draft.len();
+        let (first, end) = (self.computed / PAGE_TOKENS, len.div_ceil(PAGE_TOKENS));
         let shared = |group: usize, pages: &[PageId], pool: &KvPool| {
             pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1)
         };
         let fits = self.pages.iter().enumerate().all(|(group, pages)| {
-            let new = end - pages.len() + usize::from(shared(group, pages, pool));
+            let new = end.saturating_sub(pages.len()) + usize::from(shared(group, pages, pool));
             pool.free_len(group) >= new
         });
         if !fits {
@@ -412,7 +434,7 @@ impl Sequence {
         }
         for (group, pages) in self.pages.iter_mut().enumerate() {
             let mut take = || pool.take(group).expect("free pages were counted");
-            pages.resize_with(end, &mut take);
+            pages.resize_with(end.max(pages.len()), &mut take);
             let old = pages[first];
             if pool.refs(group, old) > 1 {
                 pages[first] = pool.take(group).expect("free pages were counted");
@@ -443,6 +465,19 @@ impl Sequence {
         }
     }
 
+    /// Whether its tokens have become too many for the rope table that its keys are turned by.
+    pub(crate) fn outgrows_table(&self) -> bool {
+        self.submission.chain.rope_table(self.tokens.len()) != self.rope_table
+    }
+
+    /// Goes on under the rope table of its length: nothing that was computed is of use.
+    pub(crate) fn change_table(&mut self, pool: &mut KvPool) {
+        self.release(pool);
+        self.rope_table = self.submission.chain.rope_table(self.tokens.len());
+        self.keys.clear();
+        self.stored = self.submission.chain.nothing();
+    }
+
     /// Gives all pages back; everything has to be computed again.
     pub(crate) fn release(&mut self, pool: &mut KvPool) {
         for (group, pages) in self.pages.iter_mut().enumerate() {
@@ -451,6 +486,7 @@ impl Sequence {
         }
         self.pages.clear();
         self.computed = 0;
+        self.draft.clear();
         self.loading = None;
         self.is_mixed = false;
     }

@@ -25,6 +25,10 @@ pub struct Stats {
     pub preemptions: u64,
     /// Steps since start.
     pub steps: u64,
+    /// Tokens guessed since start.
+    pub drafted_tokens: u64,
+    /// Of these, drawn.
+    pub draft_kept_tokens: u64,
     /// Prompt tokens read from the store since start.
     pub restored_tokens: u64,
     /// Requests that read pages from the store since start.
@@ -52,6 +56,8 @@ pub(crate) struct Counters {
     generated_tokens: AtomicU64,
     preemptions: AtomicU64,
     steps: AtomicU64,
+    drafted_tokens: AtomicU64,
+    draft_kept_tokens: AtomicU64,
     restored_tokens: AtomicU64,
     restores: AtomicU64,
     restore_ms: AtomicU64,
@@ -72,6 +78,8 @@ impl Counters {
         self.generated_tokens.store(stats.generated_tokens, Relaxed);
         self.preemptions.store(stats.preemptions, Relaxed);
         self.steps.store(stats.steps, Relaxed);
+        self.drafted_tokens.store(stats.drafted_tokens, Relaxed);
+        self.draft_kept_tokens.store(stats.draft_kept_tokens, Relaxed);
         self.restored_tokens.store(stats.restored_tokens, Relaxed);
         self.restores.store(stats.restores, Relaxed);
         self.restore_ms.store(stats.restore_ms, Relaxed);
@@ -92,6 +100,8 @@ impl Counters {
             generated_tokens: self.generated_tokens.load(Relaxed),
             preemptions: self.preemptions.load(Relaxed),
             steps: self.steps.load(Relaxed),
+            drafted_tokens: self.drafted_tokens.load(Relaxed),
+            draft_kept_tokens: self.draft_kept_tokens.load(Relaxed),
             restored_tokens: self.restored_tokens.load(Relaxed),
             restores: self.restores.load(Relaxed),
             restore_ms: self.restore_ms.load(Relaxed),

@@ -50,6 +50,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
         drawn: Vec::new(),
         keep: Keep::default(),
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

@@ -114,6 +114,7 @@ fn request(prompt: &[u32], grammar: Option<Counting>) -> Request {
         drawn: Vec::new(),
         keep: Keep::default(),
         priority: 0,
+        adapter: None,
         grammar: grammar.map(|grammar| Arc::new(grammar) as Arc<dyn Grammar>),
     }
 }

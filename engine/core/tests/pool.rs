@@ -34,7 +34,7 @@ fn text(len: usize, salt: u32) -> Vec<u32> {
 }
 
 fn wanted(tokens: &[u32], second: Option<usize>) -> PoolRequest {
-    PoolRequest { tenant: "t".into(), tokens: tokens.to_vec(), second, priority: 0 }
+    PoolRequest { tenant: "t".into(), tokens: tokens.to_vec(), second, priority: 0, adapter: None }
 }
 
 fn generation(prompt: &[u32], max_tokens: usize) -> Request {
@@ -49,6 +49,7 @@ fn generation(prompt: &[u32], max_tokens: usize) -> Request {
         drawn: Vec::new(),
         keep: Keep::default(),
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

@@ -107,6 +107,7 @@ fn request(prompt: &[u32], keep: Keep) -> Request {
         prompt_logprobs: None,
         keep,
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

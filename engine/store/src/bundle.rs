@@ -12,7 +12,7 @@ use crate::{
         Durability, Event, META_BYTES_MAX, NodeEvent, SessionId, Settings, WholeEvent, Whose, head_hash,
         read_settings, write_settings,
     },
-    key::{ClassId, ContentId, PAGE_TOKENS, PageKey, TenantId},
+    key::{ClassId, ContentId, KeyChain, PAGE_TOKENS, PageKey, Root, TenantId},
     pages::{Handed, PageWrite, lock},
     record::{Kind, PAYLOAD_BYTES_MAX, PageHeader, PageName, digest},
     store::Store,
@@ -50,13 +50,37 @@ pub struct ExportPages {
 pub enum BundlePages {
     /// Tokens alone; pages are computed again.
     Refuse,
-    /// Pages of this content, named anew after this root.
+    /// Pages of these contents, named anew after their roots.
     Accept {
-        /// What this engine computes with.
-        content: ContentId,
-        /// Where the session's chain begins here.
-        root: PageKey,
+        /// What this engine computes with, one for each of the model's rope tables, and where a session's chain begins
+        /// here.
+        chains: [(ContentId, PageKey); 2],
     },
+    /// Pages of whatever content the bundle says: for a store without a model. A model goes on from them only if it is
+    /// of that content.
+    Any,
+}
+
+/// Where the chain of a plain session begins: no adapter, no salt.
+fn plain_root(chain: &KeyChain, content: ContentId, rope_table: u32) -> PageKey {
+    chain.root(&Root { content, adapter: None, rope_table, salt: b"" })
+}
+
+impl BundlePages {
+    /// Pages of one content.
+    pub fn accept(content: ContentId, root: PageKey) -> Self {
+        Self::Accept { chains: [(content, root); 2] }
+    }
+
+    /// The root for pages of this content, if they are accepted.
+    pub(crate) fn root_of(self, content: ContentId) -> Option<PageKey> {
+        match self {
+            Self::Refuse | Self::Any => None,
+            Self::Accept { chains } => {
+                chains.into_iter().find(|chain| chain.0 == content).map(|chain| chain.1)
+            }
+        }
+    }
 }
 
 /// What an imported session is to be called.
@@ -183,7 +207,36 @@ impl<'a> In<'a> {
 }
 
 impl Store {
-    /// Writes a session out. Pages that are not in the store are left out.
+    /// Whose pages of a session are kept, and most of them, for an export where no model says whose are wanted. `None`
+    /// where there are none.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`].
+    pub fn stored_pages(&self, tenant: TenantId, id: SessionId) -> Result<Option<ExportPages>, StoreError> {
+        let Some(root) = self.get(tenant, id)?.settings.root else { return Ok(None) };
+        let tokens = self.tokens(tenant, id)?;
+        let keys: Vec<PageKey> = self.chain(tenant)?.keys(root, &tokens).collect();
+        let first = |class| {
+            let like = PageName { tenant, key: root, class, group: 0, kind: Kind::Attention };
+            let count = self.chain_len(&like, &keys);
+            let name = keys.first().filter(|_| count > 0).map(|&key| PageName { key, ..like });
+            let tail = || self.find_tail(&like, root, &tokens[..tokens.len().min(PAGE_TOKENS)]);
+            Some((count, name.or_else(|| tail().map(|(name, _)| name))?))
+        };
+        let most = self.classes().into_iter().filter_map(first).max_by_key(|(count, _)| *count);
+        let Some((_, name)) = most else { return Ok(None) };
+        let is_kept = |&group: &u16| self.contains(&PageName { group, ..name });
+        let groups = (0..u16::MAX).take_while(is_kept).count() as u16;
+        let header = self.inner.pages.header(&name).ok();
+        Ok(header.map(|header| ExportPages { content: header.content, class: name.class, groups }))
+    }
+
+    fn chain(&self, tenant: TenantId) -> Result<KeyChain, StoreError> {
+        lock(&self.inner.tenants).chain(tenant).ok_or(StoreError::NotFound)
+    }
+
+    /// Writes a session out. Pages that are not in the store are left out, and so are all of one that is not plain: they
+    /// are of more than the content, which is all that a bundle tells of them.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], or what `out` reports.
@@ -196,6 +249,11 @@ impl Store {
     ) -> Result<(), StoreError> {
         let info = self.get(tenant, id)?;
         let turns = self.turns(tenant, id)?;
+        let (chain, root) = (self.chain(tenant)?, info.settings.root);
+        let pages = pages.filter(|pages| {
+            let plain = [0, 1].map(|table| Some(plain_root(&chain, pages.content, table)));
+            plain.contains(&root)
+        });
         let mut out = Out::new(out, MAGIC)?;
         let mut head = Writer::default();
         head.option(pages.map(|pages| pages.content), |out, content| {
@@ -208,21 +266,20 @@ impl Store {
             head.tokens(&turn.tokens).bytes(&turn.meta);
             out.part(TURN, &head.0, &[])?;
         }
-        if let (Some(pages), Some(root)) = (pages, info.settings.root) {
+        if let (Some(pages), Some(root)) = (pages, root) {
             let tokens: Vec<u32> = turns.iter().flat_map(|turn| turn.tokens.iter().copied()).collect();
-            self.export_pages(tenant, root, &tokens, (pages, &mut out))?;
+            self.export_pages((tenant, chain), root, &tokens, (pages, &mut out))?;
         }
         out.end()
     }
 
     fn export_pages(
         &self,
-        tenant: TenantId,
+        (tenant, chain): (TenantId, KeyChain),
         root: PageKey,
         tokens: &[u32],
         (pages, out): (ExportPages, &mut Out<'_>),
     ) -> Result<(), StoreError> {
-        let chain = lock(&self.inner.tenants).chain(tenant).ok_or(StoreError::NotFound)?;
         let mut parent = root;
         for (i, full) in tokens.chunks(PAGE_TOKENS).enumerate() {
             let key = chain.next(parent, full, &[]);
@@ -268,10 +325,11 @@ impl Store {
             return Err(StoreError::Bundle("it does not begin with a session".to_owned()));
         };
         let (content, created_ms, mut settings) = parse_session(&head)?;
-        let accepted = match pages {
-            BundlePages::Accept { content: own, root } if content == Some(own) => Some((own, root)),
-            _ => None,
+        let root_of = |content| match pages {
+            BundlePages::Any => Some(plain_root(&tenant.chain, content, 0)),
+            pages => pages.root_of(content),
         };
+        let accepted = content.and_then(|content| Some((content, root_of(content)?)));
         let (turns, tokens, keys) = (Vec::new(), Vec::new(), Vec::new());
         let mut incoming = Incoming { tenant, accepted, turns, turn_bytes: 0, tokens, keys };
         let (mut taken, mut refused) = (0, 0);
@@ -289,9 +347,10 @@ impl Store {
                 Some((kind, _)) => return Err(StoreError::Bundle(format!("a part of kind {kind}"))),
             }
         }
-        settings.root = match pages {
-            BundlePages::Accept { root, .. } => Some(root),
-            BundlePages::Refuse => None,
+        settings.root = match (accepted, pages) {
+            (Some((_, root)), _) => Some(root),
+            (None, BundlePages::Accept { chains }) => Some(chains[0].1),
+            (None, BundlePages::Refuse | BundlePages::Any) => None,
         };
         settings.name = called.name;
         // A copy is pinned by whoever wants it; a session that moves stays as it is.

@@ -127,7 +127,7 @@ fn store() -> Option<(Store, crate::Tenant)> {
 /// A bundle as it arrives. True where it is taken.
 pub fn raw_bundle(data: &[u8]) -> bool {
     let Some((store, tenant)) = store() else { return false };
-    let accept = BundlePages::Accept { content: ContentId([3; 32]), root: PageKey([4; 32]) };
+    let accept = BundlePages::accept(ContentId([3; 32]), PageKey([4; 32]));
     let imported = store.import(&tenant, &mut &data[..], ImportAs::default(), accept);
     let Ok(imported) = imported else {
         assert_eq!(store.session_count(), 0, "a refused bundle leaves no session");

@@ -189,7 +189,20 @@ impl Pages {
 
     /// Reads the page that `wanted` describes. Whatever is wrong with it makes a miss; a damaged one is let go.
     pub(crate) fn read(&self, wanted: &PageHeader) -> Result<Page, Miss> {
-        let entry = lock(&self.index).get(&wanted.name);
+        self.read_if(&wanted.name, |found| found == wanted).map(|(_, page)| page)
+    }
+
+    /// What stands over the page of this name, proven as in [`Pages::read`].
+    pub(crate) fn header(&self, name: &PageName) -> Result<PageHeader, Miss> {
+        self.read_if(name, |_| true).map(|(header, _)| header)
+    }
+
+    fn read_if(
+        &self,
+        name: &PageName,
+        is_wanted: impl FnOnce(&PageHeader) -> bool,
+    ) -> Result<(PageHeader, Page), Miss> {
+        let entry = lock(&self.index).get(name);
         let Some(entry) = entry else {
             count(&self.counts.missed);
             return Err(Miss::Absent);
@@ -197,17 +210,18 @@ impl Pages {
         let begun_us = self.clock.monotonic_us();
         let memory = self.spare.take(entry.slot.disk_bytes() as usize);
         match entry.segment.read(&*self.disk, &self.keys, &entry.slot, memory) {
-            Ok((record, bytes)) if record.header == *wanted => {
+            Ok((record, bytes)) if is_wanted(&record.header) => {
                 let took_us = self.clock.monotonic_us().saturating_sub(begun_us);
                 count(&self.counts.read);
                 self.counts.read_bytes.fetch_add(record.payload_bytes as u64, Ordering::Relaxed);
                 self.counts.read_us.fetch_add(took_us, Ordering::Relaxed);
-                Ok(Page {
+                let page = Page {
                     bytes: Some(bytes),
                     len: record.payload_bytes,
                     digest: record.digest,
                     spare: Arc::clone(&self.spare),
-                })
+                };
+                Ok((record.header, page))
             }
             Ok(_) => {
                 count(&self.counts.missed);

@@ -20,6 +20,20 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// [`rms_norm`], added to what is there.
+///
+/// # Panics
+/// As [`rms_norm`].
+pub fn rms_norm_add(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == out.len() && x.len().is_multiple_of(weight.len()), "{} by {}", x.len(), weight.len());
+    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        let factor = inverse_rms(x, eps);
+        for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+            *o += x * factor * w;
+        }
+    }
+}
+
 /// [`rms_norm`] in place.
 ///
 /// # Panics
@@ -118,6 +132,10 @@ mod tests {
             let mut same = x.clone();
             rms_norm_in_place(&mut same, &weight, 1e-5);
             assert_eq!(same, out);
+            let mut sum = x.clone();
+            rms_norm_add(&x, &weight, 1e-5, &mut sum);
+            let added = out.iter().zip(&x).map(|(norm, x)| x + norm);
+            assert!(added.eq(sum.iter().copied()));
         }
     }
 

@@ -193,8 +193,7 @@ fn check(kernels: &Kernels, m: &Matrix, rows: usize, cut: (usize, usize)) {
     let mut bias: Vec<f32> = (0..m.rows.len()).map(|i| noise(i + 9)).collect();
     bias.resize(m.packed.panels() * LANES, 0.0);
     let packed = quantize(kernels, &input, rows, m.cols);
-    let product =
-        Product { weight: &m.packed, bias: Some(&bias), input: &packed, rows, after: After::Store };
+    let product = Product { weight: &m.packed, bias: Some(&bias), input: &packed, rows, after: After::Store };
     let stride = m.packed.panels() * LANES;
     let mut out = vec![f32::NAN; rows * stride];
     multiply(kernels, &product, cut, &mut out);
@@ -269,7 +268,8 @@ fn panels_of_several_kinds_are_one_product() {
     for kernels in Isa::supported().map(|isa| Kernels::new(isa).expect("supported")) {
         for m in [1, 3, 30] {
             let input = quantize(&kernels, &activations(m, cols), m, cols);
-            let product = |weight| Product { weight, bias: None, input: &input, rows: m, after: After::Store };
+            let product =
+                |weight| Product { weight, bias: None, input: &input, rows: m, after: After::Store };
             let mut found = vec![f32::NAN; m * rows];
             multiply(&kernels, &product(&packed), (5, 100), &mut found);
             for (p, one) in whole.iter().enumerate() {

@@ -4,8 +4,8 @@ use crate::LoadError;
 use crate::config::Config;
 use crate::families::decoder::{self, CONTEXT_MAX, HEADS_MAX, HIDDEN_MAX, INNER_MAX, LAYERS_MAX, VOCAB_MAX};
 use crate::graph::{
-    Activation, Attend, Block, Graph, Ids, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind, Value,
-    Vector,
+    Activation, Attend, Block, Graph, Ids, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind, RopeSwitch,
+    Value, Vector,
 };
 
 /// Segments beyond this are not a model's.
@@ -71,7 +71,7 @@ impl Bert {
             // The second text of a pair has a segment of its own.
             segments: config.count("type_vocab_size", least_segments..=SEGMENTS_MAX)?.unwrap_or(2),
             eps: config.number("layer_norm_eps", 0.0..=1.0)?.unwrap_or(1e-12) as f32,
-            activation: decoder::activation(config, "gelu")?,
+            activation: decoder::activation(config, "hidden_act", "gelu")?,
             prefix,
             head,
         })
@@ -90,6 +90,7 @@ impl Bert {
             hidden: self.hidden,
             vocab: self.vocab,
             context: self.context,
+            rope_switch: RopeSwitch::default(),
         }
     }
 
@@ -129,7 +130,7 @@ impl Bert {
             ["query", "key", "value"].map(|n| (format!("attention.self.{n}.{suffix}"), self.hidden)).to_vec()
         };
         let weight = Matrix { parts: names("weight"), cols: self.hidden };
-        let bias = Some(Vector { parts: names("bias") });
+        let bias = Some(Vector::named(names("bias")));
         let qkv = block.push(Op::Linear { input, weight, bias });
         let [q, k, v] = [0, 1, 2]
             .map(|i| block.push(Op::Slice { input: qkv, start: i * self.hidden, width: self.hidden }));

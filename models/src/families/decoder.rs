@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::families::rope;
 use crate::graph::{
     Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, Value, Vector,
+    Rope, RopeSwitch, Value, Vector,
 };
 
 pub(super) const LAYERS_MAX: usize = 4096;
@@ -18,14 +18,6 @@ pub(super) const CONTEXT_MAX: usize = 1 << 26;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// What a family assumes where its configuration is silent.
-pub(super) struct Defaults {
-    /// Longest sequence, tokens.
-    pub(super) context: usize,
-    /// Width of a head; `None` is hidden / heads.
-    pub(super) head_dim: Option<usize>,
-}
-
 /// Where a layer's linear products have biases.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Biases {
@@ -37,110 +29,183 @@ pub(super) struct Biases {
     pub(super) mlp: bool,
 }
 
-/// Whether queries and keys are normalised per head before they are rotated.
+/// Over what queries and keys are normalised before they are rotated.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum HeadNorm {
+pub(super) enum QkNorm {
     None,
-    RmsNorm,
+    Head,
+    /// All heads together.
+    Row,
 }
 
-/// A decoder of the Llama kind: pre-norm, grouped-query attention with RoPE, gated MLP.
+/// Whether a checkpoint holds q, k and v, and gate and up, as tensors of their own or stacked by rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Stacking {
+    Apart,
+    Stacked,
+}
+
+/// The norms of a layer, by the names of their weights.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Norms {
+    before_attention: Option<&'static str>,
+    after_attention: Option<&'static str>,
+    before_mlp: Option<&'static str>,
+    after_mlp: Option<&'static str>,
+}
+
+impl Norms {
+    /// Of what attention and MLP read (Llama).
+    pub(super) const BEFORE: Self = Self {
+        before_attention: Some("input_layernorm.weight"),
+        after_attention: None,
+        before_mlp: Some("post_attention_layernorm.weight"),
+        after_mlp: None,
+    };
+    /// Of what they add to the residual (OLMo 2).
+    pub(super) const AFTER: Self = Self {
+        before_attention: None,
+        after_attention: Some("post_attention_layernorm.weight"),
+        before_mlp: None,
+        after_mlp: Some("post_feedforward_layernorm.weight"),
+    };
+    /// Of both (Gemma 2).
+    pub(super) const AROUND: Self = Self {
+        before_attention: Some("input_layernorm.weight"),
+        after_attention: Some("post_attention_layernorm.weight"),
+        before_mlp: Some("pre_feedforward_layernorm.weight"),
+        after_mlp: Some("post_feedforward_layernorm.weight"),
+    };
+}
+
+/// What a layer may have otherwise than its neighbours. Layers of equal kind share a block.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct LayerKind {
+    /// Positions that a row sees, itself included; `None` is all.
+    pub(super) window: Option<usize>,
+    /// `None` where queries and keys know no position.
+    pub(super) rope: Option<Rope>,
+}
+
+/// A decoder: grouped-query attention and a gated MLP, each with its norms, added to the residual.
 pub(super) struct Decoder {
+    pub(super) layers: Vec<LayerKind>,
+    pub(super) norms: Norms,
+    pub(super) qk_norm: QkNorm,
+    pub(super) stacking: Stacking,
     pub(super) biases: Biases,
-    pub(super) head_norm: HeadNorm,
-    /// The window of every layer, `None` for full attention.
-    pub(super) windows: Vec<Option<usize>>,
-    hidden: usize,
+    /// Added to the stored weights of all norms.
+    pub(super) norm_offset: f32,
+    /// Multiplies the rows of the embedding table.
+    pub(super) embedding_scale: Option<f32>,
+    /// Multiplies q . k.
+    pub(super) score_scale: f32,
+    pub(super) score_cap: Option<f32>,
+    pub(super) logit_cap: Option<f32>,
+    pub(super) activation: Activation,
+    pub(super) head_dim: usize,
+    pub(super) hidden: usize,
     inner: usize,
     heads: usize,
     kv_heads: usize,
-    head_dim: usize,
     vocab: usize,
     context: usize,
     eps: f32,
-    activation: Activation,
-    rope: Rope,
+    rope_switch: RopeSwitch,
     output: &'static str,
 }
 
 impl Decoder {
-    /// Reads and checks the sizes; no biases, no head norm, full attention.
-    pub(super) fn read(config: &Config, defaults: &Defaults) -> Result<Self, LoadError> {
+    /// Reads and checks the sizes of a decoder of Llama's kind: norms before, no biases, full attention everywhere.
+    pub(super) fn read(config: &Config) -> Result<Self, LoadError> {
         let hidden = config.required("hidden_size", 1..=HIDDEN_MAX)?;
         let heads = config.required("num_attention_heads", 1..=HEADS_MAX)?;
         let kv_heads = config.count("num_key_value_heads", 1..=HEADS_MAX)?.unwrap_or(heads);
         if heads % kv_heads != 0 {
             return Err(config.wrong("num_key_value_heads", &format!("a divisor of {heads} attention heads")));
         }
-        let head_dim = match config.count("head_dim", 1..=HEAD_DIM_MAX)?.or(defaults.head_dim) {
-            Some(head_dim) => head_dim,
-            None if hidden % heads == 0 => hidden / heads,
-            None => {
-                return Err(config.wrong("hidden_size", &format!("a multiple of {heads} attention heads")));
-            }
-        };
-        if head_dim % 2 != 0 {
-            let expected = format!("even heads, not of {head_dim} elements (RoPE turns pairs)");
-            return Err(config.wrong("head_dim", &expected));
-        }
+        let head_dim = head_dim(config, hidden, heads)?;
         let layers = config.required("num_hidden_layers", 1..=LAYERS_MAX)?;
         let tied = config.flag("tie_word_embeddings", false)?;
+        let rope = Some(rope::rope(config, head_dim)?);
         Ok(Self {
+            layers: vec![LayerKind { window: None, rope }; layers],
+            norms: Norms::BEFORE,
+            qk_norm: QkNorm::None,
+            stacking: Stacking::Apart,
             biases: Biases::default(),
-            head_norm: HeadNorm::None,
-            windows: vec![None; layers],
+            norm_offset: 0.0,
+            embedding_scale: None,
+            score_scale: (head_dim as f64).powf(-0.5) as f32,
+            score_cap: None,
+            logit_cap: None,
+            activation: activation(config, "hidden_act", "silu")?,
+            head_dim,
             hidden,
             inner: config.required("intermediate_size", 1..=INNER_MAX)?,
             heads,
             kv_heads,
-            head_dim,
             vocab: config.required("vocab_size", 1..=VOCAB_MAX)?,
-            context: config.count("max_position_embeddings", 1..=CONTEXT_MAX)?.unwrap_or(defaults.context),
+            context: config.required("max_position_embeddings", 1..=CONTEXT_MAX)?,
             eps: config.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(1e-6) as f32,
-            activation: activation(config, "silu")?,
-            rope: rope::rope(config, head_dim)?,
+            rope_switch: rope::switch(config)?,
             output: if tied { EMBEDDING } else { "lm_head.weight" },
         })
     }
 
-    /// The graph. Layers of equal window share a block.
+    /// Gives each layer its window.
+    pub(super) fn set_windows(&mut self, windows: impl IntoIterator<Item = Option<usize>>) {
+        self.layers.iter_mut().zip(windows).for_each(|(layer, window)| layer.window = window);
+    }
+
+    /// The graph.
     pub(super) fn graph(&self, family: &'static str) -> Graph {
-        let mut seen: Vec<Option<usize>> = Vec::new();
-        let mut layers = Vec::with_capacity(self.windows.len());
-        for (i, window) in self.windows.iter().enumerate() {
-            let block = seen.iter().position(|w| w == window).unwrap_or_else(|| {
-                seen.push(*window);
-                seen.len() - 1
+        let mut kinds: Vec<&LayerKind> = Vec::new();
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for (i, kind) in self.layers.iter().enumerate() {
+            let block = kinds.iter().position(|k| *k == kind).unwrap_or_else(|| {
+                kinds.push(kind);
+                kinds.len() - 1
             });
             layers.push(Layer { block, prefix: format!("model.layers.{i}.") });
         }
         let (heads, head_dim) = (self.kv_heads, self.head_dim);
+        let spec = |kind: &LayerKind| KvSpec { heads, head_dim, window: kind.window };
         Graph {
             family,
             prologue: self.prologue(),
-            blocks: seen.into_iter().map(|window| self.layer(window)).collect(),
+            blocks: kinds.into_iter().map(|kind| self.layer(kind)).collect(),
             layers,
             epilogue: self.epilogue(),
             pooled: Some(self.pooled()),
-            kv: self.windows.iter().map(|&window| KvSpec { heads, head_dim, window }).collect(),
+            kv: self.layers.iter().map(spec).collect(),
             hidden: self.hidden,
             vocab: self.vocab,
             context: self.context,
+            rope_switch: self.rope_switch,
         }
     }
 
     fn prologue(&self) -> Block {
+        let mut block = Block::default();
         let weight = Matrix::one(EMBEDDING, self.vocab, self.hidden);
-        Block { ops: vec![Op::Embed { ids: Ids::Token, weight }] }
+        let input = block.push(Op::Embed { ids: Ids::Token, weight });
+        if let Some(factor) = self.embedding_scale {
+            block.push(Op::Scale { input, factor });
+        }
+        block
     }
 
     fn epilogue(&self) -> Block {
         let mut block = Block::default();
         let rows = block.push(Op::Input);
         let rows = block.push(Op::SelectRows { input: rows });
-        let rows = block.push(self.norm(rows, "model.norm.weight", self.hidden));
+        let input = block.push(self.norm(rows, "model.norm.weight", self.hidden));
         let weight = Matrix::one(self.output, self.vocab, self.hidden);
-        block.push(Op::Linear { input: rows, weight, bias: None });
+        let input = block.push(Op::Linear { input, weight, bias: None });
+        if let Some(cap) = self.logit_cap {
+            block.push(Op::Softcap { input, cap });
+        }
         block
     }
 
@@ -154,35 +219,47 @@ impl Decoder {
         Pooled { kind: PooledKind::Embedding, block, width: self.hidden }
     }
 
-    fn layer(&self, window: Option<usize>) -> Block {
+    fn layer(&self, kind: &LayerKind) -> Block {
         let mut block = Block::default();
+        let norms = &self.norms;
         let residual = block.push(Op::Input);
-        let rows = block.push(self.norm(residual, "input_layernorm.weight", self.hidden));
-        let rows = self.attention(&mut block, rows, window);
+        let rows = self.layer_norm(&mut block, residual, norms.before_attention);
+        let rows = self.attention(&mut block, rows, kind);
+        let rows = self.layer_norm(&mut block, rows, norms.after_attention);
         let residual = block.push(Op::Add { a: residual, b: rows });
-        let rows = block.push(self.norm(residual, "post_attention_layernorm.weight", self.hidden));
+        let rows = self.layer_norm(&mut block, residual, norms.before_mlp);
         let rows = self.mlp(&mut block, rows);
+        let rows = self.layer_norm(&mut block, rows, norms.after_mlp);
         block.push(Op::Add { a: residual, b: rows });
         block
     }
 
-    fn attention(&self, block: &mut Block, input: Value, window: Option<usize>) -> Value {
+    fn attention(&self, block: &mut Block, input: Value, kind: &LayerKind) -> Value {
         let (q_width, kv_width) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let parts = [("q", q_width), ("k", kv_width), ("v", kv_width)];
-        let names =
-            |suffix: &str| parts.map(|(n, rows)| (format!("self_attn.{n}_proj.{suffix}"), rows)).to_vec();
+        let names = |suffix: &str| match self.stacking {
+            Stacking::Apart => parts.map(|(n, rows)| (format!("self_attn.{n}_proj.{suffix}"), rows)).to_vec(),
+            Stacking::Stacked => vec![(format!("self_attn.qkv_proj.{suffix}"), q_width + 2 * kv_width)],
+        };
         let weight = Matrix { parts: names("weight"), cols: self.hidden };
-        let bias = self.biases.qkv.then(|| Vector { parts: names("bias") });
+        let bias = self.biases.qkv.then(|| Vector::named(names("bias")));
         let qkv = block.push(Op::Linear { input, weight, bias });
         let mut q = block.push(Op::Slice { input: qkv, start: 0, width: q_width });
         let mut k = block.push(Op::Slice { input: qkv, start: q_width, width: kv_width });
         let v = block.push(Op::Slice { input: qkv, start: q_width + kv_width, width: kv_width });
-        if self.head_norm == HeadNorm::RmsNorm {
-            q = block.push(self.norm(q, "self_attn.q_norm.weight", self.head_dim));
-            k = block.push(self.norm(k, "self_attn.k_norm.weight", self.head_dim));
+        let normed = match self.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Head => Some((self.head_dim, self.head_dim)),
+            QkNorm::Row => Some((q_width, kv_width)),
+        };
+        if let Some((q_norm, k_norm)) = normed {
+            q = block.push(self.norm(q, "self_attn.q_norm.weight", q_norm));
+            k = block.push(self.norm(k, "self_attn.k_norm.weight", k_norm));
         }
-        let q = block.push(Op::Rope { input: q, rope: self.rope.clone() });
-        let k = block.push(Op::Rope { input: k, rope: self.rope.clone() });
+        if let Some(rope) = &kind.rope {
+            q = block.push(Op::Rope { input: q, rope: rope.clone() });
+            k = block.push(Op::Rope { input: k, rope: rope.clone() });
+        }
         let rows = block.push(Op::Attend(Attend {
             q,
             k,
@@ -190,9 +267,9 @@ impl Decoder {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            scale: (self.head_dim as f64).powf(-0.5) as f32,
-            mask: Mask::Causal { window },
-            softcap: None,
+            scale: self.score_scale,
+            mask: Mask::Causal { window: kind.window },
+            softcap: self.score_cap,
         }));
         let weight = Matrix::one("self_attn.o_proj.weight", self.hidden, q_width);
         let bias = self.biases.out.then(|| Vector::one("self_attn.o_proj.bias", self.hidden));
@@ -200,10 +277,14 @@ impl Decoder {
     }
 
     fn mlp(&self, block: &mut Block, input: Value) -> Value {
-        let names =
-            |suffix: &str| ["gate", "up"].map(|n| (format!("mlp.{n}_proj.{suffix}"), self.inner)).to_vec();
+        let names = |suffix: &str| match self.stacking {
+            Stacking::Apart => {
+                ["gate", "up"].map(|n| (format!("mlp.{n}_proj.{suffix}"), self.inner)).to_vec()
+            }
+            Stacking::Stacked => vec![(format!("mlp.gate_up_proj.{suffix}"), 2 * self.inner)],
+        };
         let weight = Matrix { parts: names("weight"), cols: self.hidden };
-        let bias = self.biases.mlp.then(|| Vector { parts: names("bias") });
+        let bias = self.biases.mlp.then(|| Vector::named(names("bias")));
         let rows = block.push(Op::Linear { input, weight, bias });
         let rows = block.push(Op::GatedActivate { input: rows, f: self.activation });
         let weight = Matrix::one("mlp.down_proj.weight", self.hidden, self.inner);
@@ -211,9 +292,30 @@ impl Decoder {
         block.push(Op::Linear { input: rows, weight, bias })
     }
 
-    fn norm(&self, input: Value, weight: &str, width: usize) -> Op {
-        Op::RmsNorm { input, weight: Vector::one(weight, width), eps: self.eps }
+    /// The rows as they are where the layer has no such norm.
+    fn layer_norm(&self, block: &mut Block, rows: Value, weight: Option<&str>) -> Value {
+        weight.map_or(rows, |weight| block.push(self.norm(rows, weight, self.hidden)))
     }
+
+    fn norm(&self, input: Value, weight: &str, width: usize) -> Op {
+        Op::RmsNorm { input, weight: Vector::one(weight, width).plus(self.norm_offset), eps: self.eps }
+    }
+}
+
+/// `head_dim`, else the hidden size divided among the heads.
+fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize, LoadError> {
+    let head_dim = match config.count("head_dim", 1..=HEAD_DIM_MAX)? {
+        Some(head_dim) => head_dim,
+        None if hidden % heads == 0 => hidden / heads,
+        None => {
+            return Err(config.wrong("hidden_size", &format!("a multiple of {heads} attention heads")));
+        }
+    };
+    if head_dim % 2 != 0 {
+        let expected = format!("even heads, not of {head_dim} elements (RoPE turns pairs)");
+        return Err(config.wrong("head_dim", &expected));
+    }
+    Ok(head_dim)
 }
 
 /// `sliding_window`, positions visible to a row, itself included.
@@ -221,12 +323,15 @@ pub(super) fn window(config: &Config) -> Result<Option<usize>, LoadError> {
     config.count("sliding_window", 1..=CONTEXT_MAX)
 }
 
-/// The windows of Qwen's layers: `layer_types`, else the first `max_window_layers` see everything.
-pub(super) fn layer_windows(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, LoadError> {
-    let window = if config.flag("use_sliding_window", false)? { window(config)? } else { None };
+/// The window of each layer: all of them, or those that `layer_types` names, or else those that `has_window` does.
+pub(super) fn layer_windows(
+    config: &Config,
+    layers: usize,
+    window: Option<usize>,
+    has_window: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>, LoadError> {
     let Some(types) = config.get("layer_types") else {
-        let full = config.count("max_window_layers", 0..=LAYERS_MAX)?.unwrap_or(28);
-        return Ok((0..layers).map(|i| window.filter(|_| i >= full)).collect());
+        return Ok((0..layers).map(|i| window.filter(|_| has_window(i))).collect());
     };
     let types = types.as_array().filter(|t| t.len() == layers);
     let types = types.ok_or_else(|| config.wrong("layer_types", &format!("a list of {layers}")))?;
@@ -241,14 +346,21 @@ pub(super) fn layer_windows(config: &Config, layers: usize) -> Result<Vec<Option
     types.iter().map(of_layer).collect()
 }
 
-/// `hidden_act`.
-pub(super) fn activation(config: &Config, default: &str) -> Result<Activation, LoadError> {
-    Ok(match config.text("hidden_act")?.unwrap_or(default) {
+/// The windows of Qwen's layers: without `layer_types`, the first `max_window_layers` see everything.
+pub(super) fn qwen_windows(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, LoadError> {
+    let window = if config.flag("use_sliding_window", false)? { window(config)? } else { None };
+    let full = config.count("max_window_layers", 0..=LAYERS_MAX)?.unwrap_or(28);
+    layer_windows(config, layers, window, |layer| layer >= full)
+}
+
+/// The element-wise function that a key names.
+pub(super) fn activation(config: &Config, key: &str, default: &str) -> Result<Activation, LoadError> {
+    Ok(match config.text(key)?.unwrap_or(default) {
         "silu" | "swish" => Activation::Silu,
         "gelu" => Activation::GeluErf,
         "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
         "relu" => Activation::Relu,
         "tanh" => Activation::Tanh,
-        _ => return Err(config.wrong("hidden_act", "silu, gelu, gelu_pytorch_tanh, relu or tanh")),
+        _ => return Err(config.wrong(key, "silu, gelu, gelu_pytorch_tanh, relu or tanh")),
     })
 }

@@ -2,11 +2,15 @@
 
 mod bert;
 mod decoder;
+mod gemma;
 mod llama;
 mod mistral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod smollm3;
 
 use crate::LoadError;
 use crate::config::Config;
@@ -16,12 +20,18 @@ use crate::graph::Graph;
 type Build = fn(&Config) -> Result<Graph, LoadError>;
 
 /// Every family, by the `model_type` of its checkpoints.
-const FAMILIES: [(&str, Build); 5] = [
+const FAMILIES: &[(&str, Build)] = &[
     ("bert", bert::graph),
+    ("gemma2", gemma::gemma2),
+    ("gemma3", gemma::gemma3_with_text),
+    ("gemma3_text", gemma::gemma3_text),
     ("llama", llama::graph),
     ("mistral", mistral::graph),
+    ("olmo2", olmo2::graph),
+    ("phi3", phi3::graph),
     ("qwen2", qwen2::graph),
     ("qwen3", qwen3::graph),
+    ("smollm3", smollm3::graph),
 ];
 
 /// The graph of a checkpoint.
@@ -35,7 +45,7 @@ pub fn graph(config: &Config) -> Result<Graph, LoadError> {
     let (_, build) = family.ok_or_else(|| LoadError::UnknownFamily {
         path: config.path().to_owned(),
         found: found.to_owned(),
-        known: FAMILIES.map(|(name, _)| name).join(", "),
+        known: FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
     })?;
     if let Some(quantization) = config.object("quantization_config")? {
         return Err(quantization.wrong("quant_method", "no quantization (weights in F32, F16 or BF16)"));

@@ -19,8 +19,7 @@ pub(super) const Q4_1: Format =
 pub(super) const Q5_0: Format = Format { block_bytes: 22, codes: (-16, 15), decode: q5_0, ..ONE_SCALE };
 pub(super) const Q5_1: Format =
     Format { block_bytes: 24, codes: (0, 31), decode: q5_1, minima: true, ..ONE_SCALE };
-pub(super) const IQ4_NL: Format =
-    Format { block_bytes: 18, codes: (-127, 113), decode: iq4_nl, ..ONE_SCALE };
+pub(super) const IQ4_NL: Format = Format { block_bytes: 18, codes: (-127, 113), decode: iq4_nl, ..ONE_SCALE };
 pub(super) const MXFP4: Format = Format { block_bytes: 17, codes: (-12, 12), decode: mxfp4, ..ONE_SCALE };
 
 /// The levels of IQ4_NL.

@@ -105,14 +105,14 @@ impl Weights {
         self.stored.keys().map(String::as_str)
     }
 
-    fn entry(&self, name: &str) -> Result<&Entry, LoadError> {
+    pub(super) fn entry(&self, name: &str) -> Result<&Entry, LoadError> {
         let path = || self.origin.clone();
         let missing =
             || LoadError::MissingTensor { path: path(), name: name.to_owned(), expected: Vec::new() };
         self.stored.get(name).ok_or_else(missing)
     }
 
-    fn dtype_of(&self, stored: &str) -> Result<DType, LoadError> {
+    pub(super) fn dtype_of(&self, stored: &str) -> Result<DType, LoadError> {
         let entry = self.entry(stored)?;
         entry.dtype.ok_or_else(|| {
             self.wrong(stored, format!("expected dtype F32, F16 or BF16, found {}", entry.type_name))
@@ -138,13 +138,7 @@ impl Weights {
         }
     }
 
-    fn pick(
-        &self,
-        name: &str,
-        shape: &mut [usize],
-        map: &mut RowMap,
-        rows: &Rows,
-    ) -> Result<(), LoadError> {
+    fn pick(&self, name: &str, shape: &mut [usize], map: &mut RowMap, rows: &Rows) -> Result<(), LoadError> {
         let Some(count) = shape.first_mut() else {
             return Err(self.wrong(name, "expected rows, found a single number".to_owned()));
         };
@@ -169,7 +163,7 @@ impl Weights {
         Ok(())
     }
 
-    fn insert(&mut self, name: String, tensor: Tensor, made_of: &[&str]) -> Result<(), LoadError> {
+    pub(super) fn insert(&mut self, name: String, tensor: Tensor, made_of: &[&str]) -> Result<(), LoadError> {
         for stored in made_of {
             self.tensors.remove(*stored);
         }
@@ -180,7 +174,7 @@ impl Weights {
         Ok(())
     }
 
-    pub(super) fn wrong(&self, name: &str, what: String) -> LoadError {
+    pub(crate) fn wrong(&self, name: &str, what: String) -> LoadError {
         LoadError::format(self.origin_of(name), format!("tensor `{name}`: {what}"))
     }
 }

@@ -90,7 +90,7 @@ impl Message {
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.run.job().model.served.id,
+            "model": self.run.job().model.id,
             "content": self.content.blocks,
             "stop_reason": reason,
             "stop_sequence": sequence,

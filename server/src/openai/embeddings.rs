@@ -68,7 +68,7 @@ impl EmbeddingsRequest {
         json!({
             "object": "list",
             "data": data.collect::<Vec<_>>(),
-            "model": model.served.id,
+            "model": model.id,
             "usage": usage(rows),
         })
     }

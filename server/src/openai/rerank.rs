@@ -52,7 +52,7 @@ impl RerankRequest {
         };
         json!({
             "id": random::id("rerank-"),
-            "model": model.served.id,
+            "model": model.id,
             "results": order.into_iter().map(result).collect::<Vec<_>>(),
             "usage": usage(rows),
         })

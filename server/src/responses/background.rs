@@ -63,8 +63,9 @@ pub(crate) async fn go_on(sessions: Sessions, registry: Registry, interval: Opti
 
 /// Waits while a model is being loaded.
 async fn wait_for(registry: &Registry, model: &str) {
+    let time = TimeLimits { arrived: Instant::now(), request: None, queue: None };
     let is_loading = |error: &ApiError| error.is_loading();
-    while registry.get(model).as_ref().err().is_some_and(is_loading) {
+    while registry.get(model, &time).await.as_ref().err().is_some_and(is_loading) {
         tokio::time::sleep(MODEL_PAUSE).await;
     }
 }

@@ -43,7 +43,7 @@ impl Conversation {
         (metadata, items): (Map<String, Value>, Vec<Value>),
     ) -> Result<Self, ApiError> {
         // The model is the one that answers in it first.
-        let model = registry.first().map(|model| model.served.id.clone()).unwrap_or_default();
+        let model = registry.first().unwrap_or_default();
         let record = SessionRecord { metadata, kind: CONVERSATION.to_owned(), ..SessionRecord::default() };
         let settings = Settings { model, durability, meta: record.to_bytes(), ..Settings::default() };
         let name = Arc::clone(&tenant);

@@ -54,7 +54,7 @@ impl Responder {
         asked: ResponseRequest,
         time: TimeLimits,
     ) -> Result<Answering, ApiError> {
-        let model = self.registry.get(&asked.model)?;
+        let model = self.registry.get(&asked.model, &time).await?;
         let stored = self.stored(&asked)?;
         let past = opening::before(self.sessions.as_ref(), &tenant, &asked).await?;
         let mut asked = asked;
@@ -89,8 +89,9 @@ impl Responder {
         &self,
         tenant: Arc<str>,
         asked: ResponseRequest,
+        time: TimeLimits,
     ) -> Result<usize, ApiError> {
-        let model = self.registry.get(&asked.model)?;
+        let model = self.registry.get(&asked.model, &time).await?;
         let past = opening::before(self.sessions.as_ref(), &tenant, &asked).await?;
         let mut asked = asked;
         Offer::of(&self.mcp, &mut asked, past.as_ref()).await?;

@@ -89,7 +89,7 @@ pub(crate) fn plan(
     let known = past.map_or_else(Vec::new, |past| past.items(&past.records));
     let input = items::resolve(asked.input.clone(), &known)?;
     items::check_results(&input, &known)?;
-    let identity = model.served.engine.identity();
+    let identity = &model.identity;
     let stale = past.and_then(|past| stale_part(&past.session, identity));
     let changed = stale.or_else(|| past.and_then(|past| past.session.changed(identity)));
     let mut history = History::of(past.map(|past| past.turns.clone()).unwrap_or_default());
@@ -181,8 +181,8 @@ pub(crate) async fn claim(
             let tenant = store.tenant(&name)?.id;
             let record = SessionRecord { kind: RESPONSE.to_owned(), ..SessionRecord::default() };
             let settings = Settings {
-                model: model.served.id.clone(),
-                root: model.served.engine.root(&name, b"")?,
+                model: model.id.clone(),
+                root: model.root(&name, b"", 0)?,
                 durability,
                 meta: record.to_bytes(),
                 ..Settings::default()

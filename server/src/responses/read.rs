@@ -106,7 +106,7 @@ impl Found {
         };
         let found = self.past.response(&self.id);
         if found.is_some_and(|found| !found.is_partial()) {
-            return Ok(Answering::again(self.tokens_again(&reader, &record), begun, record));
+            return Ok(Answering::again(self.tokens_again(&reader, &record).await, begun, record));
         }
         let session = self.past.info.id;
         if let Some(live) = self.sessions.live(session).filter(|live| live.envelope.id() == self.id) {
@@ -128,15 +128,17 @@ impl Found {
     }
 
     /// The runs that read the response's tokens again, where all of them stand in its session.
-    fn tokens_again(&self, reader: &Reader, record: &ResponseRecord) -> VecDeque<Run> {
+    async fn tokens_again(&self, reader: &Reader, record: &ResponseRecord) -> VecDeque<Run> {
         let is_own = |turn: &&Arc<Turn>| {
             let record = TurnRecord::read(&turn.meta);
             ResponseRecord::read(&record.response).is_some_and(|found| found.id() == Some(self.id.as_str()))
         };
-        let turns = self.past.turns.iter().filter(is_own);
-        let runs: Option<VecDeque<Run>> =
-            turns.map(|turn| reader.again(turn, &self.past.info).ok()).collect();
-        runs.filter(|runs| runs.len() == record.rounds() + 1).unwrap_or_default()
+        let mut runs = VecDeque::new();
+        for turn in self.past.turns.iter().filter(is_own) {
+            let Ok(run) = reader.again(turn, &self.past.info).await else { return VecDeque::new() };
+            runs.push_back(run);
+        }
+        if runs.len() == record.rounds() + 1 { runs } else { VecDeque::new() }
     }
 
     /// Ends a response that is made in the background.

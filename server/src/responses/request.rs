@@ -215,7 +215,7 @@ impl ResponseRequest {
 
     /// The chat request's sampling defaults belong to the model; the object names them.
     pub(crate) fn complete_echo(&mut self, model: &Model, (temperature, top_p): (f32, f32)) {
-        self.echo.insert("model".to_owned(), json!(model.served.id));
+        self.echo.insert("model".to_owned(), json!(model.id));
         for (name, value) in [("temperature", temperature), ("top_p", top_p)] {
             // Through text, so that 0.9 stays 0.9.
             let number = value.to_string().parse::<f64>().unwrap_or_else(|_| f64::from(value));

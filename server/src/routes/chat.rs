@@ -29,7 +29,7 @@ pub(super) async fn post(
     let headers = request.headers().clone();
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = app.registry.get(fields.required_string("model")?)?;
+    let model = app.registry.get(fields.required_string("model")?, &time).await?;
     let request = ChatRequest::read(&fields, &model)?;
     let session = SessionFields::read(&fields, &headers)?;
     let is_stored = fields.bool("store")? == Some(true);
@@ -52,7 +52,8 @@ pub(super) async fn post(
     let (max_tokens_default, interval) = (app.options.max_tokens_default, app.options.journal_interval);
     let (tenant, id) = (tenant.0, made.map(stored::completion_id));
     let asker = Asker { model, tenant: tenant.clone(), max_tokens_default, time };
-    let turn = SessionChat { asker, session, request, id, interval };
+    let registry = app.registry.clone();
+    let turn = SessionChat { registry, asker, session, request, id, interval };
     let answered = turn.answer(sessions).await;
     if let (Err(_), Some(made)) = (&answered, made) {
         // Nobody has heard of its session.

@@ -26,7 +26,7 @@ pub(super) async fn post(
     let time = app.time();
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = app.registry.get(fields.required_string("model")?)?;
+    let model = app.registry.get(fields.required_string("model")?, &time).await?;
     let request = CompletionRequest::read(&fields, &model)?;
     let constraint = ConstraintField::compile(request.constraint, &model).await?;
     let prompts = prompt::plain(&model, request.prompts, request.special).await?;

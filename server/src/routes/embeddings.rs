@@ -20,7 +20,7 @@ pub(super) async fn post(
     let time = app.time();
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = app.registry.get(fields.required_string("model")?)?;
+    let model = app.registry.get(fields.required_string("model")?, &time).await?;
     let mut request = EmbeddingsRequest::read(&fields, &model)?;
     let texts = Texts::Lone(std::mem::take(&mut request.inputs));
     let EmbeddingsRequest { truncate, priority, .. } = request;

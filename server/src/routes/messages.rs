@@ -13,6 +13,7 @@ use crate::anthropic::request::{self, Purpose};
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::generate::Run;
+use crate::job::TimeLimits;
 use crate::openai::chat::ChatRequest;
 use crate::openai::fields::Fields;
 use crate::openai::options::Delivery;
@@ -25,7 +26,7 @@ pub(super) async fn post(
 ) -> Result<Response, MessagesError> {
     let time = app.time();
     let body = app.body(request).await?;
-    let (model, request) = read(&app, &body, Purpose::Answer)?;
+    let (model, request) = read(&app, &body, (Purpose::Answer, time)).await?;
     if request.options.choices != 1 {
         return Err(ApiError::field("n", "expected one answer, found more").into());
     }
@@ -40,17 +41,17 @@ pub(super) async fn post(
 
 pub(super) async fn count_tokens(State(app): Shared, request: Request) -> Result<Json<Value>, MessagesError> {
     let body = app.body(request).await?;
-    let (model, request) = read(&app, &body, Purpose::CountTokens)?;
+    let (model, request) = read(&app, &body, (Purpose::CountTokens, app.time())).await?;
     let prompt = prompt::chat(&model, request.input).await?;
     Ok(Json(json!({"input_tokens": prompt.tokens.len()})))
 }
 
-fn read(
+async fn read(
     app: &App,
     body: &Map<String, Value>,
-    purpose: Purpose,
+    (purpose, time): (Purpose, TimeLimits),
 ) -> Result<(std::sync::Arc<crate::registry::Model>, ChatRequest), ApiError> {
-    let model = app.registry.get(Fields::of(body).required_string("model")?)?;
+    let model = app.registry.get(Fields::of(body).required_string("model")?, &time).await?;
     let chat = request::chat(body, purpose)?;
     let request = ChatRequest::read(&Fields::of(&chat), &model).map_err(request::renamed)?;
     Ok((model, request))

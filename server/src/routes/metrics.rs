@@ -8,11 +8,12 @@ use mainstay_engine::Stats;
 use super::{App, Shared, sessions};
 use crate::error::ApiError;
 use crate::metrics::{ModelMetrics, Page};
+use crate::registry::Shown;
 
 /// A number that the engine keeps: name, kind, help, value.
 pub(super) type Number = (&'static str, &'static str, &'static str, fn(&Stats) -> f64);
 
-const NUMBERS: [Number; 9] = [
+const NUMBERS: [Number; 11] = [
     ("vllm:num_requests_running", "gauge", "Sequences that have pages.", |s| s.running as f64),
     ("vllm:num_requests_waiting", "gauge", "Sequences not yet started.", |s| s.waiting as f64),
     ("vllm:kv_cache_usage_perc", "gauge", "Share of pages in use by sequences, 0 to 1.", |s| {
@@ -24,6 +25,12 @@ const NUMBERS: [Number; 9] = [
         s.cached_tokens as f64
     }),
     ("vllm:num_preemptions_total", "counter", "Sequences preempted.", |s| s.preemptions as f64),
+    ("vllm:spec_decode_num_draft_tokens_total", "counter", "Tokens guessed ahead.", |s| {
+        s.drafted_tokens as f64
+    }),
+    ("vllm:spec_decode_num_accepted_tokens_total", "counter", "Of these, drawn.", |s| {
+        s.draft_kept_tokens as f64
+    }),
     ("mainstay_steps_total", "counter", "Steps of the engine.", |s| s.steps as f64),
     ("mainstay_pages_total", "gauge", "Pages that can be given out.", |s| s.pages_total as f64),
 ];
@@ -42,10 +49,33 @@ pub(super) async fn get(State(app): Shared) -> Result<impl IntoResponse, ApiErro
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page))
 }
 
+/// Of every model of the list, loaded or not.
+fn of_list(page: &mut Page, app: &App) {
+    let numbers: [(&str, &str, &str, fn(&Shown) -> f64); 3] = [
+        ("mainstay_model_loaded", "gauge", "1 while the model is loaded.", |model| {
+            f64::from(u8::from(model.state == "loaded"))
+        }),
+        ("mainstay_model_loads_total", "counter", "Times that the model was loaded.", |model| {
+            model.loads as f64
+        }),
+        ("mainstay_model_load_failures_total", "counter", "Times that it could not be.", |model| {
+            model.failures as f64
+        }),
+    ];
+    let shown = app.registry.shown();
+    let shown: Vec<&Shown> = shown.iter().filter(|model| model.parent.is_none()).collect();
+    for (name, kind, help, value) in numbers {
+        page.family(name, kind, help);
+        for model in &shown {
+            page.sample(name, &[("model_name", &model.id)], value(model));
+        }
+    }
+}
+
 fn page(app: &App) -> String {
     let models = app.registry.list();
     let stats: Vec<Stats> = models.iter().map(|model| model.served.engine.stats()).collect();
-    let named = || models.iter().map(|model| model.served.id.as_str());
+    let named = || models.iter().map(|model| model.id.as_str());
     let mut page = Page::default();
     let of_store = app.sessions.iter().flat_map(|_| sessions::metrics::ENGINE);
     for (name, kind, help, value) in NUMBERS.into_iter().chain(of_store) {
@@ -86,6 +116,7 @@ fn page(app: &App) -> String {
             page.sample(name, &[("model_name", id), ("state", state.name())], count as f64);
         }
     }
+    of_list(&mut page, app);
     page.family("mainstay_requests_total", "counter", "HTTP requests answered.");
     for ((route, status), count) in app.http.snapshot() {
         let labels = [("route", route.as_str()), ("status", &status.to_string())];

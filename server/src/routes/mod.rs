@@ -1,5 +1,6 @@
 //! The routes, and what every request passes on its way to one: identity, admission, access log.
 
+mod adapters;
 mod batches;
 mod chat;
 mod completions;
@@ -15,6 +16,7 @@ mod rerank;
 mod responses;
 mod responses_ws;
 mod sessions;
+pub(crate) mod store;
 mod stored_chat;
 mod stream;
 mod tokenize;
@@ -36,7 +38,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use crate::anthropic::error::MessagesError;
-use crate::auth::{self, Tenant};
+use crate::auth::{self, Role, Tenant};
 use crate::batches::{Batches, Queue, Work, Worker};
 use crate::body::{self, BodyLimits};
 use crate::error::ApiError;
@@ -110,7 +112,9 @@ fn routes(app: Arc<App>) -> Router {
         .route("/v1/embeddings", post(embeddings::post))
         .route("/v1/rerank", post(rerank::post))
         .route("/rerank", post(rerank::post))
+        .merge(adapters::routes())
         .merge(sessions::routes())
+        .merge(store::routes())
         .route("/v1/sessions/{id}/stream", get(stream::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
@@ -206,6 +210,20 @@ impl FromRequestParts<Arc<App>> for Named {
     }
 }
 
+/// Proof that the operator asks.
+struct Admin;
+
+impl FromRequestParts<Arc<App>> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<App>) -> Result<Self, ApiError> {
+        match parts.extensions.get::<Role>() {
+            Some(Role::Admin) => Ok(Self),
+            _ => Err(ApiError::not_admin()),
+        }
+    }
+}
+
 async fn no_route(method: Method, uri: Uri) -> ApiError {
     ApiError::no_route(method.as_str(), uri.path())
 }
@@ -221,14 +239,19 @@ async fn admit(State(app): Shared, mut request: Request, next: Next) -> Result<R
     let is_shown = options.loopback || options.public_metrics;
     let open = path == "/health" || (matches!(path, "/metrics" | "/openapi.json") && is_shown);
     if !open {
-        let tenant = auth::authenticate(&options.api_keys, request.headers());
-        if let Err(error) = &tenant
+        let caller = auth::authenticate(&options.api_keys, request.headers());
+        if let Err(error) = &caller
             && path.starts_with("/v1/messages")
         {
             return Ok(MessagesError(error.clone()).into_response());
         }
-        let tenant = tenant?;
+        let (tenant, mut role) = caller?;
+        if options.api_keys.is_empty() && options.loopback {
+            // Whoever is on this machine could as well open the data directory.
+            role = Role::Admin;
+        }
         request.extensions_mut().insert::<Tenant>(tenant);
+        request.extensions_mut().insert::<Role>(role);
     }
     if app.shutdown.stage() >= ShutdownStage::Drain && request.uri().path() != "/metrics" {
         return Err(ApiError::unavailable("the server is shutting down", "shutting_down"));

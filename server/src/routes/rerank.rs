@@ -19,7 +19,7 @@ pub(super) async fn post(
     let time = app.time();
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = app.registry.get(fields.required_string("model")?)?;
+    let model = app.registry.get(fields.required_string("model")?, &time).await?;
     let request = RerankRequest::read(&fields, &model)?;
     let texts = Texts::Pairs { first: request.query.clone(), second: request.documents.clone() };
     let RerankRequest { truncate, priority, .. } = request;

@@ -115,7 +115,8 @@ async fn input_tokens(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let body = app.body(request).await?;
-    let tokens = app.responder().input_tokens(tenant.0, ResponseRequest::read(&body)?).await?;
+    let asked = ResponseRequest::read(&body)?;
+    let tokens = app.responder().input_tokens(tenant.0, asked, app.time()).await?;
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
 }
 

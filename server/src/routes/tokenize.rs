@@ -17,18 +17,15 @@ use crate::prompt::{self, ChatInput};
 use crate::registry::Model;
 
 /// The named model; these endpoints may leave the name out.
-fn model(app: &App, fields: &Fields<'_, '_>) -> Result<Arc<Model>, ApiError> {
-    match fields.string("model")? {
-        Some(id) => app.registry.get(id),
-        None => app.registry.first(),
-    }
+async fn model(app: &App, fields: &Fields<'_, '_>) -> Result<Arc<Model>, ApiError> {
+    app.registry.named(fields.string("model")?, &app.time()).await
 }
 
 /// `{prompt | messages}` to `{count, max_model_len, tokens, token_strs}`.
 pub(super) async fn tokenize(State(app): Shared, request: Request) -> Result<Json<Value>, ApiError> {
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = model(&app, &fields)?;
+    let model = model(&app, &fields).await?;
     let wants_texts = fields.bool("return_token_strs")?.unwrap_or(false);
     let prompt = if fields.get("messages").is_some() {
         prompt::chat(&model, ChatInput::read(&fields, &model, &Tools::read(&fields)?)?).await?
@@ -54,7 +51,7 @@ pub(super) async fn tokenize(State(app): Shared, request: Request) -> Result<Jso
 pub(super) async fn detokenize(State(app): Shared, request: Request) -> Result<Json<Value>, ApiError> {
     let body = app.body(request).await?;
     let fields = Fields::of(&body);
-    let model = model(&app, &fields)?;
+    let model = model(&app, &fields).await?;
     let tokens = fields.token_ids("tokens", model.served.vocab)?;
     let tokens = tokens.ok_or_else(|| fields.missing("tokens", "an array of token ids"))?;
     Ok(Json(json!({"prompt": model.served.tokenizer.decode(&tokens, ShowSpecial::Yes)})))

@@ -60,7 +60,7 @@ impl Beginning {
         let record = TurnRecord {
             id: envelope.id().to_owned(),
             created: envelope.created(),
-            model: job.model.served.id.clone(),
+            model: job.model.id.clone(),
             messages: self.messages,
             seed,
             sent_len: fit.sent_len,

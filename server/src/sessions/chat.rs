@@ -14,11 +14,14 @@ use crate::openai::chat::{ChatRequest, ChatShape};
 use crate::openai::options::Delivery;
 use crate::openai::session_fields::SessionFields;
 use crate::prompt::Ending;
+use crate::registry::Registry;
 use crate::reply::{self, Envelope};
 use crate::responses::now_s;
 
 /// A chat request to a session.
 pub(crate) struct SessionChat {
+    /// Whose models sessions may belong to.
+    pub(crate) registry: Registry,
     pub(crate) asker: Asker,
     pub(crate) session: SessionFields,
     pub(crate) request: ChatRequest,
@@ -35,11 +38,12 @@ impl SessionChat {
     /// Whatever goes wrong before the first byte of the answer is sent.
     pub(crate) async fn answer(self, sessions: &Sessions) -> Result<Response, ApiError> {
         self.check()?;
-        let Self { asker, session, request, id, interval } = self;
+        let Self { registry, asker, session, request, id, interval } = self;
         let model = &asker.model;
         // Before anything is changed, so that what is wrong is told in time.
         request.held(model, &request.output(model, "")).await?;
         let asked = Asked {
+            registry,
             model: model.clone(),
             tenant: asker.tenant.clone(),
             session,

@@ -14,7 +14,7 @@ use super::{Claim, Sessions};
 use crate::error::ApiError;
 use crate::openai::session_fields::{SessionFields, SessionMode, Truncation};
 use crate::prompt::{self, ChatInput, Prompt};
-use crate::registry::Model;
+use crate::registry::{Model, Registry};
 
 const TRUNCATED: &str = "truncated";
 
@@ -23,6 +23,7 @@ const TOKEN_PARTS: [&str; 2] = ["tokenizer", "template"];
 
 /// What a client asks of a session.
 pub(crate) struct Asked {
+    pub(crate) registry: Registry,
     pub(crate) model: Arc<Model>,
     pub(crate) tenant: Arc<str>,
     pub(crate) session: SessionFields,
@@ -60,10 +61,15 @@ pub(crate) async fn open(sessions: &Sessions, asked: Asked) -> Result<Opened, Ap
     let claim = sessions.claim(id)?;
     let read = move |store: &Store| Ok((store.get(tenant, id)?, store.turns(tenant, id)?));
     let (info, turns) = sessions.call(read).await?;
+    // Of a model that is not served here any longer, the session goes on with another.
+    let (own, named) = (&info.settings.model, &asked.model.id);
+    if asked.registry.is_other(own, named) {
+        return Err(ApiError::of_other_model(own, named));
+    }
     if let Some(expected) = asked.session.expected_turn.filter(|turn| *turn != info.turn_count) {
         return Err(StoreError::Conflict { expected, found: info.turn_count }.into());
     }
-    let identity = asked.model.served.engine.identity();
+    let identity = &asked.model.identity;
     let record = SessionRecord::read(&info.settings.meta);
     let stale = stale_part(&record, identity);
     let changed = stale.or_else(|| record.changed(identity));

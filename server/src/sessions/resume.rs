@@ -191,8 +191,8 @@ impl Reader {
         (meta, made_of): (Meta, SessionRecord),
     ) -> Result<(Run, Arc<Live>), ApiError> {
         let Meta { plan, keep, .. } = meta;
-        let model = self.registry.get(&plan.record.model)?;
-        if let Some(part) = made_of.changed(model.served.engine.identity()) {
+        let model = self.registry.get(&plan.record.model, &self.time).await?;
+        if let Some(part) = made_of.changed(&model.identity) {
             return Err(ApiError::model_changed(part));
         }
         let recorded = recorded(&plan.record)?;
@@ -226,7 +226,7 @@ impl Reader {
         let turn = idle.turns.last().ok_or_else(ApiError::no_turns)?;
         let record = TurnRecord::read(&turn.meta);
         let include_usage = recorded(&record)?.include_usage;
-        let run = self.again(turn, &idle.info)?;
+        let run = self.again(turn, &idle.info).await?;
         let envelope = Envelope::of(record.id, record.created, &run.job().model);
         drop(idle.claim);
         self.send(run, envelope, (include_usage, idle.id)).await
@@ -236,10 +236,10 @@ impl Reader {
     ///
     /// # Errors
     /// 404 where the turn was cut, or its model is not there.
-    pub(crate) fn again(&self, turn: &PastTurn, info: &SessionInfo) -> Result<Run, ApiError> {
+    pub(crate) async fn again(&self, turn: &PastTurn, info: &SessionInfo) -> Result<Run, ApiError> {
         let record = TurnRecord::read(&turn.meta);
         let recorded = recorded(&record)?;
-        let model = self.registry.get(&record.model)?;
+        let model = self.registry.get(&record.model, &self.time).await?;
         let sampled = turn.tokens.get(record.sent_len..).unwrap_or_default();
         let drawn = [sampled, &record.dropped].concat();
         let name = &info.settings.name;

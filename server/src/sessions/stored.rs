@@ -50,8 +50,8 @@ pub(crate) async fn create(
     let make = move |store: &Store| {
         let tenant = store.tenant(&name)?.id;
         let settings = Settings {
-            model: model.served.id.clone(),
-            root: model.served.engine.root(&name, b"")?,
+            model: model.id.clone(),
+            root: model.root(&name, b"", 0)?,
             durability,
             meta: record.to_bytes(),
             ..Settings::default()

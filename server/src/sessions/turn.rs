@@ -120,8 +120,8 @@ impl Turn {
         let prompt = &job.prompts[0].tokens;
         let tokens = prompt[prompt.len() - self.plan.record.sent_len..].to_vec();
         let tenant = job.tenant.to_string();
-        let meta = Meta { plan: self.plan.clone(), keep: job.keep.clone(), tenant }
-            .to_bytes(job.model.served.engine.identity());
+        let meta =
+            Meta { plan: self.plan.clone(), keep: job.keep.clone(), tenant }.to_bytes(&job.model.identity);
         let (tenant, id, turns) = (claimed.tenant, claimed.id, self.plan.turns);
         let in_flight = InFlight { meta, tokens };
         let begun = move |store: &Store| store.begin_answer(tenant, id, Some(turns), in_flight);
@@ -213,7 +213,7 @@ impl Turn {
         let writing = Writing {
             place: (claimed.tenant, claimed.id),
             append,
-            settings: settings_now(job, &claimed.settings)?,
+            settings: settings_now(job, &claimed.settings, prompt.len() + stands)?,
             old: claimed.settings.clone(),
             level,
         };
@@ -285,18 +285,18 @@ impl Journal {
     }
 }
 
-/// The session's settings after a turn by this model.
-fn settings_now(job: &Job, old: &Settings) -> Result<Settings, ApiError> {
-    let served = &job.model.served;
+/// The settings of a session of this many tokens after a turn by this model.
+fn settings_now(job: &Job, old: &Settings, len: usize) -> Result<Settings, ApiError> {
+    let model = &job.model;
     let mut record = SessionRecord::read(&old.meta);
-    let identity = served.engine.identity();
+    let identity = &model.identity;
     let mut settings = old.clone();
     if record.identity.is_empty() || record.changed(identity).is_some() {
         record.set_identity(identity);
         settings.meta = record.to_bytes();
     }
-    settings.root = served.engine.root(&job.tenant, &job.keep.salt)?;
-    settings.model.clone_from(&served.id);
+    settings.root = model.root(&job.tenant, &job.keep.salt, len)?;
+    settings.model.clone_from(&model.id);
     Ok(settings)
 }
 

@@ -17,6 +17,7 @@ mod responses;
 mod resume;
 mod session_routes;
 mod sessions;
+mod several;
 mod streams;
 mod structured;
 mod testbed;

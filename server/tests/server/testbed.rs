@@ -189,10 +189,31 @@ impl Reply {
     }
 }
 
-/// Starts a server whose model is ready.
-pub(crate) async fn start(setup: Setup) -> Server {
+/// The tokenizer of all models here.
+pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/qwen2/tokenizer.json");
-    let tokenizer = Arc::new(Tokenizer::from_bytes(&path, &std::fs::read(&path).unwrap()).unwrap());
+    Arc::new(Tokenizer::from_bytes(&path, &std::fs::read(&path).unwrap()).unwrap())
+}
+
+/// Starts a server whose model is ready.
+pub(crate) async fn start(mut setup: Setup) -> Server {
+    setup.store = setup.store.take().or_else(|| setup.directory.as_deref().map(open_store));
+    let (store, script, directory) = (setup.store.clone(), setup.script.clone(), setup.directory.clone());
+    let mut options = setup.options.clone();
+    let model = load(MODEL, setup);
+    let parts = (model.engine.clone(), model.tokenizer.clone());
+    let registry = Registry::loading([MODEL.to_owned()]);
+    registry.ready(model);
+    options.store = store;
+    options.files = directory;
+    let mut server = listen(registry, options, parts).await;
+    server.script = script;
+    server
+}
+
+/// A model with an engine of its own.
+pub(crate) fn load(id: &str, setup: Setup) -> ServedModel {
+    let tokenizer = tokenizer();
     let limits = Limits {
         context: CONTEXT,
         tokens_per_step: 256,
@@ -211,9 +232,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         executor = executor.failing_every(n);
     }
     let mut options = EngineOptions::new(limits, setup.waiting, vocab);
-    let store = setup.store.clone().or_else(|| setup.directory.as_deref().map(open_store));
     options.pooled_width = setup.pooled.map(|pooled| pooled.width);
-    options.store = store.clone();
+    options.store = setup.store;
     options.restore = RestorePolicy::Always;
     let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
     options.model = ModelIdentity {
@@ -221,14 +241,12 @@ pub(crate) async fn start(setup: Setup) -> Server {
         template: *template_hash.as_bytes(),
         ..ModelIdentity::default()
     };
-    let script = setup.script;
-    let executor = Scripted { echo: executor, script: script.clone() };
+    let executor = Scripted { echo: executor, script: setup.script };
     let engine = Handle::start(Box::new(executor), options).unwrap();
-    let registry = Registry::loading([MODEL.to_owned()]);
-    registry.ready(ServedModel {
-        id: MODEL.to_owned(),
+    ServedModel {
+        id: id.to_owned(),
         created: 1_700_000_000,
-        tokenizer: tokenizer.clone(),
+        tokenizer,
         template: setup.template.map(|source| ChatTemplate::new(&source, Map::new()).unwrap()),
         format: setup.format,
         generation: setup.generation,
@@ -237,14 +255,8 @@ pub(crate) async fn start(setup: Setup) -> Server {
         generates: setup.pages > 0,
         pooled: setup.pooled,
         reuse: Reuse::Exact,
-        engine: engine.clone(),
-    });
-    let mut options = setup.options;
-    options.store = store;
-    options.files = setup.directory;
-    let mut server = listen(registry, options, (engine, tokenizer)).await;
-    server.script = script;
-    server
+        engine,
+    }
 }
 
 /// Serves a registry.
@@ -261,7 +273,7 @@ pub(crate) async fn listen(
     Server { address, engine, trigger, task, tokenizer, store, script: Script::default() }
 }
 
-fn open_store(directory: &Path) -> Arc<Store> {
+pub(crate) fn open_store(directory: &Path) -> Arc<Store> {
     let options = store::Options { reserve_bytes: 0, ..store::Options::default() };
     let (store, report) = Store::open_dir(directory, options).unwrap();
     assert!(report.damage.is_empty(), "{report:?}");

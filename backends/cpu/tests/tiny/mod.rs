@@ -12,7 +12,8 @@ use mainstay_models::Weights;
 use mainstay_models::quant::seeded_blocks;
 use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, Vector,
+    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, RopeSwitch,
+    Vector,
 };
 
 pub(crate) const PAGE: usize = 32;
@@ -143,6 +144,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         hidden: s.hidden,
         vocab: s.vocab,
         context: 4096,
+        rope_switch: RopeSwitch::default(),
     }
 }
 
@@ -224,6 +226,7 @@ impl Feed {
             pages: pages..step.page_table.len(),
             rope_table: 0,
             second: None,
+            adapter: None,
         });
         step.outputs.extend((0..count).map(|i| OutputRow {
             row: start + i,

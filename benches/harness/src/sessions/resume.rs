@@ -291,7 +291,9 @@ impl Length<'_, '_> {
 fn write_out(world: &World, session: SessionId, bundle: &Path) -> Result<f64, SessionsError> {
     let begun = Instant::now();
     let mut out = BufWriter::with_capacity(1 << 20, File::create(bundle)?);
-    world.store.export(world.tenant.id, session, Some(world.handle.export_pages()), &mut out)?;
+    let len = world.store.get(world.tenant.id, session)?.token_count as usize;
+    let pages = world.handle.export_pages(len);
+    world.store.export(world.tenant.id, session, Some(pages), &mut out)?;
     out.flush()?;
     out.get_ref().sync_all()?;
     Ok(ms(begun))
@@ -299,7 +301,7 @@ fn write_out(world: &World, session: SessionId, bundle: &Path) -> Result<f64, Se
 
 fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsError> {
     let begun = Instant::now();
-    let pages = world.handle.import_pages(TENANT)?;
+    let pages = world.handle.import_pages(TENANT, None)?;
     let mut input = BufReader::with_capacity(1 << 20, File::open(bundle)?);
     let imported = world.store.import(&world.tenant, &mut input, ImportAs::default(), pages)?;
     world.store.flush()?;
@@ -312,7 +314,7 @@ fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsErr
 /// Reads all pages of a session through the store's own threads, and does nothing with them.
 fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f64, SessionsError> {
     let wanted = headers(world, history)?;
-    let groups = usize::from(world.handle.export_pages().groups);
+    let groups = usize::from(world.handle.export_pages(history.len()).groups);
     let batch = (BATCH_BYTES / subject.page_bytes().max(1)).max(1) * groups;
     let (done, all) = mpsc::channel();
     let begun = Instant::now();
@@ -333,9 +335,9 @@ fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f
 
 /// What names the pages of a session, its tail included: its last token has no keys and values yet.
 fn headers(world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
-    let export = world.handle.export_pages();
+    let export = world.handle.export_pages(history.len());
     let tenant = &world.tenant;
-    let root = world.handle.root(TENANT, b"")?;
+    let root = world.handle.root(TENANT, (None, b""), history.len())?;
     let mut parent = root.ok_or_else(|| SessionsError::Broken("the engine has no store".into()))?;
     let mut headers = Vec::new();
     for tokens in history[..history.len().saturating_sub(1)].chunks(PAGE_TOKENS) {

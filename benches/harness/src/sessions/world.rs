@@ -205,7 +205,7 @@ impl World {
 
     /// A session without tokens.
     pub(crate) fn create(&self) -> Result<SessionId, SessionsError> {
-        let root = self.handle.root(TENANT, b"")?;
+        let root = self.handle.root(TENANT, (None, b""), 0)?;
         let settings = Settings { root, durability: Durability::Async, ..Settings::default() };
         Ok(self.store.create(self.tenant.id, settings)?.id)
     }
@@ -243,6 +243,7 @@ impl World {
             prompt_logprobs: None,
             keep: Keep { salt, durability: ask.durability, ..Keep::default() },
             priority: 0,
+            adapter: None,
             grammar: None,
         };
         let (before, begun) = (noise::ticks(), Instant::now());

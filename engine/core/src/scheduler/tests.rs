@@ -2,6 +2,7 @@
 
 mod fuzz;
 mod rig;
+mod rope;
 
 use super::*;
 use crate::{KvReport, KvState};
@@ -309,6 +310,26 @@ fn stop_tokens_end_a_choice_once_they_may() {
     let late = tokens(&late, 0);
     assert_eq!(late, alone(&wanted, 0, 1000).0);
     assert!(late.len() > 20 && !late[..20].contains(&stop));
+}
+
+#[test]
+fn guesses_that_come_true_draw_several_tokens_a_step() {
+    let mut wanted = request(&prompt(10, 1), 90);
+    wanted.sampling.logit_bias = vec![(5, 100.0)];
+    // Penalties count guesses as they would count tokens.
+    wanted.sampling.frequency_penalty = 0.01;
+    let mut steps = Vec::new();
+    for pace in [None, Some(Pace::default())] {
+        let mut rig = Rig::new(limits(&[9]));
+        rig.scheduler.pace = pace;
+        let mut client = rig.submit(wanted.clone());
+        rig.drain();
+        expect_alone(&rig, &mut client, &wanted);
+        let stats = rig.scheduler.stats(&rig.pool);
+        assert!(stats.draft_kept_tokens <= stats.drafted_tokens && stats.drafted_tokens < 90, "{stats:?}");
+        steps.push(stats.steps);
+    }
+    assert!(steps[1] * 3 < steps[0], "{steps:?}");
 }
 
 #[test]

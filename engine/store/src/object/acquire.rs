@@ -170,12 +170,11 @@ impl ObjectTier {
             Local::Less => store.delete(tenant.id, id)?,
             Local::Other => return Err(ObjectError::Exists),
         }
-        let wanted = match (pages, &contents.extents) {
-            (BundlePages::Accept { content, root }, Some(extents)) if extents.made.content == content => {
-                Some((Naming::new(tenant, (content, root), &contents.tokens), extents))
-            }
-            _ => None,
-        };
+        let wanted = contents.extents.as_ref().and_then(|extents| {
+            let content = extents.made.content;
+            let root = pages.root_of(content)?;
+            Some((Naming::new(tenant, (content, root), &contents.tokens), extents))
+        });
         let listed = contents.extents.iter().flat_map(|extents| &extents.list).map(|entry| entry.pages);
         let listed = listed.fold(0, u32::saturating_add);
         let came = wanted.map_or(0, |(naming, extents)| self.take_pages(store, &naming, extents));

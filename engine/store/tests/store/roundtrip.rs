@@ -207,7 +207,7 @@ fn a_bundle_carries_a_session_to_another_store() {
     let other_rig = Rig::new(7);
     let (other, _) = other_rig.open();
     let there = other.tenant("u").unwrap();
-    let accept = BundlePages::Accept { content: content(), root: root(&there) };
+    let accept = BundlePages::accept(content(), root(&there));
     let imported = other
         .import(
             &there,
@@ -226,7 +226,7 @@ fn a_bundle_carries_a_session_to_another_store() {
         assert_eq!(other.read(own).unwrap()[..], payload(theirs)[..]);
     }
     // Another model's pages are refused, the tokens are not.
-    let accept = BundlePages::Accept { content: mainstay_store::ContentId([9; 32]), root: root(&there) };
+    let accept = BundlePages::accept(mainstay_store::ContentId([9; 32]), root(&there));
     let cold = other.import(&there, &mut &bundle[..], ImportAs::default(), accept).unwrap();
     assert_eq!((cold.pages, cold.pages_refused), (0, 4));
     assert_eq!(other.tokens(there.id, cold.session.id).unwrap(), all);

@@ -85,8 +85,7 @@ pub(crate) struct Layout {
 }
 
 /// The steps of 4-bit codes that are dense around zero.
-static UNEVEN: Table =
-    Table::new([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]);
+static UNEVEN: Table = Table::new([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]);
 
 /// Twice the values of the 4-bit floating-point numbers.
 static FLOAT: Table = Table::new([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]);

@@ -188,8 +188,7 @@ unsafe fn tile<C: Bytes, const MODE: usize, const P: usize, const T: usize>(
                             // Exact: all numbers are integers below 2^24.
                             dot = s.fma(shift, total, dot);
                         }
-                        part[t][p] =
-                            if sub == 0 { s.mul(dot, scale) } else { s.fma(dot, scale, part[t][p]) };
+                        part[t][p] = if sub == 0 { s.mul(dot, scale) } else { s.fma(dot, scale, part[t][p]) };
                         if mode.minima {
                             part[t][p] = s.fma(shift, total, part[t][p]);
                         }

@@ -202,9 +202,7 @@ impl Bytes for Neon {
     #[inline(always)]
     fn or(self, a: Self::B, b: Self::B) -> Self::B {
         // SAFETY: self witnesses the features.
-        unsafe {
-            [vorrq_u8(a[0], b[0]), vorrq_u8(a[1], b[1]), vorrq_u8(a[2], b[2]), vorrq_u8(a[3], b[3])]
-        }
+        unsafe { [vorrq_u8(a[0], b[0]), vorrq_u8(a[1], b[1]), vorrq_u8(a[2], b[2]), vorrq_u8(a[3], b[3])] }
     }
     #[inline(always)]
     fn look_up(self, a: Self::B, table: &[u8; 16]) -> Self::B {

@@ -73,13 +73,18 @@ pub(super) async fn export(target: Target, uri: Uri) -> Result<Response, ApiErro
 
 /// Which pages go along, once those of finished turns are with the store.
 pub(super) async fn pages_of(target: &Target, info: &SessionInfo) -> Result<ExportPages, ApiError> {
-    let model = target.owner.app.registry.get(&info.settings.model)?;
+    let app = &target.owner.app;
+    if !app.registry.has(&info.settings.model) {
+        // Without its model, what the store has tells whose pages they are.
+        return target.call(Store::stored_pages).await?.ok_or_else(ApiError::no_pages);
+    }
+    let model = app.registry.get(&info.settings.model, &app.time()).await?;
     target.set_root(info, &model).await?;
     let engine = &model.served.engine;
     if !engine.settle(SETTLE).await {
         tracing::warn!("an export goes without the pages that are still being written");
     }
-    Ok(engine.export_pages())
+    Ok(engine.export_pages(info.token_count as usize))
 }
 
 /// The store's end of an export. Waits for the connection, as long as it is one.
@@ -109,26 +114,41 @@ struct Wanted {
     name: Option<String>,
     /// The model that goes on with the session; without one it keeps the bundle's.
     model: Option<Arc<Model>>,
-    /// Whose pages are taken.
-    pages: Option<Arc<Model>>,
+    pages: Taken,
+}
+
+/// Which pages are taken.
+enum Taken {
+    None,
+    /// What this model would have computed.
+    Of(Arc<Model>),
+    /// All: this server has no model to compare them with, and whoever opens the session with one will.
+    Any,
 }
 
 impl Wanted {
-    fn read(owner: &Owner, uri: &Uri) -> Result<Self, ApiError> {
-        let (params, registry) = (Params::of(uri)?, &owner.app.registry);
+    async fn read(owner: &Owner, uri: &Uri) -> Result<Self, ApiError> {
+        let (params, registry, time) = (Params::of(uri)?, &owner.app.registry, owner.app.time());
         let named = params.text("name").map(|text| name("name", text)).transpose()?;
-        let model = params.text("model").map(|id| registry.get(id)).transpose()?;
+        let model = match params.text("model") {
+            Some(id) => Some(registry.get(id, &time).await?),
+            None => None,
+        };
         // Nothing proves who computed a bundle's pages: they are taken only where that is asked for.
         let pages = match params.choice("include", &INCLUDE)? {
-            Some(1) => Some(model.clone().map_or_else(|| registry.first(), Ok)?),
-            _ => None,
+            Some(1) => match &model {
+                Some(model) => Taken::Of(Arc::clone(model)),
+                None if registry.first().is_none() => Taken::Any,
+                None => Taken::Of(registry.named(None, &time).await?),
+            },
+            _ => Taken::None,
         };
         Ok(Self { name: named, model, pages })
     }
 }
 
 pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, ApiError> {
-    let wanted = Wanted::read(&owner, request.uri())?;
+    let wanted = Wanted::read(&owner, request.uri()).await?;
     if let Some(name) = wanted.name.clone() {
         // Before gigabytes are sent in vain; that it is still free is checked again at the end.
         let tenant = owner.tenant.id;
@@ -159,8 +179,9 @@ pub(super) async fn import(owner: Owner, request: Request) -> Result<Response, A
 fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Result<Imported, StoreError> {
     let tenant = &owner.tenant;
     let pages = match &wanted.pages {
-        Some(model) => model.served.engine.import_pages(&owner.name)?,
-        None => BundlePages::Refuse,
+        Taken::Of(model) => model.import_pages(&owner.name)?,
+        Taken::Any => BundlePages::Any,
+        Taken::None => BundlePages::Refuse,
     };
     let mut imported = store.import(tenant, &mut input, ImportAs { id: None, name: wanted.name }, pages)?;
     let id = imported.session.id;
@@ -169,11 +190,12 @@ fn take(owner: &Owner, store: &Store, mut input: Incoming, wanted: Wanted) -> Re
             return Err(StoreError::Bundle("bytes follow its end".to_owned()));
         }
         let named = imported.session.settings.model.clone();
-        let model = wanted.model.or_else(|| owner.app.registry.get(&named).ok());
+        let model = wanted.model.or_else(|| owner.app.registry.loaded(&named));
         let Some(model) = model else { return store.get(tenant.id, id) };
-        let root = model.served.engine.root(&owner.name, b"")?;
+        let len = imported.session.token_count as usize;
+        let root = model.root(&owner.name, b"", len)?;
         store.patch(tenant.id, id, |settings| {
-            (settings.root, settings.model) = (root, model.served.id.clone());
+            (settings.root, settings.model) = (root, model.id.clone());
         })
     };
     match settle() {

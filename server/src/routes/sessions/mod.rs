@@ -17,7 +17,6 @@ use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use mainstay_engine::Keep;
 use mainstay_engine::store::object::ObjectTier;
 use mainstay_engine::store::{SessionId, SessionInfo, Settings, Store, StoreError, Tenant, TenantId};
 use serde_json::{Map, Value, json};
@@ -111,14 +110,13 @@ impl Owner {
     }
 
     fn kv(&self, store: &Store, info: &SessionInfo) -> StoredKv {
-        let Ok(model) = self.app.registry.get(&info.settings.model) else {
+        let Some(model) = self.app.registry.loaded(&info.settings.model) else {
             return StoredKv { tokens: 0, reason: Some("model_not_loaded") };
         };
-        let engine = &model.served.engine;
         // One that was removed meanwhile has no tokens.
         let tokens = store.tokens(self.tenant.id, info.id).unwrap_or_default();
-        let (stored, lack) = engine.stored_len(&self.name, &Keep::default(), &tokens);
-        let changed = || SessionRecord::read(&info.settings.meta).changed(engine.identity());
+        let (stored, lack) = model.stored_len(&self.name, &tokens);
+        let changed = || SessionRecord::read(&info.settings.meta).changed(&model.identity);
         let is_lacking = stored == 0 && !tokens.is_empty();
         StoredKv { tokens: stored, reason: is_lacking.then(|| changed().or(lack)).flatten() }
     }
@@ -160,9 +158,9 @@ impl Target {
         if info.settings.root.is_some() {
             return Ok(());
         }
-        let (model, name) = (Arc::clone(model), self.owner.name.clone());
+        let (model, name, len) = (Arc::clone(model), self.owner.name.clone(), info.token_count as usize);
         let set = move |store: &Store, tenant, id| {
-            let root = model.served.engine.root(&name, b"")?;
+            let root = model.root(&name, b"", len)?;
             store.patch(tenant, id, |settings| settings.root = root)
         };
         self.call(set).await.map(|_| ())
@@ -171,16 +169,13 @@ impl Target {
 
 async fn create(State(app): Shared, owner: Owner, request: Request) -> Result<Response, ApiError> {
     let body = owner.body(request).await?;
-    let model = match Fields::of(&body).string("model")? {
-        Some(id) => app.registry.get(id)?,
-        None => app.registry.first()?,
-    };
-    let (durability, named) = (app.options.durability, model.served.id.clone());
+    let model = app.registry.named(Fields::of(&body).string("model")?, &app.time()).await?;
+    let (durability, named) = (app.options.durability, model.id.clone());
     let mut settings = Settings { model: named, durability, ..Settings::default() };
     Wanted::read(&body)?.apply(&mut settings);
     let (name, tenant) = (owner.name.clone(), owner.tenant.id);
     let make = move |store: &Store| {
-        settings.root = model.served.engine.root(&name, b"")?;
+        settings.root = model.root(&name, b"", 0)?;
         store.create(tenant, settings)
     };
     let made = owner.sessions.call(make).await?;

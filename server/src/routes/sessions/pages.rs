@@ -30,7 +30,7 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
     let read = |store: &Store, tenant, id| Ok((store.get(tenant, id)?, store.tokens(tenant, id)?));
     let (info, tokens) = target.call(read).await?;
     let app = &target.owner.app;
-    let model = app.registry.get(&info.settings.model)?;
+    let model = app.registry.get(&info.settings.model, &app.time()).await?;
     let (found, context) = (tokens.len(), model.served.context);
     let mut report = KvReport {
         state: KvState::Cold,
@@ -45,7 +45,8 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
     }
     if found > 0 {
         target.set_root(&info, &model).await?;
-        let generation = model.served.engine.submit(request(&target, &info, tokens))?;
+        let request = Request { adapter: model.adapter.clone(), ..request(&target, &info, tokens) };
+        let generation = model.served.engine.submit(request)?;
         let limit = app.options.request_timeout.unwrap_or(Duration::MAX);
         let ended = tokio::time::timeout(limit, wait(generation, &mut report)).await;
         ended.map_err(|_| ApiError::timeout(limit.as_secs_f64()))??;
@@ -76,6 +77,7 @@ fn request(target: &Target, info: &SessionInfo, tokens: Vec<u32>) -> Request {
         prompt_logprobs: None,
         keep: Keep { durability: info.settings.durability, ..Keep::default() },
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

@@ -60,14 +60,11 @@ pub(super) async fn acquire(
     let body = owner.body(request).await?;
     let fields = Fields::of(&body);
     let takeover = if fields.bool("takeover")?.unwrap_or(false) { Takeover::Yes } else { Takeover::No };
-    let model = match fields.string("model")? {
-        Some(name) => owner.app.registry.get(name)?,
-        None => owner.app.registry.first()?,
-    };
+    let model = owner.app.registry.named(fields.string("model")?, &owner.app.time()).await?;
     let claim = owner.sessions.claim(id)?;
     let (name, tenant) = (owner.name.clone(), owner.tenant);
     let acquired = owner.sessions.call(move |store| {
-        let pages = model.served.engine.import_pages(&name)?;
+        let pages = model.import_pages(&name)?;
         let acquired = tier.acquire(store, &tenant, id, Acquire { pages, takeover });
         store.wait_written(super::bundle::SETTLE);
         Ok(acquired)

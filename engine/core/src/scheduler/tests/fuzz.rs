@@ -145,14 +145,20 @@ struct World {
     finished: usize,
     completed: usize,
     copies: usize,
+    /// Requests at a time.
+    crowd: usize,
+    /// Chunks that began anew by the second rope table.
+    crossed: usize,
 }
 
 impl World {
+    /// Every fourth seed gives a model with two rope tables.
     fn new(seed: u64, limits: Limits, fail_every: Option<u64>, stored_pages: Option<u64>) -> Self {
         let mut random = Random(seed);
         let bases = (0..3).map(|_| (0..90).map(|_| random.below(VOCAB) as u32).collect()).collect();
         let echo = EchoExecutor::new(VOCAB, limits.clone());
         let echo = fail_every.into_iter().fold(echo, EchoExecutor::failing_every);
+        let echo = if seed % 4 == 3 { echo.switching_at(75) } else { echo };
         Self {
             context: limits.context,
             choices_max: slots_max(&limits).min(4),
@@ -164,6 +170,8 @@ impl World {
             finished: 0,
             completed: 0,
             copies: 0,
+            crowd: 12,
+            crossed: 0,
         }
     }
 
@@ -190,6 +198,10 @@ impl World {
             wanted.sampling.frequency_penalty = 0.5;
             wanted.sampling.logit_bias = vec![(r.below(VOCAB) as u32, 2.0)];
         }
+        if r.one_in(4) {
+            // Text of two words, which can be guessed.
+            wanted.sampling.logit_bias = (0..2).map(|_| (r.below(VOCAB) as u32, 50.0)).collect();
+        }
         let tokens = (0..r.below(3)).map(|_| r.below(VOCAB) as u32).collect();
         wanted.stop = StopRule { tokens, min_tokens: r.pick(&[0, 0, 6]), ..wanted.stop };
         if r.one_in(3) {
@@ -202,7 +214,7 @@ impl World {
     }
 
     fn act(&mut self) {
-        if self.watched.len() < 12 && self.random.one_in(3) {
+        if self.watched.len() < self.crowd && self.random.one_in(3) {
             let request = self.request();
             let client = self.rig.submit(request.clone());
             self.watched.push(Watched::new(client, request, self.rig.store.is_some()));
@@ -249,6 +261,8 @@ impl World {
             self.act();
             self.rig.turn();
             self.copies += self.rig.step.copies.len();
+            let anew = |chunk: &&Chunk| chunk.rope_table == 1 && chunk.position == 0;
+            self.crossed += self.rig.step.chunks.iter().filter(anew).count();
             self.listen();
         }
         self.rig.drain();
@@ -273,16 +287,22 @@ fn a_hundred_thousand_steps_keep_the_books() {
         tiny(&[30, 14], 100, 5, 12),
     ];
     let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
-    let (mut restored, mut completed) = (0, 0);
+    let (mut restored, mut completed, mut crossed, mut drafted, mut kept) = (0, 0, 0, 0, 0);
     for seed in 0..20 {
         let limits = shapes[seed as usize % shapes.len()].clone();
         let fail_every = (seed % 3 == 2).then_some(23 + seed);
         // Every other life has a store, which holds less than what is handed over.
         let stored_pages = (seed % 2 == 1).then_some(40);
         let mut world = World::new(seed, limits, fail_every, stored_pages);
+        if seed % 4 < 2 {
+            (world.rig.scheduler.pace, world.crowd) = (Some(Pace::default()), 3);
+        }
         let stats = world.run(6000);
+        drafted += stats.drafted_tokens;
+        kept += stats.draft_kept_tokens;
         restored += stats.restored_tokens;
         copies += world.copies;
+        crossed += world.crossed;
         finished += world.finished;
         completed += world.completed;
         steps += stats.steps;
@@ -290,10 +310,11 @@ fn a_hundred_thousand_steps_keep_the_books() {
         cached += stats.cached_tokens;
     }
     // The seeds must reach what they are there for.
-    let reached = (steps, finished, preemptions, cached, copies, restored, completed);
+    let reached = (steps, finished, preemptions, cached, copies, restored, completed, crossed);
     assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
     assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
-    assert!(completed > 300, "{reached:?}");
+    assert!(completed > 300 && crossed > 300, "{reached:?}");
+    assert!(kept > 500 && drafted > kept + 500, "{kept} of {drafted}");
 }
 
 #[test]

@@ -104,7 +104,11 @@ impl Rig {
         let prompt_len = tokens.len();
         tokens.append(&mut request.drawn);
         let seat = Arc::clone(&self.seats).try_acquire_many_owned(request.choices).unwrap();
-        let chain = Chain::new(self.tenant(&request.tenant), &self.identity, &request.keep.salt);
+        let chain = Chain::new(
+            self.tenant(&request.tenant),
+            &self.identity,
+            (request.adapter.as_ref(), &request.keep.salt),
+        );
         let groups = self.pool.group_count();
         let stored = match &self.store {
             Some(store) => chain.look_up(store, groups, &tokens, request.keep.reuse),
@@ -293,6 +297,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: usize) -> Request {
         drawn: Vec::new(),
         keep: Keep::default(),
         priority: 0,
+        adapter: None,
         grammar: None,
     }
 }

@@ -87,7 +87,7 @@ impl Server {
     }
 
     fn acquire(&self, tier: &ObjectTier, id: SessionId, takeover: Takeover) -> Result<Acquired, ObjectError> {
-        let pages = BundlePages::Accept { content: content(), root: root(&self.tenant) };
+        let pages = BundlePages::accept(content(), root(&self.tenant));
         tier.acquire(&self.store, &self.tenant, id, Acquire { pages, takeover })
     }
 
@@ -290,7 +290,7 @@ fn pages_of_other_content_are_not_taken() {
         let before = a.view(id);
         a.release(&tier, id).unwrap();
         let other = mainstay_store::ContentId([9; 32]);
-        let accept = BundlePages::Accept { content: other, root: root(&b.tenant) };
+        let accept = BundlePages::accept(other, root(&b.tenant));
         let pages = if refuse { BundlePages::Refuse } else { accept };
         let how = Acquire { pages, takeover: Takeover::No };
         let acquired = tier.acquire(&b.store, &b.tenant, id, how).unwrap();
