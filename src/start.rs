@@ -298,7 +298,7 @@ mod tests {
             layers: vec![],
             epilogue: Block::default(),
             pooled: None,
-            kv: vec![KvSpec { heads: 4, head_dim: 8, window: None }; 2],
+            kv: vec![KvSpec::heads(4, 8, None); 2],
             hidden: 32,
             vocab: 100,
             context: 1000,
@@ -343,6 +343,7 @@ mod tests {
             scale: 1.0,
             mask: Mask::Full,
             softcap: None,
+            sinks: None,
         };
         let block = Block { ops: vec![Op::Input, Op::Attend(attend)] };
         let graph = Graph { blocks: vec![block], kv: vec![], ..graph() };

@@ -5,6 +5,7 @@
 
 mod define;
 mod dtype;
+mod experts;
 mod gguf;
 mod header;
 mod memory;
@@ -102,6 +103,7 @@ impl Weights {
         let mut weights = Self::empty(dir);
         if single.exists() || !index.exists() {
             weights.add(&single, map(&single)?)?;
+            weights.name_experts()?;
             return Ok(weights);
         }
         let shards = shards::read(&index)?;
@@ -123,6 +125,7 @@ impl Weights {
                 ));
             }
         }
+        weights.name_experts()?;
         Ok(weights)
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::graph::{Activation, Attend, Block, Graph, Layer, Mask, Op, Rope};
+use mainstay_models::graph::{Activation, Attend, Block, Gate, Graph, KvRows, Layer, Mask, Op, Rope};
 use serde_json::{Value, json};
 
 const FAMILIES: [&str; 10] = [
@@ -243,7 +243,7 @@ fn gemma_3_turns_layers_with_a_window_by_a_base_of_their_own() {
     let whole = json!({"model_type": "gemma3", "torch_dtype": "bfloat16", "text_config": text});
     let graph = self::graph(&whole).unwrap();
     assert_eq!((graph.family, graph.vocab, graph.context), ("gemma3", 262_208, 131_072));
-    assert_eq!((graph.kv[0].heads, graph.kv[0].head_dim), (4, 256));
+    assert_eq!(graph.kv[0].rows, KvRows::Heads { heads: 4, head_dim: 256 });
     assert_eq!(windows(&graph)[4..], [Some(8), None, Some(8)]);
     let none = self::graph(&json!({"model_type": "gemma3"})).unwrap_err();
     assert!(none.contains("text_config: expected an object, found nothing"), "{none}");
@@ -332,7 +332,10 @@ fn activations_are_mapped() {
     ] {
         let graph = changed("llama", &json!({"hidden_act": name})).unwrap();
         assert!(
-            graph.blocks[0].ops.iter().any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == expected))
+            graph.blocks[0]
+                .ops
+                .iter()
+                .any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == Gate::By(expected)))
         );
     }
 }

@@ -1,6 +1,6 @@
 //! How keys and values lie in pages: described from the graph, never assumed.
 
-use mainstay_models::graph::{Graph, RopeSwitch};
+use mainstay_models::graph::{Graph, KvRows, RopeSwitch};
 
 /// Tokens in a page, on every backend.
 pub const PAGE_TOKENS: usize = 32;
@@ -81,7 +81,7 @@ impl KvDType {
 /// One kind of row that a layer keeps per token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// `k` or `v`.
+    /// `k` and `v`, or `latent` and `key`.
     pub name: &'static str,
     /// Heads.
     pub rows: usize,
@@ -163,8 +163,12 @@ impl KvLayout {
     pub fn of(graph: &Graph, dtype: KvDType) -> Self {
         let mut groups: Vec<Group> = Vec::new();
         for (layer, spec) in graph.kv.iter().enumerate() {
-            let part = |name| Part { name, rows: spec.heads, width: spec.head_dim, dtype };
-            let parts = vec![part("k"), part("v")];
+            let part = |name, rows, width| Part { name, rows, width, dtype };
+            let parts = match spec.rows {
+                KvRows::Heads { heads, head_dim } => ["k", "v"].map(|name| part(name, heads, head_dim)),
+                KvRows::Latent { latent, key } => [part("latent", 1, latent), part("key", 1, key)],
+            };
+            let parts = Vec::from(parts);
             match groups.iter_mut().find(|g| g.parts == parts) {
                 Some(group) => group.layers.push(layer),
                 None => groups.push(Group { layers: vec![layer], parts }),

@@ -21,8 +21,10 @@ struct GroupPages {
 /// Which of a layer's parts.
 #[derive(Clone, Copy)]
 pub(crate) enum PartIndex {
-    Keys = 0,
-    Values = 1,
+    /// Keys, or latent rows.
+    First = 0,
+    /// Values, or shared keys.
+    Second = 1,
 }
 
 impl Pages {
@@ -70,6 +72,11 @@ impl Pages {
         let group = &mut self.groups[from.group as usize];
         let (from, to) = (group.range(from.page), group.range(to.page));
         group.bytes.copy_within(from, to.start);
+    }
+
+    /// Heads of one part.
+    pub(crate) fn heads(&self, slot: &Slot) -> usize {
+        self.groups[self.homes[slot.layer].0].layout.parts[slot.part as usize].rows
     }
 
     /// Stores `rows` (`[tokens, heads * width]`) of one part for the tokens from `position` on.
@@ -180,7 +187,7 @@ mod tests {
         let mut pages = pages(KvDType::F32);
         let rows: Vec<f32> = (0..70 * 6).map(|i| i as f32).collect();
         let table = [PageId(3), PageId(1), PageId(2)];
-        let slot = |table| Slot { layer: 2, part: PartIndex::Values, table };
+        let slot = |table| Slot { layer: 2, part: PartIndex::Second, table };
         pages.append(&slot(&table), 0, &rows[..40 * 6]);
         pages.append(&slot(&table), 40, &rows[40 * 6..]);
         let expected: Vec<f32> = (0..2)
@@ -193,14 +200,14 @@ mod tests {
         pages.write_page(page(1), &bytes);
         let moved = [PageId(1), PageId(4), PageId(2)];
         assert_eq!(pages.gather(&slot(&moved), 70), expected);
-        let other = Slot { layer: 1, part: PartIndex::Values, table: &table };
+        let other = Slot { layer: 1, part: PartIndex::Second, table: &table };
         assert!(pages.gather(&other, 70).iter().all(|&v| v == 0.0));
     }
 
     #[test]
     fn a_payload_has_the_documented_order() {
         let mut pages = pages(KvDType::F32);
-        let slot = Slot { layer: 2, part: PartIndex::Values, table: &[PageId(1)] };
+        let slot = Slot { layer: 2, part: PartIndex::Second, table: &[PageId(1)] };
         pages.append(&slot, 5, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         let payload = pages.page(PageRef { group: 0, page: PageId(1) });
         // [layer 1 of 2][part 1 of 2][head 1 of 2][token 5 of 32][element 2 of 3]
@@ -212,7 +219,7 @@ mod tests {
     #[test]
     fn bf16_rounds_to_nearest_even() {
         let mut pages = pages(KvDType::BF16);
-        let slot = Slot { layer: 0, part: PartIndex::Keys, table: &[PageId(1)] };
+        let slot = Slot { layer: 0, part: PartIndex::First, table: &[PageId(1)] };
         let tie = f32::from_bits(0x3f80_8000);
         pages.append(&slot, 0, &[1.0, tie, f32::from_bits(0x3f80_8001), -2.5, 0.0, 3.0]);
         let next = f32::from_bits(0x3f81_0000);

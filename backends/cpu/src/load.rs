@@ -83,14 +83,18 @@ impl Loader<'_> {
         }
         let parts = key.0.iter().map(|(n, rows)| Ok((self.weights.tensor(n)?, *rows)));
         let source = Source { parts: parts.collect::<Result<_, LoadError>>()?, order: used.order };
-        let (rows, cols) = (matrix.rows(), matrix.cols);
-        let mut packed =
-            PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
-                LoadError::Resources {
-                    what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
-                }
-            })?;
-        pack(&mut packed, &source, self.threads);
+        let (rows, cols) = match used.order {
+            RowOrder::Plain | RowOrder::Halves => (matrix.rows(), matrix.cols),
+            RowOrder::Some { count, .. } => (count, matrix.cols),
+            RowOrder::Columns { count, .. } => (matrix.cols, count),
+        };
+        let packed = match used.order {
+            RowOrder::Columns { first, .. } => source.pack_columns(first, (rows, cols), self.threads),
+            _ => source.pack_rows((rows, cols), self.threads),
+        };
+        let packed = packed.ok_or_else(|| LoadError::Resources {
+            what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
+        })?;
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
         Ok(packed)
@@ -122,6 +126,42 @@ impl<'a> Source<'a> {
             row -= count;
         }
         unreachable!("a row beyond all sources")
+    }
+
+    /// The matrix, or `None` where memory is short.
+    fn pack_rows(&self, (rows, cols): (usize, usize), threads: usize) -> Option<PackedMatrix> {
+        let mut packed = PackedMatrix::mixed(&self.panel_types(rows, cols), rows, cols)?;
+        pack(&mut packed, threads, |writer, panel, lanes| {
+            let own = lanes.map(|row| self.row(row, rows));
+            match writer.dtype(panel) {
+                WeightType::Codes(kind) => put_integers(writer, panel, own, (kind, cols)),
+                dtype => put_floats(writer, panel, own.map(|(view, row)| line(view, row, dtype)), cols),
+            }
+        });
+        Some(packed)
+    }
+
+    /// The columns of `cols` rows from `first` on, as `rows` rows of floats; or `None` where memory is short.
+    fn pack_columns(
+        &self,
+        first: usize,
+        (rows, cols): (usize, usize),
+        threads: usize,
+    ) -> Option<PackedMatrix> {
+        let stored = |col: usize| self.row(first + col, rows);
+        let dtype = float_type(stored(0).0.dtype).unwrap_or(WeightType::F32);
+        let (mut turned, mut row) = (vec![0.0; rows * cols], vec![0.0; rows]);
+        for col in 0..cols {
+            let (view, at) = stored(col);
+            view.read_row(at, &mut row);
+            turned[col..].iter_mut().step_by(cols).zip(&row).for_each(|(to, x)| *to = *x);
+        }
+        let mut packed = PackedMatrix::zeroed(dtype, rows, cols)?;
+        pack(&mut packed, threads, |writer, panel, lanes| {
+            let lines = lanes.map(|row| bytes_of(&turned[row * cols..][..cols], dtype));
+            put_floats(writer, panel, lines, cols);
+        });
+        Some(packed)
     }
 
     /// How each panel is packed: as it is stored, unless tensors that do not go together meet in one product.
@@ -168,10 +208,11 @@ fn weight_type(dtype: DType, cols: usize) -> WeightType {
     if cols.is_multiple_of(kind.block_len()) { WeightType::Codes(kind) } else { WeightType::F32 }
 }
 
-/// The graph's row that is stored as row `row` of `rows`.
+/// The source's row that is stored as row `row` of `rows`.
 fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     match order {
-        RowOrder::Plain => row,
+        RowOrder::Plain | RowOrder::Columns { .. } => row,
+        RowOrder::Some { first, .. } => first + row,
         RowOrder::Halves => {
             let (panel, lane) = (row / LANES, row % LANES);
             panel / 2 * LANES + lane + panel % 2 * (rows / 2)
@@ -179,8 +220,13 @@ fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     }
 }
 
-fn pack(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
-    let (rows, cols) = (packed.rows(), packed.cols());
+/// Has threads fill the panels: `put` is told the writer, the panel of it and its rows in the matrix.
+fn pack(
+    packed: &mut PackedMatrix,
+    threads: usize,
+    put: impl Fn(&mut PanelWriter<'_>, usize, Range<usize>) + Sync,
+) {
+    let rows = packed.rows();
     let runs: Vec<(usize, PanelWriter<'_>)> = packed.panels_mut(RUN_PANELS).enumerate().collect();
     let threads = threads.min(runs.len()).max(1);
     let runs = Mutex::new(runs);
@@ -189,11 +235,7 @@ fn pack(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
             let run = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let Some((index, mut writer)) = run else { return };
             for panel in 0..writer.panels() {
-                let own = lanes((index * RUN_PANELS + panel) * LANES, rows).map(|row| source.row(row, rows));
-                match writer.dtype(panel) {
-                    WeightType::Codes(kind) => put_integers(&mut writer, panel, own, (kind, cols)),
-                    dtype => put_floats(&mut writer, panel, own, (dtype, cols)),
-                }
+                put(&mut writer, panel, lanes((index * RUN_PANELS + panel) * LANES, rows));
             }
         }
     };
@@ -225,13 +267,16 @@ fn put_integers<'a>(
     }
 }
 
+/// Floats as bytes, and what they are.
+type Line<'a> = (WeightType, Cow<'a, [u8]>);
+
 fn put_floats<'a>(
     writer: &mut PanelWriter<'_>,
     panel: usize,
-    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)>,
-    (dtype, cols): (WeightType, usize),
+    lines: impl Iterator<Item = Line<'a>>,
+    cols: usize,
 ) {
-    let lines: Vec<_> = rows.map(|(view, row)| line(view, row, dtype)).collect();
+    let lines: Vec<_> = lines.collect();
     for col in (0..cols).step_by(RUN_COLS) {
         for (lane, (dtype, bytes)) in lines.iter().enumerate() {
             let source = SourceRows { dtype: *dtype, bytes };
@@ -240,19 +285,28 @@ fn put_floats<'a>(
     }
 }
 
-/// A row as bytes of floats that can be packed as `dtype`.
-fn line<'a>(view: &TensorView<'a>, row: usize, dtype: WeightType) -> (WeightType, Cow<'a, [u8]>) {
-    let stored = match view.dtype {
-        DType::F32 => Some(WeightType::F32),
-        DType::F16 => Some(WeightType::F16),
-        DType::BF16 => Some(WeightType::BF16),
-        _ => None,
-    };
-    if let (Some(stored), Some(bytes)) = (stored, view.row_bytes(row)) {
+/// A row as floats that can be packed as `dtype`.
+fn line<'a>(view: &TensorView<'a>, row: usize, dtype: WeightType) -> Line<'a> {
+    if let (Some(stored), Some(bytes)) = (float_type(view.dtype), view.row_bytes(row)) {
         return (stored, Cow::Borrowed(bytes));
     }
     let mut values = vec![0.0; view.cols()];
     view.read_row(row, &mut values);
+    bytes_of(&values, dtype)
+}
+
+/// The type of panels of floats, if these are plain ones.
+fn float_type(dtype: DType) -> Option<WeightType> {
+    match dtype {
+        DType::F32 => Some(WeightType::F32),
+        DType::F16 => Some(WeightType::F16),
+        DType::BF16 => Some(WeightType::BF16),
+        _ => None,
+    }
+}
+
+/// Numbers as bytes of floats of a type.
+fn bytes_of(values: &[f32], dtype: WeightType) -> Line<'static> {
     let bytes = match dtype {
         WeightType::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
         WeightType::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),

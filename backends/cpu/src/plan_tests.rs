@@ -36,7 +36,7 @@ fn graph(block: Block) -> Graph {
         layers: vec![Layer { block: 0, prefix: String::new() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }, linear(1, 50, HIDDEN)] },
         pooled: None,
-        kv: vec![KvSpec { heads: 1, head_dim: 16, window: None }],
+        kv: vec![KvSpec::heads(1, 16, None)],
         hidden: HIDDEN,
         vocab: 50,
         context: 64,
@@ -50,7 +50,7 @@ fn llama() -> Block {
     let n = b.push(norm(x, HIDDEN));
     let qkv = b.push(linear(n, 64, HIDDEN));
     let table = vec![vec![1.0; 8].into()];
-    let rope = Rope { tables: table, head_dim: 16, dim: 16, layout: RopeLayout::Half, scale: 1.0 };
+    let rope = Rope { tables: table, head_dim: 16, first: 0, dim: 16, layout: RopeLayout::Half, scale: 1.0 };
     let q = b.push(Op::Slice { input: qkv, start: 0, width: 32 });
     let q = b.push(norm(q, 16));
     let q = b.push(Op::Rope { input: q, rope: rope.clone() });
@@ -68,13 +68,14 @@ fn llama() -> Block {
         scale: 0.25,
         mask: Mask::Causal { window: None },
         softcap: None,
+        sinks: None,
     };
     let a = b.push(Op::Attend(attend));
     let o = b.push(linear(a, HIDDEN, 32));
     let r = b.push(Op::Add { a: x, b: o });
     let n = b.push(norm(r, HIDDEN));
     let g = b.push(linear(n, 96, HIDDEN));
-    let g = b.push(Op::GatedActivate { input: g, f: Activation::Silu });
+    let g = b.push(Op::GatedActivate { input: g, f: Gate::By(Activation::Silu) });
     let d = b.push(linear(g, HIDDEN, 48));
     b.push(Op::Add { a: r, b: d });
     b
@@ -100,6 +101,13 @@ fn kinds(program: &Program) -> Vec<&'static str> {
         Call::Gate { .. } => "gate",
         Call::Append { .. } => "append",
         Call::Attend { .. } => "attend",
+        Call::Route { .. } => "route",
+        Call::ExpertUp { .. } => "expert up",
+        Call::ExpertDown { .. } => "expert down",
+        Call::ExpertSum { .. } => "expert sum",
+        Call::HeadProducts { .. } => "head products",
+        Call::AppendLatent { .. } => "append latent",
+        Call::AttendLatent { .. } => "attend latent",
     };
     program.calls.iter().map(kind).collect()
 }
@@ -168,7 +176,7 @@ fn halves_that_cut_a_panel_are_not_fused() {
     let mut b = Block::default();
     let x = b.push(Op::Input);
     let g = b.push(linear(x, 40, HIDDEN));
-    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let g = b.push(Op::GatedActivate { input: g, f: Gate::By(Activation::GeluTanh) });
     let s = b.push(Op::Scale { input: g, factor: 2.0 });
     let d = b.push(linear(s, HIDDEN, 20));
     let d = b.push(Op::Activate { input: d, f: Activation::Relu });
@@ -210,7 +218,7 @@ fn norms_behind_products_are_added_to_the_residual() {
     let mut b = Block::default();
     let x = b.push(Op::Input);
     let g = b.push(linear(x, 96, HIDDEN));
-    let g = b.push(Op::GatedActivate { input: g, f: Activation::GeluTanh });
+    let g = b.push(Op::GatedActivate { input: g, f: Gate::By(Activation::GeluTanh) });
     let d = b.push(linear(g, HIDDEN, 48));
     let n = b.push(norm(d, HIDDEN));
     let sum = b.push(Op::Add { a: x, b: n });
@@ -271,8 +279,18 @@ fn a_bert_layer_adds_into_its_products_and_normalizes_behind_them() {
     let [q, k, v] = [0, 1, 2].map(|i| b.push(Op::Slice { input: qkv, start: i * HIDDEN, width: HIDDEN }));
     let (heads, kv_heads, head_dim) = (2, 2, 16);
     let mask = Mask::Full;
-    let a =
-        b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale: 0.25, mask, softcap: None }));
+    let a = b.push(Op::Attend(Attend {
+        q,
+        k,
+        v,
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.25,
+        mask,
+        softcap: None,
+        sinks: None,
+    }));
     let o = b.push(linear(a, HIDDEN, HIDDEN));
     let sum = b.push(Op::Add { a: x, b: o });
     let n = b.push(layer_norm(sum));

@@ -4,8 +4,8 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use mainstay_kernels_cpu::attend::{AttendShape, Attention, Sight};
-use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, KvBlock, block_len};
+use mainstay_kernels_cpu::attend::{AttendShape, Attention, Queries, Sight};
+use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, BlockShape, KvBlock};
 use mainstay_kernels_cpu::{
     After, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm, scratch_len,
 };
@@ -72,7 +72,7 @@ fn attention(c: &mut Criterion) {
         };
         let mut group = c.benchmark_group(format!("decode attention/{}/BF16", isa.name()));
         for depth in [512, 4096, 16384] {
-            let len = block_len(shape.head_dim);
+            let len = BlockShape::Heads { head_dim: shape.head_dim }.len();
             let blocks = vec![bf16::from_f32(0.25); len * depth / BLOCK_TOKENS];
             let queries = vec![0.5; 256];
             let mut state = Attention::new(2, shape.head_dim);
@@ -80,7 +80,9 @@ fn attention(c: &mut Criterion) {
             group.throughput(Throughput::Bytes(blocks.len() as u64 * 2));
             group.bench_function(depth.to_string(), |b| {
                 b.iter(|| {
-                    kernels.attend_start(&mut state, shape, Mat::new(&queries, 1, 256, 256), depth - 1);
+                    let rows = Mat::new(&queries, 1, 256, 256);
+                    let queries = Queries { rows, position: depth - 1, sinks: None };
+                    kernels.attend_start(&mut state, shape, queries);
                     for (i, block) in blocks.chunks(len).enumerate() {
                         kernels.attend_block(&mut state, KvBlock::BF16(block), i * BLOCK_TOKENS);
                     }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use crate::attend::{self, SoftmaxTile};
 use crate::elementwise;
 use crate::isa::{Isa, IsaError};
-use crate::math::Function;
+use crate::math::{Function, Gate};
 use crate::quantized::kind::Kind;
 use crate::quantized::tile::{CodeTileFn, MODES, Operands as CodeOperands};
 use crate::quantized::unpack::{Packed, UnpackFn, Unpacked};
@@ -22,7 +22,7 @@ pub(crate) struct Table {
     pub(crate) widen_f16: unsafe fn(*const f16, &mut [f32]),
     pub(crate) widen_bf16: unsafe fn(*const bf16, &mut [f32]),
     pub(crate) activate: unsafe fn(Function, &mut [f32]),
-    pub(crate) gate_pairs: unsafe fn(Function, &[f32], &mut [f32]),
+    pub(crate) gate_pairs: unsafe fn(Gate, &[f32], &mut [f32]),
     pub(crate) softcap: unsafe fn(f32, &mut [f32]),
     pub(crate) softmax: unsafe fn(SoftmaxTile<'_>),
     pub(crate) sum: unsafe fn(&[f32]) -> f32,
@@ -63,7 +63,7 @@ macro_rules! table {
                 fn widen_f16(from: *const f16, out: &mut [f32]) => elementwise::widen;
                 fn widen_bf16(from: *const bf16, out: &mut [f32]) => elementwise::widen;
                 fn activate(f: Function, values: &mut [f32]) => elementwise::activate;
-                fn gate_pairs(f: Function, pairs: &[f32], out: &mut [f32]) => elementwise::gate_pairs;
+                fn gate_pairs(f: Gate, pairs: &[f32], out: &mut [f32]) => elementwise::gate_pairs;
                 fn softcap(cap: f32, values: &mut [f32]) => elementwise::softcap;
                 fn softmax(tile: SoftmaxTile<'_>) => attend::softmax;
                 fn sum(lanes: &[f32]) -> f32 => attend::sum;

@@ -3,7 +3,7 @@
 
 use half::f16;
 use mainstay_kernels_cpu::{
-    After, BLOCK, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType,
+    After, BLOCK, Form, Integers, Isa, Kernels, Kind, LANES, MatMut, PackedMatrix, Part, Product, WeightType,
     scratch_len,
 };
 
@@ -156,10 +156,11 @@ fn plainly(m: &Matrix, row: &[Integers], x: &[([i32; BLOCK], f32)], start: f32) 
 }
 
 fn quantize(kernels: &Kernels, input: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let per_row = mainstay_kernels_cpu::Form::Integers.input_len(1, cols);
+    let per_row = Form::Integers.input_len(1, cols);
     let mut packed = vec![f32::NAN; rows * per_row];
-    for (i, place) in packed.chunks_mut(kernels.tile_rows() * per_row).enumerate() {
-        kernels.quantize_tile(Mat::new(input, rows, cols, cols), i, place);
+    let tile = kernels.tile_rows();
+    for (rows, place) in input.chunks(tile * cols).zip(packed.chunks_mut(tile * per_row)) {
+        kernels.quantize_tile(rows.chunks_exact(cols), place);
     }
     packed
 }

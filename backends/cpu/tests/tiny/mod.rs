@@ -12,8 +12,8 @@ use mainstay_models::Weights;
 use mainstay_models::quant::seeded_blocks;
 use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout, RopeSwitch,
-    Vector,
+    Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout,
+    RopeSwitch, Vector,
 };
 
 pub(crate) const PAGE: usize = 32;
@@ -91,6 +91,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
             (0..s.head_dim / 2).map(|i| 10000f32.powf(-2.0 * i as f32 / s.head_dim as f32)).collect(),
         ],
         head_dim: s.head_dim,
+        first: 0,
         dim: s.head_dim / 2 * 2,
         layout: RopeLayout::Half,
         scale: 1.0,
@@ -114,6 +115,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         scale: (s.head_dim as f32).powf(-0.5),
         mask: Mask::Causal { window: s.window },
         softcap: s.softcap,
+        sinks: None,
     };
     let a = block.push(Op::Attend(attend));
     let o = block.push(Op::Linear { input: a, weight: Matrix::one("o", s.hidden, q), bias: None });
@@ -122,7 +124,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
     let weight = Matrix::stacked(&[("gate", s.inner), ("up", s.inner)], s.hidden);
     let bias = s.bias.then(|| Vector::stacked(&[("gateb", s.inner), ("upb", s.inner)]));
     let g = block.push(Op::Linear { input: n, weight, bias });
-    let g = block.push(Op::GatedActivate { input: g, f: Activation::Silu });
+    let g = block.push(Op::GatedActivate { input: g, f: Gate::By(Activation::Silu) });
     let d = block.push(Op::Linear { input: g, weight: Matrix::one("down", s.hidden, s.inner), bias: None });
     block.push(Op::Add { a: r, b: d });
 
@@ -140,7 +142,7 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         layers: (0..s.layers).map(|i| Layer { block: 0, prefix: format!("{i}.") }).collect(),
         epilogue,
         pooled: None,
-        kv: vec![KvSpec { heads: s.kv_heads, head_dim: s.head_dim, window: s.window }; s.layers],
+        kv: vec![KvSpec::heads(s.kv_heads, s.head_dim, s.window); s.layers],
         hidden: s.hidden,
         vocab: s.vocab,
         context: 4096,

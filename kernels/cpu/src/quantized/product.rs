@@ -9,7 +9,7 @@ use super::unpack::{Packed, Unpacked};
 use super::{BLOCK, GROUP_BYTES, GROUPS, SUPER};
 use crate::matmul::Product;
 use crate::simd::LANES;
-use crate::{Kernels, Mat, PackedMatrix};
+use crate::{Kernels, PackedMatrix};
 
 /// Blocks that are unpacked at a time: they and a tile of activations stay in the first cache.
 const CHUNK: usize = SUPER / BLOCK;
@@ -33,19 +33,18 @@ struct Run {
 }
 
 impl Kernels {
-    /// Quantizes tile number `index` of `input`, rows of whole blocks, to its place in what
-    /// [`crate::Form::input_len`] floats hold, for products with integer weights.
+    /// Quantizes the rows of one tile, wherever they are, to the tile's place in what [`crate::Form::input_len`] floats
+    /// hold, for products with integer weights.
     ///
     /// # Panics
-    /// If `packed` is not the tile's place.
-    pub fn quantize_tile(&self, input: Mat<'_>, index: usize, packed: &mut [f32]) {
-        let first = index * self.tile_rows();
-        let rows = self.tile_rows().min(input.rows() - first);
-        assert!(input.cols().is_multiple_of(BLOCK), "rows of {} columns are not whole blocks", input.cols());
-        assert_eq!(packed.len(), input::len(rows, input.cols()), "a tile of {rows} rows of {}", input.cols());
-        for r in 0..rows {
+    /// If a row is not whole blocks, or `packed` not as long as all rows together.
+    pub fn quantize_tile<'a>(&self, rows: impl ExactSizeIterator<Item = &'a [f32]>, packed: &mut [f32]) {
+        let count = rows.len();
+        for (r, row) in rows.enumerate() {
+            assert!(row.len().is_multiple_of(BLOCK), "a row of {} columns is not whole blocks", row.len());
+            assert_eq!(packed.len(), input::len(count, row.len()), "a tile of {count} rows of {}", row.len());
             // SAFETY: the place was just checked; the table was chosen for this machine.
-            unsafe { (self.codes().quantize)(input.row(first + r), packed.as_mut_ptr().cast(), r, rows) };
+            unsafe { (self.codes().quantize)(row, packed.as_mut_ptr().cast(), r, count) };
         }
     }
 
