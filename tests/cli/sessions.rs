@@ -269,9 +269,8 @@ fn a_server_is_looked_after_by_its_operator_alone() {
     let keys = ["--api-key", "secret", "--admin-key", "root"];
     let server = Server::start(&[&keys[..], &["--data-dir", &dir.to_string_lossy()]].concat());
     let url = format!("http://{}", server.address);
-    let under = |key: &str, words: &[&str]| {
-        run(&[&["sessions"], words, &["--url", &url, "--api-key", key]].concat())
-    };
+    let under =
+        |key: &str, words: &[&str]| run(&[&["sessions"], words, &["--url", &url, "--api-key", key]].concat());
     let place = copy.to_string_lossy();
     for words in [&["gc"][..], &["verify"], &["snapshot", &place]] {
         let refused = bad(under("secret", words), 1);

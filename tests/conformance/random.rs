@@ -72,18 +72,13 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
     if let Some(pooled) = &graph.pooled {
         add(&pooled.block, "", &mut tensors, random);
     }
-    let stored = tensors.into_iter().map(|(name, (shape, values))| store(name, shape, &values, dtype, random));
+    let stored =
+        tensors.into_iter().map(|(name, (shape, values))| store(name, shape, &values, dtype, random));
     Weights::from_tensors(Path::new("seeded"), stored).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A tensor of this type; of blocks only matrices are, and their numbers are others of the same size.
-fn store(
-    name: String,
-    shape: Vec<usize>,
-    values: &[f32],
-    dtype: DType,
-    random: &mut Random,
-) -> MemoryTensor {
+fn store(name: String, shape: Vec<usize>, values: &[f32], dtype: DType, random: &mut Random) -> MemoryTensor {
     let dtype = if dtype.format().is_some() && shape.len() < 2 { DType::F32 } else { dtype };
     let mut bytes = Vec::new();
     match dtype {

@@ -29,7 +29,11 @@ impl Mix {
             Mix::Q4KM => {
                 let fine = name.contains("v_proj") || name.contains("down_proj");
                 let layer = name.split('.').find_map(|part| part.parse().ok());
-                if fine && layer.is_some_and(|layer| is_fine(layer, layers)) { DType::Q6K } else { DType::Q4K }
+                if fine && layer.is_some_and(|layer| is_fine(layer, layers)) {
+                    DType::Q6K
+                } else {
+                    DType::Q4K
+                }
             }
         }
     }

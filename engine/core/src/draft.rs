@@ -215,7 +215,11 @@ mod tests {
         assert_eq!(cheap.worth(after(8, 8), 8, ALONE), 8);
         assert_eq!(cheap.worth(after(8, 0), 8, ALONE), 0);
         assert_eq!(dear.worth(after(8, 8), 8, ALONE), 0, "a row that costs a step");
-        assert_eq!(dear.worth(after(8, 8), 8, (64, Source::LookUp)), 0, "where all rows cost alike, none is free");
+        assert_eq!(
+            dear.worth(after(8, 8), 8, (64, Source::LookUp)),
+            0,
+            "where all rows cost alike, none is free"
+        );
         let half = Luck { rate: 0.5 };
         let (few, many) = (cheap.worth(half, 8, ALONE), cheap.worth(half, 8, (8, Source::LookUp)));
         assert!(many < few, "{many} beside others, {few} alone");

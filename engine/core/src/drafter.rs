@@ -142,7 +142,9 @@ impl Drafter {
                 return true;
             }
             let oldest = self.known.iter().filter(|(_, known)| known.used < self.calls);
-            let Some(id) = oldest.min_by_key(|(_, known)| known.used).map(|(&id, _)| id) else { return false };
+            let Some(id) = oldest.min_by_key(|(_, known)| known.used).map(|(&id, _)| id) else {
+                return false;
+            };
             self.forget(id);
         }
     }
@@ -222,7 +224,8 @@ mod tests {
     fn a_long_prompt_is_caught_up_with_step_by_step() {
         let mut drafter = drafter(30, 16);
         let tokens = prompt(60, 5);
-        let calls = (0..).take_while(|_| drafter.guess(&[wanted(1, &tokens, 2)]).unwrap()[0].1.is_empty()).count();
+        let calls =
+            (0..).take_while(|_| drafter.guess(&[wanted(1, &tokens, 2)]).unwrap()[0].1.is_empty()).count();
         assert_eq!(calls, 3);
         check(&mut drafter, &[wanted(1, &tokens, 2)]);
     }

@@ -82,7 +82,9 @@ async fn snapshot(_: Admin, State(app): Shared, request: Request) -> Result<Json
         return Err(ApiError::field("dir", what));
     }
     // A directory that cannot be written to is the caller's mistake, not the store's.
-    let copy = move |store: &Store| Ok(RealDisk::new(to).map_err(StoreError::from).and_then(|to| store.snapshot(&to)));
+    let copy = move |store: &Store| {
+        Ok(RealDisk::new(to).map_err(StoreError::from).and_then(|to| store.snapshot(&to)))
+    };
     let copied = app.sessions()?.call(copy).await?;
     copied.map_err(|error| match error {
         StoreError::Io(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {

@@ -13,8 +13,8 @@ use futures_util::future::join_all;
 use mainstay_engine::Handle;
 use mainstay_engine::store::Store;
 use mainstay_models::AdapterWeights;
-use mainstay_server::{ApiKey, 
-    About, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, Registry, ServerOptions,
+use mainstay_server::{
+    About, ApiKey, Listed, ListedAdapter, Loader, Loading, LoadingAdapter, Registry, ServerOptions,
 };
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;

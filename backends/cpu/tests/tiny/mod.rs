@@ -9,12 +9,12 @@ use mainstay_backend_api::{
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::Weights;
-use mainstay_models::quant::seeded_blocks;
-use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::graph::{
     Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout,
     RopeSwitch, Vector,
 };
+use mainstay_models::quant::seeded_blocks;
+use mainstay_models::weights::{DType, MemoryTensor};
 
 pub(crate) const PAGE: usize = 32;
 
@@ -52,8 +52,7 @@ pub(crate) const SMALL: Shape = Shape {
 };
 
 /// Widths that every type's blocks divide.
-pub(crate) const BLOCKS: Shape =
-    Shape { hidden: 256, heads: 8, head_dim: 32, inner: 256, ..SMALL };
+pub(crate) const BLOCKS: Shape = Shape { hidden: 256, heads: 8, head_dim: 32, inner: 256, ..SMALL };
 
 pub(crate) struct Random(u64);
 

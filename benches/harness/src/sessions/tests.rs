@@ -27,7 +27,8 @@ fn tiny() -> (Graph, Weights) {
     });
     let config = Config::from_bytes(Path::new("tiny"), config.to_string().as_bytes()).unwrap();
     let graph = families::graph(&config).unwrap();
-    let weights = Weights::from_tensors(Path::new("tiny"), checkpoint(&graph, Mix::Float(DType::BF16))).unwrap();
+    let weights =
+        Weights::from_tensors(Path::new("tiny"), checkpoint(&graph, Mix::Float(DType::BF16))).unwrap();
     (graph, weights)
 }
 
