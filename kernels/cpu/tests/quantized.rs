@@ -3,7 +3,7 @@
 
 use half::f16;
 use mainstay_kernels_cpu::{
-    After, BLOCK, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
+    After, BLOCK, Form, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
     Product, WeightType, scratch_len,
 };
 
