@@ -9,6 +9,7 @@ mod client;
 mod config;
 mod data_dir;
 mod doctor;
+mod drafting;
 mod exit;
 mod hub;
 mod loader;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
-use mainstay_engine::RestorePolicy;
+use mainstay_engine::{DraftPolicy, RestorePolicy};
 
 use crate::hub::Reach;
 use crate::size;
@@ -77,6 +77,24 @@ impl HubArgs {
     }
 }
 
+/// Whether tokens are guessed ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DraftChoice {
+    /// Where that is faster, by what was measured here.
+    Auto,
+    /// Never.
+    Off,
+}
+
+impl From<DraftChoice> for DraftPolicy {
+    fn from(choice: DraftChoice) -> Self {
+        match choice {
+            DraftChoice::Auto => Self::Auto,
+            DraftChoice::Off => Self::Off,
+        }
+    }
+}
+
 /// Where the model comes from and what runs it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelArgs {
@@ -110,7 +128,7 @@ pub(crate) struct EngineArgs {
     /// Threads of the cpu backend; one for each physical core without it.
     #[arg(long, env = "MAINSTAY_THREADS", value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Kernel path of the cpu backend (avx512, avx2, neon, scalar); the best that the processor has without it.
+    /// Kernel path of the cpu backend (avx512vnni, avx512, avx2, neon, scalar); the best that the processor has without it.
     #[arg(long, env = "MAINSTAY_CPU", value_name = "PATH")]
     pub(crate) cpu: Option<String>,
     /// Element type of stored keys and values.
@@ -134,6 +152,13 @@ pub(crate) struct EngineArgs {
     /// Whether stored keys and values are read back.
     #[arg(long, env = "MAINSTAY_RESTORE", value_enum, default_value = "auto")]
     pub(crate) restore: RestoreChoice,
+    /// Whether tokens are guessed ahead, so that one step draws several. Answers are the same either way.
+    #[arg(long, env = "MAINSTAY_DRAFT", value_enum, default_value = "auto")]
+    pub(crate) draft: DraftChoice,
+    /// A smaller model of the same vocabulary that guesses: a directory in Hugging Face layout or a GGUF file. Without it a
+    /// guess is what stood behind the same words before.
+    #[arg(long, env = "MAINSTAY_DRAFT_MODEL", value_name = "PATH")]
+    pub(crate) draft_model: Option<std::path::PathBuf>,
     /// Read all weights again to prove which model they are, instead of trusting sizes and times of their files.
     #[arg(long, env = "MAINSTAY_VERIFY_WEIGHTS", value_parser = switch())]
     pub(crate) verify_weights: bool,

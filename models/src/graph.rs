@@ -5,10 +5,16 @@
 //! step that an executor is given, never here. A family builds a `Graph` from its configuration; a backend turns
 //! a `Graph` and its [`crate::Weights`] into an executor.
 
+mod latent;
+mod mixture;
+
 use std::sync::Arc;
 
 use crate::LoadError;
 use crate::weights::Weights;
+
+pub use latent::AttendLatent;
+pub use mixture::{Expert, ExpertGroups, Experts, Routing, RoutingOrder, Score};
 
 /// The index of an op in its block; each op yields exactly one value.
 pub type Value = usize;
@@ -79,15 +85,47 @@ pub struct Layer {
     pub prefix: String,
 }
 
-/// Keys and values of one layer: `heads` rows of K and of V, each `head_dim` wide, for every token.
+/// What one layer keeps for every token, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvSpec {
-    /// Key/value heads.
-    pub heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
+    /// The rows.
+    pub rows: KvRows,
     /// How many positions back a token sees, itself included; `None` is unlimited.
     pub window: Option<usize>,
+}
+
+/// The rows that a layer keeps for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvRows {
+    /// `heads` rows of K and of V, each `head_dim` wide.
+    Heads {
+        /// Key/value heads.
+        heads: usize,
+        /// Width of one head.
+        head_dim: usize,
+    },
+    /// What the keys and values of all heads are made of, and the part of the key that they share.
+    Latent {
+        /// Width of the first.
+        latent: usize,
+        /// Width of the second.
+        key: usize,
+    },
+}
+
+impl KvSpec {
+    /// Keys and values of `heads` heads.
+    pub fn heads(heads: usize, head_dim: usize, window: Option<usize>) -> Self {
+        Self { rows: KvRows::Heads { heads, head_dim }, window }
+    }
+
+    /// Elements that a token takes.
+    pub fn elements(&self) -> usize {
+        match self.rows {
+            KvRows::Heads { heads, head_dim } => 2 * heads * head_dim,
+            KvRows::Latent { latent, key } => latent + key,
+        }
+    }
 }
 
 /// A weight matrix `[rows, cols]`, row-major: one output feature a row. Several checkpoint tensors may be stacked
@@ -188,6 +226,21 @@ pub enum Activation {
     Sigmoid,
 }
 
+/// What a gate makes of itself and of what it gates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gate {
+    /// `f(gate) * up`
+    By(Activation),
+    /// `g * sigmoid(alpha * g) * (u + 1)`, where `g` is the gate, at most `limit`, and `u` is up, from `-limit` to
+    /// `limit` (gpt-oss).
+    Clamped {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// The bound.
+        limit: f32,
+    },
+}
+
 /// Which number of a token an embedding table is read at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ids {
@@ -239,7 +292,9 @@ pub struct Rope {
     pub tables: Vec<Arc<[f32]>>,
     /// Width of one head.
     pub head_dim: usize,
-    /// How many leading elements of a head are rotated (even, at most `head_dim`).
+    /// First element of a head that is rotated.
+    pub first: usize,
+    /// How many elements from there on are rotated (even).
     pub dim: usize,
     /// Pairing.
     pub layout: RopeLayout,
@@ -281,6 +336,8 @@ pub struct Attend {
     pub mask: Mask,
     /// Scores pass through `cap * tanh(score / cap)` (Gemma 2).
     pub softcap: Option<f32>,
+    /// A score for each query head that takes its share of the softmax and adds nothing (gpt-oss).
+    pub sinks: Option<Vector>,
 }
 
 /// One operation. Shapes: `T` rows are the tokens of the step, `O` rows are its output rows, `P` its pooled sequences.
@@ -361,13 +418,15 @@ pub enum Op {
         /// The function.
         f: Activation,
     },
-    /// `f(gate) * up`; the input is `[gate, up]` side by side, the result half as wide.
+    /// The input is `[gate, up]` side by side, the result half as wide.
     GatedActivate {
         /// `[T, 2 * width]`
         input: Value,
-        /// The function on the gate.
-        f: Activation,
+        /// What is made of both.
+        f: Gate,
     },
+    /// Every row goes through some of many gated MLPs, `[T, rows of down]`.
+    Experts(Experts),
     /// Rotary position embedding of every head in the row.
     Rope {
         /// `[T, heads * head_dim]`
@@ -377,6 +436,8 @@ pub enum Op {
     },
     /// Attention, `[T, heads * head_dim]`.
     Attend(Attend),
+    /// Attention whose keys and values are made of one narrow row, `[T, heads * value_dim]`.
+    AttendLatent(AttendLatent),
     /// Keeps the step's output rows, `[O, width]`.
     SelectRows {
         /// `[T, width]`
@@ -407,6 +468,9 @@ impl Attend {
         if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!("{} heads are no multiple of {} kv heads", self.heads, self.kv_heads));
         }
+        if let Some(sinks) = self.sinks.as_ref().map(Vector::width).filter(|&n| n != self.heads) {
+            return Err(format!("expected sinks of {} heads, found {sinks}", self.heads));
+        }
         Ok(wide)
     }
 }
@@ -426,8 +490,10 @@ impl Op {
             Op::Slice { .. } => "Slice",
             Op::Activate { .. } => "Activate",
             Op::GatedActivate { .. } => "GatedActivate",
+            Op::Experts(_) => "Experts",
             Op::Rope { .. } => "Rope",
             Op::Attend(_) => "Attend",
+            Op::AttendLatent(_) => "AttendLatent",
             Op::SelectRows { .. } => "SelectRows",
             Op::Pool { .. } => "Pool",
             Op::Normalize { .. } => "Normalize",
@@ -452,6 +518,8 @@ impl Op {
             | Op::Normalize { input } => vec![*input],
             Op::Add { a, b } => vec![*a, *b],
             Op::Attend(a) => vec![a.q, a.k, a.v],
+            Op::AttendLatent(a) => vec![a.q, a.latent, a.key],
+            Op::Experts(e) => vec![e.input, e.scores],
         }
     }
 }
@@ -521,12 +589,17 @@ impl Block {
                         format!("width {w} is no multiple of the head's {}", rope.head_dim)
                     })?;
                     let halves = rope.tables.iter().all(|t| t.len() * 2 == rope.dim);
-                    fit(rope.dim <= rope.head_dim && halves && !rope.tables.is_empty(), &|| {
-                        format!("tables do not hold half of {} angles", rope.dim)
-                    })?;
+                    fit(
+                        rope.first + rope.dim <= rope.head_dim && halves && !rope.tables.is_empty(),
+                        &|| format!("tables do not hold half of {} angles", rope.dim),
+                    )?;
                     w
                 }
                 Op::Attend(a) => a.width((widths[a.q], widths[a.k], widths[a.v])).map_err(wrong)?,
+                Op::AttendLatent(a) => {
+                    a.width((widths[a.q], widths[a.latent], widths[a.key])).map_err(wrong)?
+                }
+                Op::Experts(e) => e.width(widths[e.input], widths[e.scores]).map_err(wrong)?,
                 Op::Scale { input, .. }
                 | Op::Softcap { input, .. }
                 | Op::Activate { input, .. }
@@ -547,10 +620,18 @@ impl Block {
                 Op::Linear { weight, bias, .. } => (Some(weight), [bias.as_ref(), None]),
                 Op::RmsNorm { weight, .. } => (None, [Some(weight), None]),
                 Op::LayerNorm { weight, bias, .. } => (None, [Some(weight), Some(bias)]),
+                Op::Attend(a) => (None, [a.sinks.as_ref(), None]),
+                Op::AttendLatent(a) => (Some(&a.expand), [None, None]),
+                Op::Experts(e) => (None, [e.routing.bias.as_ref(), None]),
                 _ => (None, [None, None]),
             };
+            let experts = if let Op::Experts(e) = op { &e.experts[..] } else { &[] };
             let vectors = vectors.into_iter().flatten().map(WeightUse::Vector);
-            matrix.map(WeightUse::Matrix).into_iter().chain(vectors)
+            matrix
+                .map(WeightUse::Matrix)
+                .into_iter()
+                .chain(vectors)
+                .chain(experts.iter().flat_map(Expert::weights))
         })
     }
 }

@@ -5,9 +5,11 @@
 
 mod define;
 mod dtype;
+mod experts;
 mod gguf;
 mod header;
 mod memory;
+mod nested;
 mod root;
 mod shards;
 mod view;
@@ -102,6 +104,8 @@ impl Weights {
         let mut weights = Self::empty(dir);
         if single.exists() || !index.exists() {
             weights.add(&single, map(&single)?)?;
+            weights.name_experts()?;
+            weights.name_text_model()?;
             return Ok(weights);
         }
         let shards = shards::read(&index)?;
@@ -123,6 +127,8 @@ impl Weights {
                 ));
             }
         }
+        weights.name_experts()?;
+        weights.name_text_model()?;
         Ok(weights)
     }
 

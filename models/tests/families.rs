@@ -4,12 +4,14 @@ use std::path::Path;
 
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::graph::{Activation, Attend, Block, Graph, Layer, Mask, Op, Rope};
+use mainstay_models::graph::{Activation, Attend, Block, Gate, Graph, KvRows, Layer, Mask, Op, Rope};
 use serde_json::{Value, json};
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
+    "deepseek_v3",
     "gemma2",
     "gemma3_text",
+    "gpt_oss",
     "llama",
     "mistral",
     "olmo2",
@@ -17,6 +19,7 @@ const FAMILIES: [&str; 10] = [
     "phi3_longrope",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 ];
 
@@ -243,7 +246,7 @@ fn gemma_3_turns_layers_with_a_window_by_a_base_of_their_own() {
     let whole = json!({"model_type": "gemma3", "torch_dtype": "bfloat16", "text_config": text});
     let graph = self::graph(&whole).unwrap();
     assert_eq!((graph.family, graph.vocab, graph.context), ("gemma3", 262_208, 131_072));
-    assert_eq!((graph.kv[0].heads, graph.kv[0].head_dim), (4, 256));
+    assert_eq!(graph.kv[0].rows, KvRows::Heads { heads: 4, head_dim: 256 });
     assert_eq!(windows(&graph)[4..], [Some(8), None, Some(8)]);
     let none = self::graph(&json!({"model_type": "gemma3"})).unwrap_err();
     assert!(none.contains("text_config: expected an object, found nothing"), "{none}");
@@ -332,7 +335,10 @@ fn activations_are_mapped() {
     ] {
         let graph = changed("llama", &json!({"hidden_act": name})).unwrap();
         assert!(
-            graph.blocks[0].ops.iter().any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == expected))
+            graph.blocks[0]
+                .ops
+                .iter()
+                .any(|op| matches!(op, Op::GatedActivate { f, .. } if *f == Gate::By(expected)))
         );
     }
 }
@@ -342,7 +348,7 @@ fn absurd_and_unsupported_configurations_are_refused() {
     for (patch, expected) in [
         (
             json!({"model_type": "gpt9"}),
-            "unknown model_type `gpt9` (known: bert, gemma2, gemma3, gemma3_text, llama, mistral, olmo2, phi3, ",
+            "unknown model_type `gpt9` (known: bert, deepseek_v3, gemma2, gemma3, gemma3_text, gpt_oss, llama, ",
         ),
         (json!({"model_type": null}), "unknown model_type ``"),
         (json!({"model_type": 3}), "model_type: expected a text, found 3"),
@@ -382,7 +388,10 @@ fn absurd_and_unsupported_configurations_are_refused() {
         ),
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings: expected true or false, found 1"),
         (json!({"rope_scaling": 8}), "rope_scaling: expected an object, found 8"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4}}), "rope_scaling.rope_type: expected"),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4}}),
+            "rope_scaling.original_max_position_embeddings: expected",
+        ),
         (
             json!({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}),
             "rope_scaling.short_factor: expected 8 numbers above 0",
@@ -404,7 +413,10 @@ fn absurd_and_unsupported_configurations_are_refused() {
             json!({"partial_rotary_factor": 0.2}),
             "partial_rotary_factor: expected an even number of the head's 16 elements, not 3",
         ),
-        (json!({"quantization_config": {"quant_method": "awq"}}), "quant_method: expected no quantization"),
+        (
+            json!({"quantization_config": {"quant_method": "awq"}}),
+            "quant_method: expected mxfp4, or no quantization",
+        ),
     ] {
         let error = changed("llama", &patch).expect_err(&patch.to_string());
         assert!(error.contains(expected), "{patch}: {error}");

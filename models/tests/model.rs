@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mainstay_models::Model;
 use mainstay_models::template::Conversation;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
 /// A copy of the llama fixture with files replaced or added, removed at the end.
@@ -45,6 +46,55 @@ fn texts(model: &Model) -> [String; 2] {
         let conversation = Conversation { messages: &messages, tools, ..Default::default() };
         template.render(&conversation).unwrap_or_else(|e| e.0)
     })
+}
+
+/// The Gemma 3 fixture as it lies inside a checkpoint that also sees, its tensors named by `inside`.
+fn nested(inside: &str) -> Vec<u8> {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gemma3_text");
+    let bytes = std::fs::read(fixture.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let named = |name: &str| format!("{inside}{}", name.strip_prefix("model.").unwrap());
+    let mut tensors: Vec<(String, TensorView<'_>)> =
+        file.tensors().into_iter().map(|(name, view)| (named(&name), view)).collect();
+    let seen = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+    tensors.push(("vision_tower.vision_model.weight".to_owned(), seen));
+    safetensors::serialize(tensors, None).unwrap()
+}
+
+#[test]
+fn the_text_model_of_one_that_sees_opens_as_if_it_stood_alone() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gemma3_text");
+    let text: Value = serde_json::from_slice(&std::fs::read(fixture.join("config.json")).unwrap()).unwrap();
+    let config = json!({"model_type": "gemma3", "text_config": text, "vision_config": {}}).to_string();
+    let alone = Model::open(&fixture).unwrap();
+    for (name, inside) in [("hub", "language_model.model."), ("new", "model.language_model.")] {
+        let checkpoint = Checkpoint::new(name, &[("config.json", &config)]);
+        std::fs::write(checkpoint.0.join("model.safetensors"), nested(inside)).unwrap();
+        let model = checkpoint.open();
+        assert_eq!(format!("{:?}", model.graph.blocks), format!("{:?}", alone.graph.blocks));
+        let norm = |model: &Model| {
+            let mut numbers = vec![0.0; 64];
+            model.weights.tensor("model.layers.3.input_layernorm.weight").unwrap().read_f32(&mut numbers);
+            numbers
+        };
+        assert_eq!(norm(&model), norm(&alone));
+    }
+    let twice = [nested("language_model.model."), nested("model.language_model.")];
+    let dir = Checkpoint::new("twice", &[("config.json", &config)]);
+    std::fs::remove_file(dir.0.join("model.safetensors")).unwrap();
+    let mut map = serde_json::Map::new();
+    for (i, bytes) in twice.iter().enumerate() {
+        let shard = format!("{i}.safetensors");
+        let names = SafeTensors::deserialize(bytes).unwrap();
+        let own = names.names().into_iter().filter(|name| i == 0 || !name.starts_with("vision"));
+        let kept: Vec<_> = own.map(|name| (name.to_owned(), names.tensor(name).unwrap())).collect();
+        map.extend(kept.iter().map(|(name, _)| (name.clone(), json!(shard))));
+        std::fs::write(dir.0.join(&shard), safetensors::serialize(kept, None).unwrap()).unwrap();
+    }
+    std::fs::write(dir.0.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+        .unwrap();
+    let error = Model::open(&dir.0).err().unwrap().to_string();
+    assert!(error.contains("expected once, found twice"), "{error}");
 }
 
 #[test]

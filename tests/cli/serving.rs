@@ -171,3 +171,47 @@ fn a_client_that_goes_away_frees_its_pages() {
     }
     assert!(gauge("vllm:generation_tokens_total{", "") < 8000.0, "it ran to its end");
 }
+
+/// The first sample of a metric.
+fn sample(server: &Server, name: &str) -> f64 {
+    let page = server.get("/metrics").body;
+    let line = page.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}: {page}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn guesses_change_no_answer() {
+    let body =
+        CHAT.replace("\"stream\": true", "\"seed\": 3").replace("\"temperature\": 0", "\"temperature\": 0.7");
+    let body = body.replace("\"max_tokens\": 24", "\"max_tokens\": 120, \"ignore_eos\": true");
+    let answer = |server: &Server| {
+        let reply = server.post("/v1/chat/completions", &body);
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        reply.json()["choices"][0]["message"]["content"].clone()
+    };
+    let plain = Server::start(&["--draft", "off"]);
+    let expected = answer(&plain);
+    assert_eq!(sample(&plain, "vllm:spec_decode_num_draft_tokens_total"), 0.0);
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/default");
+    for words in [&[][..], &["--draft-model", model]] {
+        let server = Server::start(words);
+        assert_eq!(answer(&server), expected, "{words:?}");
+        assert!(words.is_empty() || sample(&server, "vllm:spec_decode_num_accepted_tokens_total") > 0.0);
+    }
+}
+
+#[test]
+fn a_model_that_cannot_guess_is_refused() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/default");
+    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama");
+    let refused = |words: &[&str]| {
+        let ended = mainstay(&[&["run", "-p", "x"], words].concat()).output().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    let (code, line) = refused(&["--draft-model", other]);
+    assert!(code == Some(2) && line.contains("--draft-model") && line.contains("expected the"), "{line}");
+    let (code, line) = refused(&["--draft", "off", "--draft-model", model]);
+    assert!(code == Some(2) && line.contains("--draft off"), "{line}");
+    let (code, line) = refused(&["--draft-model", "/no/such/model"]);
+    assert!(code == Some(1) && line.contains("/no/such/model"), "{line}");
+}

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use mainstay_models::Weights;
-use mainstay_models::graph::{Block, Graph, Matrix, Op, Vector};
+use mainstay_models::graph::{Attend, Block, Graph, Matrix, Op, Vector};
 use mainstay_models::quant::seeded_blocks;
 use mainstay_models::weights::{DType, MemoryTensor};
 
@@ -77,9 +77,13 @@ pub(crate) fn weights(graph: &Graph, dtype: DType, random: &mut Random) -> Weigh
     Weights::from_tensors(Path::new("seeded"), stored).unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// What the name of a matrix ends in that is of floats where others are of blocks, as files have their routers.
+pub(crate) const FLOATS: &str = ".floats";
+
 /// A tensor of this type; of blocks only matrices are, and their numbers are others of the same size.
 fn store(name: String, shape: Vec<usize>, values: &[f32], dtype: DType, random: &mut Random) -> MemoryTensor {
-    let dtype = if dtype.format().is_some() && shape.len() < 2 { DType::F32 } else { dtype };
+    let plain = shape.len() < 2 || name.ends_with(FLOATS);
+    let dtype = if dtype.format().is_some() && plain { DType::F32 } else { dtype };
     let mut bytes = Vec::new();
     match dtype {
         DType::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
@@ -105,6 +109,12 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
             Op::Embed { weight, .. } => matrix(weight, 1.7),
             // Uniform numbers in [-s, s) have the variance s^2 / 3.
             Op::Linear { weight, .. } => matrix(weight, (3.0 / weight.cols as f32).sqrt()),
+            Op::AttendLatent(a) => matrix(&a.expand, (3.0 / a.expand.cols as f32).sqrt()),
+            Op::Experts(e) => {
+                for weight in e.experts.iter().flat_map(|e| [&e.up, &e.down]) {
+                    matrix(weight, (3.0 / weight.cols as f32).sqrt());
+                }
+            }
             _ => {}
         }
     }
@@ -118,6 +128,12 @@ fn add(block: &Block, prefix: &str, tensors: &mut Tensors, random: &mut Random) 
         match op {
             Op::Linear { bias: Some(bias), .. } => vector(bias, 0.0, 0.5),
             Op::RmsNorm { weight, .. } => vector(weight, 1.0, 0.5),
+            Op::Attend(Attend { sinks: Some(sinks), .. }) => vector(sinks, 0.5, 2.0),
+            Op::Experts(e) => {
+                e.routing.bias.iter().for_each(|bias| vector(bias, 0.0, 0.3));
+                let biases = e.experts.iter().flat_map(|e| [&e.up_bias, &e.down_bias]);
+                biases.flatten().for_each(|bias| vector(bias, 0.0, 0.5));
+            }
             Op::LayerNorm { weight, bias, .. } => {
                 vector(weight, 1.0, 0.5);
                 vector(bias, 0.0, 0.5);

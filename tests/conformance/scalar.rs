@@ -2,7 +2,8 @@
 
 use mainstay_models::Weights;
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Vector,
+    Activation, Attend, AttendLatent, Block, ExpertGroups, Experts, Gate, Graph, Ids, Mask, Matrix, Op,
+    PoolKind, Rope, RopeLayout, Routing, RoutingOrder, Score, Vector,
 };
 
 type Row = Vec<f64>;
@@ -111,15 +112,42 @@ impl Sequence<'_> {
             Op::Activate { input, f } => each(*input, &|row| row.iter().map(|&x| activate(x, *f)).collect()),
             Op::GatedActivate { input, f } => each(*input, &|row| {
                 let (gate, up) = row.split_at(row.len() / 2);
-                gate.iter().zip(up).map(|(&g, u)| activate(g, *f) * u).collect()
+                gate.iter().zip(up).map(|(&g, &u)| gated(g, u, *f)).collect()
             }),
             Op::Rope { input, rope } => {
                 let rows = values[*input].iter().enumerate();
                 rows.map(|(position, row)| self.rotate(row, rope, position)).collect()
             }
-            Op::Attend(a) => attend(a, values),
+            Op::Attend(a) => {
+                let sinks = a.sinks.as_ref().map(|sinks| self.vector(sinks, prefix));
+                attend(a, sinks.as_deref(), values)
+            }
+            Op::AttendLatent(a) => attend_latent(a, &self.matrix(&a.expand, prefix), values),
+            Op::Experts(e) => self.experts(e, prefix, values),
             Op::SelectRows { input } => values[*input].clone(),
         }
+    }
+
+    fn experts(&self, e: &Experts, prefix: &str, values: &[Vec<Row>]) -> Vec<Row> {
+        let bias = e.routing.bias.as_ref().map_or(vec![0.0; e.experts.len()], |b| self.vector(b, prefix));
+        let linear = |x: &[f64], weight: &Matrix, bias: &Option<Vector>| -> Row {
+            let matrix = self.matrix(weight, prefix);
+            let bias = bias.as_ref().map_or(vec![0.0; matrix.len()], |b| self.vector(b, prefix));
+            matrix.iter().zip(&bias).map(|(w, b)| dot(w, x) + b).collect()
+        };
+        let one = |(x, scores): (&Row, &Row)| {
+            let mut sum = vec![0.0; e.experts[0].down.rows()];
+            for (id, weight) in route(&e.routing, scores, &bias) {
+                let expert = &e.experts[id];
+                let both = linear(x, &expert.up, &expert.up_bias);
+                let (gate, up) = both.split_at(expert.inner());
+                let inner: Row = gate.iter().zip(up).map(|(&g, &u)| gated(g, u, e.f)).collect();
+                let result = linear(&inner, &expert.down, &expert.down_bias);
+                sum.iter_mut().zip(result).for_each(|(s, r)| *s += weight * r);
+            }
+            sum
+        };
+        values[e.input].iter().zip(&values[e.scores]).map(one).collect()
     }
 
     fn rotate(&self, row: &[f64], rope: &Rope, position: usize) -> Row {
@@ -130,6 +158,7 @@ impl Sequence<'_> {
                     RopeLayout::Half => (i, i + half),
                     RopeLayout::Interleaved => (2 * i, 2 * i + 1),
                 };
+                let (a, b) = (rope.first + a, rope.first + b);
                 let angle = position as f64 * f64::from(rope.tables[self.rope_table][i]);
                 let (sin, cos) = (angle.sin() * f64::from(rope.scale), angle.cos() * f64::from(rope.scale));
                 (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
@@ -188,7 +217,76 @@ fn erf(x: f64) -> f64 {
     2.0 / std::f64::consts::PI.sqrt() * h / 3.0 * (f(0.0) + inner + f(end))
 }
 
-fn attend(a: &Attend, values: &[Vec<Row>]) -> Vec<Row> {
+fn gated(gate: f64, up: f64, f: Gate) -> f64 {
+    match f {
+        Gate::By(f) => activate(gate, f) * up,
+        Gate::Clamped { alpha, limit } => {
+            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)
+        }
+    }
+}
+
+/// The experts of a row, by ascending id, and their weights.
+fn route(routing: &Routing, scores: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+    let scored = |values: &[f64]| -> Row {
+        match routing.score {
+            Score::Sigmoid => values.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect(),
+            Score::Softmax => {
+                let sum: f64 = values.iter().map(|v| v.exp()).sum();
+                values.iter().map(|v| v.exp() / sum).collect()
+            }
+        }
+    };
+    let values = if routing.order == RoutingOrder::ScoreFirst { scored(scores) } else { scores.to_vec() };
+    let merits: Row = values.iter().zip(bias).map(|(v, b)| v + b).collect();
+    // How many others are better says whether one is chosen; there are no equals in seeded numbers.
+    let better = |of: f64, all: &[f64]| all.iter().filter(|&&other| other > of).count();
+    let groups = routing.groups.unwrap_or(ExpertGroups { count: 1, kept: 1 });
+    let size = scores.len() / groups.count;
+    let of_group = |group: usize| {
+        let own = &merits[group * size..][..size];
+        own.iter().filter(|&&merit| better(merit, own) < 2).sum::<f64>()
+    };
+    let sums: Row = (0..groups.count).map(of_group).collect();
+    let kept = |id: usize| better(sums[id / size], &sums) < groups.kept;
+    let eligible: Row = (0..scores.len()).filter(|&id| kept(id)).map(|id| merits[id]).collect();
+    let chosen: Vec<usize> =
+        (0..scores.len()).filter(|&id| kept(id) && better(merits[id], &eligible) < routing.top_k).collect();
+    let mut weights: Row = chosen.iter().map(|&id| values[id]).collect();
+    if routing.order == RoutingOrder::ChooseFirst {
+        weights = scored(&weights);
+    }
+    let sum: f64 = if routing.renormalise { weights.iter().sum() } else { 1.0 };
+    chosen.into_iter().zip(weights.into_iter().map(|w| w / sum * f64::from(routing.scale))).collect()
+}
+
+/// Makes keys and values of every head, and attends to them.
+fn attend_latent(a: &AttendLatent, expand: &[Row], values: &[Vec<Row>]) -> Vec<Row> {
+    let (latents, keys, rows) = (&values[a.latent], &values[a.key], a.plain_dim + a.value_dim);
+    let width = a.plain_dim + a.key_dim;
+    let one = |row: usize, head: usize| -> Row {
+        let query = &values[a.q][row][head * width..][..width];
+        let made =
+            |p: usize| -> Row { expand[head * rows..][..rows].iter().map(|w| dot(w, &latents[p])).collect() };
+        let seen: Vec<Row> = (0..=row).map(made).collect();
+        let score = |p: usize| {
+            let plain = dot(&query[..a.plain_dim], &seen[p][..a.plain_dim]);
+            (plain + dot(&query[a.plain_dim..], &keys[p])) * f64::from(a.scale)
+        };
+        let scores: Row = (0..=row).map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        let weigh = |i: usize| {
+            seen.iter().zip(&scores).map(|(v, s)| v[a.plain_dim + i] * (s - max).exp() / total).sum()
+        };
+        (0..a.value_dim).map(weigh).collect()
+    };
+    (0..latents.len()).map(|row| (0..a.heads).flat_map(|h| one(row, h)).collect()).collect()
+}
+
+fn attend(a: &Attend, sinks: Option<&[f64]>, values: &[Vec<Row>]) -> Vec<Row> {
     let (q, k, v) = (&values[a.q], &values[a.k], &values[a.v]);
     let head = |row: &[f64], h: usize| row[h * a.head_dim..(h + 1) * a.head_dim].to_vec();
     let one = |row: usize, h: usize| -> Row {
@@ -202,9 +300,10 @@ fn attend(a: &Attend, values: &[Vec<Row>]) -> Vec<Row> {
             a.softcap.map_or(score, |cap| softcap(score, cap))
         };
         let scores: Row = seen.clone().map(score).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[h]);
+        let max = scores.iter().copied().fold(sink, f64::max);
         let weights: Row = scores.iter().map(|s| (s - max).exp()).collect();
-        let total: f64 = weights.iter().sum();
+        let total: f64 = weights.iter().sum::<f64>() + (sink - max).exp();
         let mut out = vec![0.0; a.head_dim];
         for (p, w) in seen.zip(&weights) {
             out.iter_mut().zip(head(&v[p], kv)).for_each(|(o, v)| *o += w / total * v);

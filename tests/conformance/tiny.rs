@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use mainstay_models::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, RopeLayout, RopeSwitch, Value, Vector,
+    Activation, Attend, Block, Gate, Graph, Ids, KvRows, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled,
+    PooledKind, Rope, RopeLayout, RopeSwitch, Value, Vector,
 };
 
+use crate::mixture::{self, Latent, Mixture};
 use crate::random::Random;
 
 /// Longest sequence of every graph here.
@@ -23,16 +24,11 @@ const ACTIVATIONS: [Activation; 6] = [
 const LAYOUTS: [RopeLayout; 2] = [RopeLayout::Half, RopeLayout::Interleaved];
 
 /// One layer between an embedding and rows that are logits as they are, so that every output of the op is seen.
-fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
+pub(crate) fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
     let mut block = Block::default();
     let input = block.push(Op::Input);
     build(&mut block, input);
-    let kv = block.ops.iter().find_map(|op| match op {
-        Op::Attend(Attend { kv_heads: heads, head_dim, mask: Mask::Causal { window }, .. }) => {
-            Some(KvSpec { heads: *heads, head_dim: *head_dim, window: *window })
-        }
-        _ => None,
-    });
+    let kv = kept(&block).unwrap_or(KvSpec::heads(1, 8, None));
     Graph {
         family: "seeded",
         prologue: Block {
@@ -42,7 +38,7 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
         layers: vec![Layer { block: 0, prefix: "layer.".into() }],
         epilogue: Block { ops: vec![Op::Input, Op::SelectRows { input: 0 }] },
         pooled: None,
-        kv: vec![kv.unwrap_or(KvSpec { heads: 1, head_dim: 8, window: None })],
+        kv: vec![kv],
         hidden,
         vocab: hidden,
         context: CONTEXT,
@@ -50,11 +46,25 @@ fn one(hidden: usize, build: impl FnOnce(&mut Block, Value)) -> Graph {
     }
 }
 
-fn linear(block: &mut Block, input: Value, name: &str, rows: usize, cols: usize) -> Value {
+/// What a layer of a block keeps.
+fn kept(block: &Block) -> Option<KvSpec> {
+    block.ops.iter().find_map(|op| match op {
+        Op::Attend(Attend { kv_heads, head_dim, mask: Mask::Causal { window }, .. }) => {
+            Some(KvSpec::heads(*kv_heads, *head_dim, *window))
+        }
+        Op::AttendLatent(a) => {
+            let rows = KvRows::Latent { latent: a.latent_dim(), key: a.key_dim };
+            Some(KvSpec { rows, window: None })
+        }
+        _ => None,
+    })
+}
+
+pub(crate) fn linear(block: &mut Block, input: Value, name: &str, rows: usize, cols: usize) -> Value {
     block.push(Op::Linear { input, weight: Matrix::one(name, rows, cols), bias: None })
 }
 
-fn table(random: &mut Random, len: usize) -> Arc<[f32]> {
+pub(crate) fn table(random: &mut Random, len: usize) -> Arc<[f32]> {
     let fastest = 1.0 + random.signed() * 0.2;
     (0..len).map(|i| fastest * 100f32.powf(-(i as f32) / len as f32)).collect()
 }
@@ -65,6 +75,7 @@ pub(crate) fn single_ops(random: &mut Random) -> Vec<(String, Graph)> {
     graphs.extend(products(random));
     graphs.extend(rotations(random));
     graphs.extend(attentions(random));
+    graphs.extend(mixture::single_ops(random));
     graphs
 }
 
@@ -123,7 +134,7 @@ fn element_wise() -> Vec<(String, Graph)> {
                 format!("GatedActivate {f:?}"),
                 one(hidden, |b, x| {
                     let input = linear(b, x, "w", 2 * hidden, hidden);
-                    b.push(Op::GatedActivate { input, f });
+                    b.push(Op::GatedActivate { input, f: Gate::By(f) });
                 }),
             );
         }
@@ -167,7 +178,8 @@ fn rotations(random: &mut Random) -> Vec<(String, Graph)> {
     for (head_dim, dim) in [(8, 8), (24, 24), (24, 10), (64, 64), (64, 32), (48, 2)] {
         for layout in LAYOUTS {
             let tables = vec![table(random, dim / 2), table(random, dim / 2)];
-            let rope = Rope { tables, head_dim, dim, layout, scale: random.pick(&[1.0, 1.3]) };
+            let first = random.below(head_dim - dim + 1);
+            let rope = Rope { tables, head_dim, first, dim, layout, scale: random.pick(&[1.0, 1.3]) };
             let name = format!("Rope {layout:?}, {dim} of {head_dim}");
             graphs.push((
                 name,
@@ -186,9 +198,10 @@ fn attentions(random: &mut Random) -> Vec<(String, Graph)> {
         [(1, 1, 8), (4, 4, 16), (4, 2, 24), (8, 1, 20), (6, 2, 64), (2, 1, 128)]
     {
         for window in [None, Some(1), Some(5), Some(40)] {
-            let softcap = random.coin().then_some(2.0);
-            let name =
-                format!("Attend {heads}/{kv_heads} x {head_dim}, window {window:?}, softcap {softcap:?}");
+            let (softcap, sinks) = (random.coin().then_some(2.0), random.coin());
+            let name = format!(
+                "Attend {heads}/{kv_heads} x {head_dim}, window {window:?}, softcap {softcap:?}, sinks {sinks}"
+            );
             graphs.push((
                 name,
                 one(64, |b, x| {
@@ -208,6 +221,7 @@ fn attentions(random: &mut Random) -> Vec<(String, Graph)> {
                         scale,
                         mask: Mask::Causal { window },
                         softcap,
+                        sinks: sinks.then(|| Vector::one("sinks", heads)),
                     }));
                     linear(b, y, "o", 64, wide);
                 }),
@@ -225,6 +239,7 @@ struct Recipe {
     head_dim: usize,
     window: Option<usize>,
     softcap: Option<f32>,
+    sinks: bool,
     rope: Option<Rope>,
     /// q/k norm: over this many elements, per head or per row.
     head_norm: Option<HeadNorm>,
@@ -233,6 +248,10 @@ struct Recipe {
     gated: bool,
     activation: Activation,
     inner: usize,
+    /// In place of the MLP.
+    mixture: Option<Mixture>,
+    /// In place of attention to heads.
+    latent: Option<Latent>,
     norms: Norms,
     /// Added to the stored weights of norms.
     offset: f32,
@@ -260,6 +279,7 @@ impl Recipe {
         let rope = Rope {
             tables: vec![table(random, dim / 2), table(random, dim / 2)],
             head_dim,
+            first: random.below(head_dim - dim + 1),
             dim,
             layout: random.pick(&LAYOUTS),
             scale: random.pick(&[1.0, 1.2]),
@@ -270,6 +290,7 @@ impl Recipe {
             head_dim,
             window: random.pick(&[None, None, Some(3), Some(33)]),
             softcap: random.pick(&[None, None, Some(5.0)]),
+            sinks: random.below(4) == 0,
             rope: (random.below(5) > 0).then_some(rope),
             head_norm: random.pick(&[None, Some(HeadNorm::PerHead), Some(HeadNorm::PerRow)]),
             stacked: random.coin(),
@@ -277,6 +298,8 @@ impl Recipe {
             gated: random.below(4) > 0,
             activation: random.pick(&ACTIVATIONS),
             inner: random.pick(&[24, 56, 96, 129]),
+            mixture: (random.below(3) == 0).then(|| Mixture::random(random)),
+            latent: (random.below(4) == 0).then(|| Latent::random(random)),
             norms: random.pick(&[Norms::Before, Norms::Before, Norms::Around, Norms::Behind]),
             offset: random.pick(&[0.0, 1.0]),
         }
@@ -306,6 +329,9 @@ impl Recipe {
     }
 
     fn attention(&self, b: &mut Block, input: Value, hidden: usize) -> Value {
+        if let Some(latent) = &self.latent {
+            return latent.push(b, input, hidden);
+        }
         let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let parts = [("q", wide), ("k", narrow), ("v", narrow)];
         let biases = [("q.bias", wide), ("k.bias", narrow), ("v.bias", narrow)];
@@ -324,7 +350,9 @@ impl Recipe {
         let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.head_dim);
         let scale = (head_dim as f32).sqrt().recip();
         let (mask, softcap) = (Mask::Causal { window: self.window }, self.softcap);
-        let rows = b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, mask, softcap }));
+        let sinks = self.sinks.then(|| Vector::one("sinks", heads));
+        let rows =
+            b.push(Op::Attend(Attend { q, k, v, heads, kv_heads, head_dim, scale, mask, softcap, sinks }));
         linear(b, rows, "o", hidden, wide)
     }
 
@@ -342,11 +370,14 @@ impl Recipe {
     }
 
     fn mlp(&self, b: &mut Block, input: Value, hidden: usize) -> Value {
+        if let Some(mixture) = &self.mixture {
+            return mixture.push(b, input, hidden);
+        }
         let f = self.activation;
         let rows = if self.gated {
             let weight = Matrix::stacked(&[("gate", self.inner), ("up", self.inner)], hidden);
             let both = b.push(Op::Linear { input, weight, bias: None });
-            b.push(Op::GatedActivate { input: both, f })
+            b.push(Op::GatedActivate { input: both, f: Gate::By(f) })
         } else {
             let up = linear(b, input, "up", self.inner, hidden);
             b.push(Op::Activate { input: up, f })
@@ -380,14 +411,12 @@ pub(crate) fn model(random: &mut Random) -> Graph {
     if random.coin() {
         epilogue.push(Op::Softcap { input: rows, cap: 4.0 });
     }
-    let spec = |kind: usize| {
-        let r = &recipes[kind];
-        KvSpec { heads: r.kv_heads, head_dim: r.head_dim, window: r.window }
-    };
+    let blocks: Vec<Block> = recipes.iter().map(|r| r.block(hidden)).collect();
+    let kv = kinds.iter().map(|&kind| kept(&blocks[kind]).expect("a layer attends")).collect();
     Graph {
         family: "seeded",
         prologue,
-        blocks: recipes.iter().map(|r| r.block(hidden)).collect(),
+        blocks,
         layers: kinds
             .iter()
             .enumerate()
@@ -395,7 +424,7 @@ pub(crate) fn model(random: &mut Random) -> Graph {
             .collect(),
         epilogue,
         pooled: None,
-        kv: kinds.iter().map(|&k| spec(k)).collect(),
+        kv,
         hidden,
         vocab,
         context: CONTEXT,
@@ -431,7 +460,7 @@ fn layer_norm(b: &mut Block, input: Value, name: &str, width: usize) -> Value {
 
 /// A layer that attends to all of its sequence, with its norms after the sums.
 fn whole_layer(random: &mut Random, hidden: usize) -> Block {
-    let recipe = Recipe { bias: true, ..Recipe::random(random) };
+    let recipe = Recipe { bias: true, latent: None, ..Recipe::random(random) };
     let mut b = Block::default();
     let input = b.push(Op::Input);
     let rows = recipe.attention(&mut b, input, hidden);

@@ -4,6 +4,7 @@
 //! candle chooses kernels by shape, so results depend on the batch within rounding: [`Invariance::None`].
 
 mod adapter;
+mod experts;
 mod pages;
 mod plan;
 mod run;

@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use mainstay_backend_api::{KvLayout, Limits};
-use mainstay_models::graph::{Block, Graph, Matrix, Op, Vector};
+use mainstay_models::graph::{Block, Expert, Graph, Matrix, Op, Vector};
 use mainstay_models::{LoadError, Weights};
 
+use crate::experts::ExpertTensors;
 use crate::load_error;
 
 /// A graph with its weights on the device.
@@ -29,8 +30,10 @@ pub(crate) struct Instruction {
     pub(crate) op: Op,
     /// `[rows, cols]` of a matrix in its stored type, or the elements of a norm in f32.
     pub(crate) weight: Option<Tensor>,
-    /// In f32.
+    /// In f32; what else an op adds too: the sinks of attention, the bias of a choice of experts.
     pub(crate) bias: Option<Tensor>,
+    /// Empty where it has none.
+    pub(crate) experts: Vec<ExpertTensors>,
 }
 
 impl Plan {
@@ -69,6 +72,7 @@ impl Source<'_> {
     }
 
     fn instruction(&self, op: &Op, prefix: &str) -> Result<Instruction, LoadError> {
+        let mut experts = Vec::new();
         let (weight, bias) = match op {
             Op::Embed { weight, .. } => (Some(self.matrix(weight, prefix)?), None),
             Op::Linear { weight, bias, .. } => {
@@ -79,6 +83,12 @@ impl Source<'_> {
             Op::LayerNorm { weight, bias, .. } => {
                 (Some(self.vector(weight, prefix)?), Some(self.vector(bias, prefix)?))
             }
+            Op::Attend(a) => (None, a.sinks.as_ref().map(|s| self.vector(s, prefix)).transpose()?),
+            Op::AttendLatent(a) => (Some(self.matrix(&a.expand, prefix)?), None),
+            Op::Experts(e) => {
+                experts = e.experts.iter().map(|e| self.expert(e, prefix)).collect::<Result<_, _>>()?;
+                (None, e.routing.bias.as_ref().map(|b| self.vector(b, prefix)).transpose()?)
+            }
             Op::Input
             | Op::Add { .. }
             | Op::Scale { .. }
@@ -87,12 +97,21 @@ impl Source<'_> {
             | Op::Activate { .. }
             | Op::GatedActivate { .. }
             | Op::Rope { .. }
-            | Op::Attend(_)
             | Op::SelectRows { .. }
             | Op::Pool { .. }
             | Op::Normalize { .. } => (None, None),
         };
-        Ok(Instruction { op: op.clone(), weight, bias })
+        Ok(Instruction { op: op.clone(), weight, bias, experts })
+    }
+
+    fn expert(&self, expert: &Expert, prefix: &str) -> Result<ExpertTensors, LoadError> {
+        let vector = |v: &Option<Vector>| v.as_ref().map(|v| self.vector(v, prefix)).transpose();
+        Ok(ExpertTensors {
+            up: self.matrix(&expert.up, prefix)?,
+            up_bias: vector(&expert.up_bias)?,
+            down: self.matrix(&expert.down, prefix)?,
+            down_bias: vector(&expert.down_bias)?,
+        })
     }
 
     /// The parts stacked by rows, in their stored type, or in f32 where they differ.

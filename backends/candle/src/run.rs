@@ -8,13 +8,16 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    AdapterId, CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError,
-    StoredPage, Ticket,
+    AdapterId, CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead,
+    PageRef, StepError, StoredPage, Ticket, oldest_page,
 };
-use mainstay_models::graph::{Activation, Attend, Ids, Mask, Op, PoolKind, Rope, RopeLayout};
+use mainstay_models::graph::{
+    Activation, Attend, AttendLatent, Gate, Ids, Mask, Op, PoolKind, Rope, RopeLayout,
+};
 use mainstay_models::{AdapterWeights, LoadError};
 
 use crate::adapter::{self, Adapter, Adapters};
+use crate::experts::{self, linear};
 use crate::pages::{Pages, PartIndex, Slot};
 use crate::plan::{Instruction, Plan, Program};
 use crate::{CandleBackend, NAME, load_error, step_error};
@@ -147,11 +150,7 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
             weight().index_select(&ids, 0)?.to_dtype(DType::F32)
         }
         Op::Linear { input, weight: matrix, .. } => {
-            let product = values[*input].contiguous()?.matmul(&weight().to_dtype(DType::F32)?.t()?)?;
-            let product = match &instruction.bias {
-                Some(bias) => product.broadcast_add(bias)?,
-                None => product,
-            };
+            let product = linear(&values[*input], weight(), instruction.bias.as_ref())?;
             match scope.adapters {
                 Some(adapters) => adapter::add(product, (&values[*input], matrix), adapters, scope.step),
                 None => Ok(product),
@@ -171,13 +170,14 @@ fn apply(instruction: &Instruction, values: &[Tensor], input: &Tensor, scope: &m
         Op::Softcap { input, cap } => softcap(&values[*input], *cap),
         Op::Slice { input, start, width } => values[*input].narrow(1, *start, *width),
         Op::Activate { input, f } => activate(&values[*input], *f),
-        Op::GatedActivate { input, f } => {
-            let half = values[*input].dim(1)? / 2;
-            let gate = activate(&values[*input].narrow(1, 0, half)?, *f)?;
-            gate * values[*input].narrow(1, half, half)?
+        Op::GatedActivate { input, f } => gated(&values[*input], *f),
+        Op::Experts(e) => {
+            let rows = (&values[e.input], &values[e.scores]);
+            experts::apply(e, &instruction.experts, instruction.bias.as_ref(), rows)
         }
         Op::Rope { input, rope } => rotate(&values[*input], rope, scope.step),
-        Op::Attend(a) => attend(a, values, scope),
+        Op::Attend(a) => attend((a, instruction.bias.as_ref()), values, scope),
+        Op::AttendLatent(a) => attend_latent(a, weight(), values, scope),
         Op::SelectRows { input } => {
             let rows: Vec<u32> = scope.step.outputs.iter().map(|o| o.row as u32).collect();
             let rows = Tensor::from_slice(&rows, rows.len(), values[*input].device())?;
@@ -235,13 +235,29 @@ fn activate(x: &Tensor, f: Activation) -> Result<Tensor> {
     }
 }
 
+/// What becomes of gate and up, side by side.
+pub(crate) fn gated(both: &Tensor, f: Gate) -> Result<Tensor> {
+    let half = both.dim(1)? / 2;
+    let (gate, up) = (both.narrow(1, 0, half)?, both.narrow(1, half, half)?);
+    match f {
+        Gate::By(f) => activate(&gate, f)? * up,
+        Gate::Clamped { alpha, limit } => {
+            let (gate, up) = (gate.minimum(limit)?, up.clamp(-limit, limit)?);
+            let open = ops::sigmoid(&(&gate * f64::from(alpha))?)?;
+            (gate * open)? * (up + 1.0)?
+        }
+    }
+}
+
 /// Pair `(a, b)` of every head becomes `(a cos - b sin, b cos + a sin)`.
 fn rotate(x: &Tensor, rope: &Rope, step: &Step) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let (heads, half) = (width / rope.head_dim, rope.dim / 2);
     let (cos, sin) = angles(rope, step, x)?;
     let x = x.reshape((rows, heads, rope.head_dim))?;
-    let (turned, rest) = (x.narrow(2, 0, rope.dim)?, x.narrow(2, rope.dim, rope.head_dim - rope.dim)?);
+    let end = rope.first + rope.dim;
+    let (before, after) = (x.narrow(2, 0, rope.first)?, x.narrow(2, end, rope.head_dim - end)?);
+    let turned = x.narrow(2, rope.first, rope.dim)?;
     // Halves: [rows, heads, 2, half]. Interleaved: [rows, heads, half, 2], so the pair is the last dimension.
     let pair = match rope.layout {
         RopeLayout::Half => D::Minus2,
@@ -260,7 +276,7 @@ fn rotate(x: &Tensor, rope: &Rope, step: &Step) -> Result<Tensor> {
             Tensor::stack(&[first, second], D::Minus1)?.reshape((rows, heads, rope.dim))?
         }
     };
-    Tensor::cat(&[turned, rest], D::Minus1)?.reshape((rows, width))
+    Tensor::cat(&[before, turned, after], D::Minus1)?.reshape((rows, width))
 }
 
 /// Cosines and sines of every row, `[rows, 1, dim / 2]` each. The angle is rounded to f32 as transformers does.
@@ -278,57 +294,101 @@ fn angles(rope: &Rope, step: &Step, like: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((table(f64::cos)?, table(f64::sin)?))
 }
 
-fn attend(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
-    match a.mask {
+/// Attention and its sinks.
+type Sunk<'a> = (&'a Attend, Option<&'a Tensor>);
+
+fn attend(a: Sunk<'_>, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
+    match a.0.mask {
         Mask::Causal { .. } => attend_causally(a, values, scope),
         Mask::Full => attend_fully(a, values, scope.step),
     }
 }
 
 /// Every row of a sequence sees all of it, and nothing is kept.
-fn attend_fully(a: &Attend, values: &[Tensor], step: &Step) -> Result<Tensor> {
+fn attend_fully((a, sinks): Sunk<'_>, values: &[Tensor], step: &Step) -> Result<Tensor> {
     let by_head = |v: usize, range: &Range<usize>| {
         let rows = values[v].narrow(0, range.start, range.len())?;
         rows.reshape((range.len(), a.kv_heads, a.head_dim))?.transpose(0, 1)?.contiguous()
     };
     let one = |chunk: &Chunk| {
         let kv = (by_head(a.k, &chunk.tokens)?, by_head(a.v, &chunk.tokens)?);
-        attend_chunk(a, chunk, &values[a.q], &kv)
+        attend_chunk((a, sinks), chunk, &values[a.q], &kv)
     };
     Tensor::cat(&step.chunks.iter().map(one).collect::<Result<Vec<_>>>()?, 0)
 }
 
-fn attend_causally(a: &Attend, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
-    let group = scope.pages.group_of(scope.layer);
-    let (keys, rows) =
-        (values[a.k].flatten_all()?.to_vec1::<f32>()?, values[a.v].flatten_all()?.to_vec1::<f32>()?);
-    let width = a.kv_heads * a.head_dim;
+fn attend_causally((a, sinks): Sunk<'_>, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
+    let rows = [&values[a.k], &values[a.v]];
     let mut outputs = Vec::with_capacity(scope.step.chunks.len());
-    for chunk in &scope.step.chunks {
-        let table = chunk.table(scope.step, group);
-        let slot = |part| Slot { layer: scope.layer, part, table };
-        let range = chunk.tokens.start * width..chunk.tokens.end * width;
-        scope.pages.append(&slot(PartIndex::Keys), chunk.position, &keys[range.clone()]);
-        scope.pages.append(&slot(PartIndex::Values), chunk.position, &rows[range]);
-        // What was appended is read back too, so that it is rounded to the stored type.
-        let end = chunk.position + chunk.tokens.len();
-        let read = |part| {
-            let shape = (a.kv_heads, end, a.head_dim);
-            Tensor::from_vec(scope.pages.gather(&slot(part), end), shape, values[a.q].device())
-        };
-        outputs.push(attend_chunk(
-            a,
-            chunk,
-            &values[a.q],
-            &(read(PartIndex::Keys)?, read(PartIndex::Values)?),
-        )?);
+    let window = if let Mask::Causal { window } = a.mask { window } else { None };
+    for (chunk, kept) in scope.step.chunks.iter().zip(keep(rows, window, scope)?) {
+        outputs.push(attend_chunk((a, sinks), chunk, &values[a.q], &kept.into())?);
     }
     Tensor::cat(&outputs, 0)
 }
 
-/// The rows `[tokens, heads * head_dim]` of one sequence, from its keys and values `[kv_heads, end, head_dim]`.
-fn attend_chunk(a: &Attend, chunk: &Chunk, q: &Tensor, (k, v): &(Tensor, Tensor)) -> Result<Tensor> {
-    let (per_kv, end) = (a.heads / a.kv_heads, k.dim(1)?);
+/// Appends rows of this step to both parts of the layer's pages, and returns what each chunk's rows see of its sequence,
+/// `[heads, seen, width]`, in whole pages. What was appended is read back too, so that it is rounded to the stored type.
+/// Pages that no row sees are gone.
+fn keep(rows: [&Tensor; 2], window: Option<usize>, scope: &mut Scope) -> Result<Vec<[Tensor; 2]>> {
+    let (group, step) = (scope.pages.group_of(scope.layer), scope.step);
+    let mut kept = Vec::with_capacity(step.chunks.len());
+    let flat = [rows[0].flatten_all()?.to_vec1::<f32>()?, rows[1].flatten_all()?.to_vec1::<f32>()?];
+    for chunk in &step.chunks {
+        let table = chunk.table(step, group);
+        let mut read = |part: PartIndex| {
+            let (rows, flat) = (rows[part as usize], &flat[part as usize]);
+            let (slot, width) = (Slot { layer: scope.layer, part, table }, rows.dim(1)?);
+            let own = &flat[chunk.tokens.start * width..chunk.tokens.end * width];
+            scope.pages.append(&slot, chunk.position, own);
+            let seen = oldest_page(window, chunk.position) * PAGE_TOKENS..chunk.position + chunk.tokens.len();
+            let heads = scope.pages.heads(&slot);
+            let shape = (heads, seen.len(), width / heads);
+            Tensor::from_vec(scope.pages.gather(&slot, seen), shape, rows.device())
+        };
+        kept.push([read(PartIndex::First)?, read(PartIndex::Second)?]);
+    }
+    Ok(kept)
+}
+
+/// Makes the keys and values of all heads from what is kept, and attends to them.
+fn attend_latent(a: &AttendLatent, expand: &Tensor, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
+    let whole = Attend {
+        q: a.q,
+        k: a.latent,
+        v: a.latent,
+        heads: a.heads,
+        kv_heads: a.heads,
+        head_dim: a.plain_dim + a.key_dim,
+        scale: a.scale,
+        mask: Mask::Causal { window: None },
+        softcap: None,
+        sinks: None,
+    };
+    let mut outputs = Vec::with_capacity(scope.step.chunks.len());
+    for (chunk, [latents, keys]) in
+        scope.step.chunks.iter().zip(keep([&values[a.latent], &values[a.key]], None, scope)?)
+    {
+        let end = latents.dim(1)?;
+        let made = linear(&latents.squeeze(0)?, expand, None)?;
+        let made = made.reshape((end, a.heads, a.plain_dim + a.value_dim))?.transpose(0, 1)?;
+        let keys = keys.broadcast_as((a.heads, end, a.key_dim))?;
+        let keys = Tensor::cat(&[made.narrow(2, 0, a.plain_dim)?, keys], 2)?;
+        let kv = (keys, made.narrow(2, a.plain_dim, a.value_dim)?.contiguous()?);
+        outputs.push(attend_chunk((&whole, None), chunk, &values[a.q], &kv)?);
+    }
+    Tensor::cat(&outputs, 0)
+}
+
+/// The rows `[tokens, heads * value width]` of one sequence, from its keys and values `[kv_heads, seen, width]`, the
+/// newest of which is the chunk's last token.
+fn attend_chunk(
+    (a, sinks): Sunk<'_>,
+    chunk: &Chunk,
+    q: &Tensor,
+    (k, v): &(Tensor, Tensor),
+) -> Result<Tensor> {
+    let (per_kv, seen, width) = (a.heads / a.kv_heads, k.dim(1)?, v.dim(2)?);
     let k = k.t()?;
     let mut outputs = Vec::new();
     for first in chunk.tokens.clone().step_by(ATTEND_ROWS) {
@@ -339,21 +399,29 @@ fn attend_chunk(a: &Attend, chunk: &Chunk, q: &Tensor, (k, v): &(Tensor, Tensor)
         if let Some(cap) = a.softcap {
             scores = softcap(&scores, cap)?;
         }
-        let mut scores = scores.reshape((a.heads, rows, end))?;
+        let mut scores = scores.reshape((a.heads, rows, seen))?;
         if let Mask::Causal { window } = a.mask {
-            let mask = mask(chunk.position + first - chunk.tokens.start, rows, end, window);
-            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, end), scores.device())?)?;
+            let row = seen - (chunk.tokens.end - first);
+            let mask = mask(row..row + rows, seen, window);
+            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, seen), scores.device())?)?;
         }
-        let weights = ops::softmax_last_dim(&scores)?.reshape((a.kv_heads, per_kv * rows, end))?;
-        let mixed = weights.matmul(v)?.reshape((a.heads, rows, a.head_dim))?;
-        outputs.push(mixed.transpose(0, 1)?.contiguous()?.reshape((rows, a.heads * a.head_dim))?);
+        let weights = match sinks {
+            None => ops::softmax_last_dim(&scores)?,
+            Some(sinks) => {
+                let sinks = sinks.reshape((a.heads, 1, 1))?.broadcast_as((a.heads, rows, 1))?;
+                let weights = ops::softmax_last_dim(&Tensor::cat(&[&scores, &sinks.contiguous()?], 2)?)?;
+                weights.narrow(2, 0, seen)?.contiguous()?
+            }
+        };
+        let weights = weights.reshape((a.kv_heads, per_kv * rows, seen))?;
+        let mixed = weights.matmul(v)?.reshape((a.heads, rows, width))?;
+        outputs.push(mixed.transpose(0, 1)?.contiguous()?.reshape((rows, a.heads * width))?);
     }
     Tensor::cat(&outputs, 0)
 }
 
-/// 0 where a row sees a position and -inf elsewhere, `[rows, end]`; the first row stands at `position`.
-fn mask(position: usize, rows: usize, end: usize, window: Option<usize>) -> Vec<f32> {
+/// 0 where a row sees a column and -inf elsewhere, `[rows, columns]`; rows and columns are numbered alike.
+fn mask(rows: Range<usize>, columns: usize, window: Option<usize>) -> Vec<f32> {
     let sees = |row: usize, column: usize| column <= row && window.is_none_or(|w| row < column + w);
-    let rows = position..position + rows;
-    rows.flat_map(|r| (0..end).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
+    rows.flat_map(|r| (0..columns).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
 }

@@ -3,10 +3,17 @@
 use std::collections::HashMap;
 
 use mainstay_backend_api::AdapterId;
+use mainstay_kernels_cpu::{low_rank_in, low_rank_out};
 use mainstay_models::graph::Graph;
 use mainstay_models::{AdapterWeights, LowRank};
 
+use crate::arena::Slot;
 use crate::plan::{Plan, Program};
+use crate::run::Runner;
+
+/// Ranks of an adapter's first product, and columns of its second, that are one job.
+const RANKS: usize = 16;
+const COLUMNS: usize = 512;
 
 /// Adapters by the number that steps call them by.
 pub(crate) type Adapters = HashMap<AdapterId, Adapter>;
@@ -74,4 +81,42 @@ fn piece(part: &LowRank, first: usize, rows: usize) -> Piece {
     let LowRank { rank, scale, .. } = *part;
     let b = (0..rank * rows).map(|i| part.b[i % rows * rank + i / rows]).collect();
     Piece { first, rows, rank, scale, a: part.a.clone(), b }
+}
+
+impl Runner<'_> {
+    /// Adds to the rows of a product what their adapters say.
+    pub(crate) fn adapt(&self, weight: usize, input: Slot, out: Slot) {
+        let core = self.core;
+        let (adapted, rank) = (&core.work.adapted, core.work.rank);
+        let pieces = |(_, id): &(usize, AdapterId)| core.adapters[id].pieces(self.layer, weight);
+        let most = adapted.iter().map(|row| pieces(row).len()).max().unwrap_or(0);
+        let columns = adapted.iter().flat_map(&pieces).map(|piece| piece.rows).max().unwrap_or(0);
+        for nth in 0..most {
+            let (blocks, low) = (rank.div_ceil(RANKS), core.plan.low);
+            self.worker.each(adapted.len() * blocks, |job| {
+                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * RANKS);
+                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rank) else { return };
+                let ranks = first..(first + RANKS).min(piece.rank);
+                let rows = at.0..at.0 + 1;
+                let x = core.arena.read(input, rows.clone());
+                let mut low = core.arena.write(low.columns(ranks.clone()), rows, &job);
+                let a = piece.a.chunks_exact(x.cols()).skip(ranks.start);
+                low.row(0)
+                    .iter_mut()
+                    .zip(a)
+                    .for_each(|(low, a)| *low = low_rank_in(x.row(0), a, piece.scale));
+            });
+            let blocks = columns.div_ceil(COLUMNS);
+            self.worker.each(adapted.len() * blocks, |job| {
+                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * COLUMNS);
+                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rows) else { return };
+                let end = (first + COLUMNS).min(piece.rows);
+                let rows = at.0..at.0 + 1;
+                let low = core.arena.read(low.columns(0..piece.rank), rows.clone());
+                let own = out.columns(piece.first + first..piece.first + end);
+                let mut own = core.arena.write(own, rows, &job);
+                low_rank_out(low.row(0), &piece.b, (piece.rows, first), own.row(0));
+            });
+        }
+    }
 }

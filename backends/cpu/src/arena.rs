@@ -34,6 +34,21 @@ impl Slot {
         assert!(cols.start <= cols.end && cols.end <= self.width, "columns {cols:?} of {}", self.width);
         Slot { offset: self.offset + cols.start, width: cols.len(), ..self }
     }
+
+    /// Whether rows of both may share floats.
+    pub(crate) fn meets(self, other: Slot) -> bool {
+        let end = |slot: Slot| slot.offset + slot.rows * slot.stride;
+        self.offset < end(other) && other.offset < end(self)
+    }
+
+    /// The same floats as `parts` rows of `width` for each of its rows.
+    pub(crate) fn split(self, parts: usize, width: usize) -> Slot {
+        assert!(
+            self.stride.is_multiple_of(parts) && width <= self.stride / parts,
+            "{parts} of {width} in {self:?}"
+        );
+        Slot { offset: self.offset, rows: self.rows * parts, stride: self.stride / parts, width }
+    }
 }
 
 /// The activations of a step.
@@ -104,6 +119,11 @@ impl Blocks {
     pub(crate) fn new(dtype: KvType, len: usize, count: usize) -> Option<Self> {
         let bytes = len.checked_mul(dtype.size_bytes())?.checked_mul(count)?;
         Some(Self { memory: Aligned::zeroed(bytes)?, dtype, len, count })
+    }
+
+    /// Element type.
+    pub(crate) fn dtype(&self) -> KvType {
+        self.dtype
     }
 
     fn place<T>(&self, block: usize) -> *mut T {

@@ -9,6 +9,8 @@ use mainstay_backend_api::{
     AdapterId, Executor, Invariance, Limits, NumericClass, Step, StepError, StepOutput,
 };
 use mainstay_kernels_cpu::attend::Attention;
+use mainstay_kernels_cpu::latent::LatentAttention;
+use mainstay_kernels_cpu::route::route_scratch_len;
 use mainstay_kernels_cpu::scratch_len;
 use mainstay_models::graph::Graph;
 use mainstay_models::{AdapterWeights, LoadError, Weights};
@@ -16,11 +18,14 @@ use mainstay_models::{AdapterWeights, LoadError, Weights};
 use crate::CpuBackend;
 use crate::adapter::{self, Adapter, Adapters};
 use crate::arena::Arena;
+use crate::experts::Grouping;
+use crate::latent::LATENT_ROWS;
 use crate::load::{self, ModelWeights};
 use crate::pages::Pages;
 use crate::plan::Plan;
 use crate::pool::Pool;
-use crate::run::{Core, PART_ROWS_MAX, TASK_TOKENS, Work};
+use crate::products::{Item, PART_ROWS_MAX};
+use crate::run::{Core, TASK_TOKENS, Work};
 use crate::whole::StepKv;
 
 /// The arithmetic that all instruction sets share: chains of fused multiply-adds over sixteen-row panels. It changes
@@ -46,6 +51,10 @@ pub(crate) struct CpuExecutor {
 pub(crate) struct Scratch {
     pub(crate) floats: Vec<f32>,
     pub(crate) attention: Attention,
+    pub(crate) latent: LatentAttention,
+    /// The products of the current phase.
+    pub(crate) items: Vec<Item>,
+    pub(crate) grouping: Grouping,
     pub(crate) sampling: SampleScratch,
 }
 
@@ -72,10 +81,15 @@ impl CpuExecutor {
             ),
         })?;
         let ModelWeights { prologue, layers, epilogue, pooled } = load::load(graph, &plan, weights, threads)?;
+        let floats = scratch_len(PART_ROWS_MAX, kernels.tile_rows()).max(plan.head_dim);
+        let floats = floats.max(plan.latent.1).max(route_scratch_len(plan.experts));
         let scratch = |_| {
             Mutex::new(Scratch {
-                floats: vec![0.0; scratch_len(PART_ROWS_MAX, kernels.tile_rows()).max(plan.head_dim)],
+                floats: vec![0.0; floats],
                 attention: Attention::new(TASK_TOKENS * plan.group, plan.head_dim),
+                latent: LatentAttention::new(LATENT_ROWS, plan.latent.0, plan.latent.1),
+                items: Vec::with_capacity(plan.products),
+                grouping: Grouping::new(plan.experts, limits.tokens_per_step * plan.top_k),
                 sampling: SampleScratch::new(graph.vocab),
             })
         };

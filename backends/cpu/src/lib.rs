@@ -7,12 +7,15 @@
 mod adapter;
 mod arena;
 mod executor;
+mod experts;
+mod latent;
 mod load;
 mod machine;
 mod pages;
 mod place;
 mod plan;
 mod pool;
+mod products;
 mod run;
 mod whole;
 

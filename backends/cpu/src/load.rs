@@ -83,14 +83,21 @@ impl Loader<'_> {
         }
         let parts = key.0.iter().map(|(n, rows)| Ok((self.weights.tensor(n)?, *rows)));
         let source = Source { parts: parts.collect::<Result<_, LoadError>>()?, order: used.order };
-        let (rows, cols) = (matrix.rows(), matrix.cols);
+        let (rows, cols) = match used.order {
+            RowOrder::Plain | RowOrder::Halves => (matrix.rows(), matrix.cols),
+            RowOrder::Some { count, .. } => (count, matrix.cols),
+            RowOrder::Columns { count, .. } => (matrix.cols, count),
+        };
         let mut packed =
             PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
                 LoadError::Resources {
                     what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
                 }
             })?;
-        pack(&mut packed, &source, self.threads);
+        match used.order {
+            RowOrder::Columns { first, .. } => pack_columns(&mut packed, &source, first, self.threads),
+            _ => pack_rows(&mut packed, &source, self.threads),
+        }
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
         Ok(packed)
@@ -112,9 +119,8 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// The tensor and its row that is packed as row `row` of `rows`.
-    fn row(&self, row: usize, rows: usize) -> (&TensorView<'a>, usize) {
-        let mut row = source_row(row, rows, self.order);
+    /// The tensor and its row that is row `row` of all.
+    fn row(&self, mut row: usize) -> (&TensorView<'a>, usize) {
         for (view, count) in &self.parts {
             if row < *count {
                 return (view, row);
@@ -124,14 +130,21 @@ impl<'a> Source<'a> {
         unreachable!("a row beyond all sources")
     }
 
+    /// The tensor and its row that is packed as row `row` of `rows`.
+    fn packed_row(&self, row: usize, rows: usize) -> (&TensorView<'a>, usize) {
+        self.row(source_row(row, rows, self.order))
+    }
+
     /// How each panel is packed: as it is stored, unless tensors that do not go together meet in one product.
     fn panel_types(&self, rows: usize, cols: usize) -> Vec<WeightType> {
-        let of_panel = |first: usize| {
-            let mut types = lanes(first, rows).map(|row| weight_type(self.row(row, rows).0.dtype, cols));
-            let own = types.next()?;
-            types.all(|t| t == own).then_some(own)
+        let of_panel = |panel: usize| match self.order {
+            // Blocks lie along rows and cannot be turned.
+            RowOrder::Columns { first, .. } => {
+                common((first..first + cols).map(|row| weight_type(self.row(row).0.dtype, 1)))
+            }
+            _ => common(lanes(panel, rows).map(|row| weight_type(self.packed_row(row, rows).0.dtype, cols))),
         };
-        let types: Option<Vec<_>> = (0..rows).step_by(LANES).map(of_panel).collect();
+        let types: Option<Vec<_>> = (0..rows.div_ceil(LANES)).map(of_panel).collect();
         let go_together = |types: &Vec<WeightType>| {
             let integers = types.iter().all(|t| matches!(t, WeightType::Codes(_)));
             integers || types.iter().all(|t| *t == types[0])
@@ -140,9 +153,15 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The rows of the panel that begins with row `first`.
-fn lanes(first: usize, rows: usize) -> Range<usize> {
-    first..(first + LANES).min(rows)
+/// The type that all of these are.
+fn common(mut types: impl Iterator<Item = WeightType>) -> Option<WeightType> {
+    let own = types.next()?;
+    types.all(|t| t == own).then_some(own)
+}
+
+/// The rows of a panel.
+fn lanes(panel: usize, rows: usize) -> Range<usize> {
+    panel * LANES..((panel + 1) * LANES).min(rows)
 }
 
 /// How weights of a type are packed. All keep their values, but for 8-bit floats under scales, which are rounded to
@@ -168,10 +187,11 @@ fn weight_type(dtype: DType, cols: usize) -> WeightType {
     if cols.is_multiple_of(kind.block_len()) { WeightType::Codes(kind) } else { WeightType::F32 }
 }
 
-/// The graph's row that is stored as row `row` of `rows`.
+/// The row of all that is packed as row `row` of `rows`.
 fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     match order {
-        RowOrder::Plain => row,
+        RowOrder::Plain | RowOrder::Columns { .. } => row,
+        RowOrder::Some { first, .. } => first + row,
         RowOrder::Halves => {
             let (panel, lane) = (row / LANES, row % LANES);
             panel / 2 * LANES + lane + panel % 2 * (rows / 2)
@@ -179,8 +199,42 @@ fn source_row(row: usize, rows: usize, order: RowOrder) -> usize {
     }
 }
 
-fn pack(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
+fn pack_rows(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
     let (rows, cols) = (packed.rows(), packed.cols());
+    pack(packed, threads, |writer, panel, own| {
+        let own = own.map(|row| source.packed_row(row, rows));
+        match writer.dtype(panel) {
+            WeightType::Codes(kind) => put_integers(writer, panel, own, (kind, cols)),
+            dtype => put_floats(writer, panel, own.map(|(view, row)| line(view, row, dtype)), (dtype, cols)),
+        }
+    });
+}
+
+/// Packs columns of the source's rows, from row `first` on, as rows.
+fn pack_columns(packed: &mut PackedMatrix, source: &Source<'_>, first: usize, threads: usize) {
+    let (rows, cols) = (packed.rows(), packed.cols());
+    let dtype = source.panel_types(rows, cols)[0];
+    let size = dtype.panel_bytes(1) / LANES;
+    let mut turned = vec![0; rows * cols * size];
+    for col in 0..cols {
+        let (view, row) = source.row(first + col);
+        let elements = line(view, row, dtype);
+        let places = turned[col * size..].chunks_mut(cols * size);
+        places.zip(elements.chunks_exact(size)).for_each(|(to, element)| to[..size].copy_from_slice(element));
+    }
+    pack(packed, threads, |writer, panel, own| {
+        let lines = own.map(|row| Cow::Borrowed(&turned[row * cols * size..][..cols * size]));
+        put_floats(writer, panel, lines, (dtype, cols));
+    });
+}
+
+/// Has every panel written, by a function of its writer, its number there and its rows.
+fn pack(
+    packed: &mut PackedMatrix,
+    threads: usize,
+    put: impl Fn(&mut PanelWriter<'_>, usize, Range<usize>) + Sync,
+) {
+    let rows = packed.rows();
     let runs: Vec<(usize, PanelWriter<'_>)> = packed.panels_mut(RUN_PANELS).enumerate().collect();
     let threads = threads.min(runs.len()).max(1);
     let runs = Mutex::new(runs);
@@ -189,17 +243,13 @@ fn pack(packed: &mut PackedMatrix, source: &Source<'_>, threads: usize) {
             let run = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let Some((index, mut writer)) = run else { return };
             for panel in 0..writer.panels() {
-                let own = lanes((index * RUN_PANELS + panel) * LANES, rows).map(|row| source.row(row, rows));
-                match writer.dtype(panel) {
-                    WeightType::Codes(kind) => put_integers(&mut writer, panel, own, (kind, cols)),
-                    dtype => put_floats(&mut writer, panel, own, (dtype, cols)),
-                }
+                put(&mut writer, panel, lanes(index * RUN_PANELS + panel, rows));
             }
         }
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(work);
+            scope.spawn(&work);
         }
         work();
     });
@@ -228,35 +278,32 @@ fn put_integers<'a>(
 fn put_floats<'a>(
     writer: &mut PanelWriter<'_>,
     panel: usize,
-    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)>,
+    lines: impl Iterator<Item = Cow<'a, [u8]>>,
     (dtype, cols): (WeightType, usize),
 ) {
-    let lines: Vec<_> = rows.map(|(view, row)| line(view, row, dtype)).collect();
+    let lines: Vec<_> = lines.collect();
     for col in (0..cols).step_by(RUN_COLS) {
-        for (lane, (dtype, bytes)) in lines.iter().enumerate() {
-            let source = SourceRows { dtype: *dtype, bytes };
+        for (lane, bytes) in lines.iter().enumerate() {
+            let source = SourceRows { dtype, bytes };
             writer.put(panel * LANES + lane, source, 0, col..(col + RUN_COLS).min(cols));
         }
     }
 }
 
-/// A row as bytes of floats that can be packed as `dtype`.
-fn line<'a>(view: &TensorView<'a>, row: usize, dtype: WeightType) -> (WeightType, Cow<'a, [u8]>) {
-    let stored = match view.dtype {
-        DType::F32 => Some(WeightType::F32),
-        DType::F16 => Some(WeightType::F16),
-        DType::BF16 => Some(WeightType::BF16),
-        _ => None,
-    };
-    if let (Some(stored), Some(bytes)) = (stored, view.row_bytes(row)) {
-        return (stored, Cow::Borrowed(bytes));
+/// A row as bytes of floats of this type.
+fn line<'a>(view: &TensorView<'a>, row: usize, dtype: WeightType) -> Cow<'a, [u8]> {
+    let as_stored = matches!(
+        (view.dtype, dtype),
+        (DType::F32, WeightType::F32) | (DType::F16, WeightType::F16) | (DType::BF16, WeightType::BF16)
+    );
+    if let Some(bytes) = view.row_bytes(row).filter(|_| as_stored) {
+        return Cow::Borrowed(bytes);
     }
     let mut values = vec![0.0; view.cols()];
     view.read_row(row, &mut values);
-    let bytes = match dtype {
+    match dtype {
         WeightType::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
         WeightType::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-        _ => return (WeightType::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect()),
-    };
-    (dtype, bytes)
+        _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
 }

@@ -1,8 +1,8 @@
 //! The bytes of keys and values: `[page][layer][head]` blocks per group, and their way to and from the payload order.
 
-use mainstay_backend_api::kv::{Group, PAGE_TOKENS};
+use mainstay_backend_api::kv::{Group, PAGE_TOKENS, Part};
 use mainstay_backend_api::{KvDType, KvLayout, Limits, PageBytes, PageRef, StepError};
-use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, KvPart, KvType, block_len};
+use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, BlockPart, BlockShape, KvType};
 use mainstay_models::LoadError;
 
 use crate::arena::Blocks;
@@ -22,7 +22,8 @@ struct GroupPages {
     blocks: Blocks,
     layers: usize,
     heads: usize,
-    head_dim: usize,
+    /// What a block holds.
+    shape: BlockShape,
     pages: usize,
     page_bytes: usize,
 }
@@ -79,12 +80,14 @@ impl Pages {
     pub(crate) fn read(&self, page: PageRef) -> PageBytes {
         let group = &self.groups[page.group as usize];
         let mut out = vec![0; group.page_bytes].into_boxed_slice();
-        let mut rest = out.chunks_exact_mut(group.part_bytes());
+        let mut rest = &mut out[..];
         for layer in 0..group.layers {
-            for part in [KvPart::Keys, KvPart::Values] {
-                for (head, rows) in (0..group.heads).zip(rest.by_ref()) {
+            for part in group.shape.parts() {
+                for head in 0..group.heads {
+                    let (rows, after) = rest.split_at_mut(group.part_bytes(part));
                     let block = group.blocks.read(group.block(page.page.0 as usize, layer, head));
-                    block.read_part(part, group.head_dim, rows);
+                    block.read_part(part, rows);
+                    rest = after;
                 }
             }
         }
@@ -102,14 +105,16 @@ impl Pages {
             let what = format!("expected a page of {} bytes, found {}", group.page_bytes, payload.len());
             return Err(StepError::Device { device: "cpu", what });
         }
-        let layer_bytes = 2 * group.heads * group.part_bytes();
+        let layer_bytes = group.page_bytes / group.layers.max(1);
         let write_layer = |job: &Job| {
             let layer = job.index();
-            let mut rest = payload[layer * layer_bytes..][..layer_bytes].chunks_exact(group.part_bytes());
-            for part in [KvPart::Keys, KvPart::Values] {
-                for (head, rows) in (0..group.heads).zip(rest.by_ref()) {
+            let mut rest = &payload[layer * layer_bytes..][..layer_bytes];
+            for part in group.shape.parts() {
+                for head in 0..group.heads {
+                    let (rows, after) = rest.split_at(group.part_bytes(part));
                     let block = group.block(page.page.0 as usize, layer, head);
-                    group.blocks.write(block, job).write_part(part, group.head_dim, rows);
+                    group.blocks.write(block, job).write_part(part, rows);
+                    rest = after;
                 }
             }
         };
@@ -120,25 +125,37 @@ impl Pages {
 
 impl GroupPages {
     fn new(group: &Group, pages: usize) -> Option<Self> {
-        let part = group.parts.first()?;
-        let (layers, heads, head_dim) = (group.layers.len(), part.rows, part.width);
-        let dtype = match part.dtype {
+        let (layers, heads, shape) = (group.layers.len(), group.parts.first()?.rows, block_shape(group));
+        let dtype = match group.parts.first()?.dtype {
             KvDType::F32 => KvType::F32,
             KvDType::BF16 => KvType::BF16,
         };
         let count = pages.checked_mul(layers)?.checked_mul(heads)?;
-        let blocks = Blocks::new(dtype, block_len(head_dim), count)?;
-        Some(Self { blocks, layers, heads, head_dim, pages, page_bytes: group.page_bytes() })
+        let blocks = Blocks::new(dtype, shape.len(), count)?;
+        Some(Self { blocks, layers, heads, shape, pages, page_bytes: group.page_bytes() })
     }
 
-    /// Bytes of a head's keys, or values, in a payload.
-    fn part_bytes(&self) -> usize {
-        (self.page_bytes / (self.layers * 2 * self.heads).max(1)).max(1)
+    /// Bytes of one head's part in a payload.
+    fn part_bytes(&self, part: BlockPart) -> usize {
+        BLOCK_TOKENS * part.width() * self.blocks.dtype().size_bytes()
     }
 
     fn block(&self, page: usize, layer: usize, head: usize) -> usize {
         assert!(page < self.pages, "page {page} of {}", self.pages);
         (page * self.layers + layer) * self.heads + head
+    }
+}
+
+/// What a block of a group holds.
+fn block_shape(group: &Group) -> BlockShape {
+    match &group.parts[..] {
+        [latent, key] if (latent.name, key.name) == ("latent", "key") => {
+            BlockShape::Latent { latent: latent.width, key: key.width }
+        }
+        [k, v] if (k.name, v.name) == ("k", "v") && k == &(Part { name: "k", ..v.clone() }) => {
+            BlockShape::Heads { head_dim: k.width }
+        }
+        parts => unreachable!("no layer keeps {parts:?}"),
     }
 }
 

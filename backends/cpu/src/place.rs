@@ -13,6 +13,8 @@ pub(crate) struct Draft {
     pub(crate) calls: Vec<Call<Value>>,
     pub(crate) matrices: Vec<MatrixUse>,
     pub(crate) vectors: Vec<VectorUse>,
+    /// Floats for each row on its way into the products of one phase.
+    pub(crate) packed_width: usize,
     widths: Vec<usize>,
     /// Of a value that is a view: the value it looks into, and its first column there.
     views: Vec<Option<(Value, usize)>>,
@@ -28,6 +30,7 @@ impl Draft {
             calls: Vec::new(),
             matrices: Vec::new(),
             vectors: Vec::new(),
+            packed_width: 0,
             widths: widths.to_vec(),
             views: vec![None; widths.len()],
             entry: None,
@@ -67,6 +70,7 @@ impl Draft {
 
     /// The index of a matrix of the block.
     pub(crate) fn matrix(&mut self, matrix: &Matrix, order: RowOrder) -> WeightIndex {
+        self.packed_width = self.packed_width.max(matrix.cols);
         self.matrices.push(MatrixUse { matrix: matrix.clone(), order });
         self.matrices.len() - 1
     }
@@ -97,7 +101,7 @@ pub(crate) struct Places {
 }
 
 /// Floats from row to row, so that rows begin on a cache line and products may write whole vectors.
-fn stride(width: usize) -> usize {
+pub(crate) fn stride(width: usize) -> usize {
     width.next_multiple_of(LANES).max(LANES)
 }
 

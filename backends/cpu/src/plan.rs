@@ -1,14 +1,16 @@
 //! Graph to calls: which ops become one call, where every value lies, which weights a block needs.
 
 use mainstay_backend_api::Limits;
-use mainstay_kernels_cpu::{After, Function, LANES, Pairing};
+use mainstay_kernels_cpu::{self as kernels, After, Function, LANES, Pairing};
 use mainstay_models::LoadError;
 use mainstay_models::adapter::RANK_MAX;
 use mainstay_models::graph::{
-    self, Activation, Block, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Value, Vector,
+    self, Activation, Block, Gate, Graph, Ids, Mask, Matrix, Op, PoolKind, Rope, RopeLayout, Value, Vector,
 };
 
 use crate::arena::Slot;
+use crate::experts::{Mixture, RouteShape};
+use crate::latent::LatentHeads;
 use crate::place::{Draft, Places};
 
 /// Index into the matrices or the vectors of a block.
@@ -29,13 +31,17 @@ pub(crate) struct VectorUse {
     pub(crate) order: RowOrder,
 }
 
-/// The order of a weight's rows in memory.
+/// Which of a weight's rows are rows in memory, in what order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum RowOrder {
-    /// As in the graph.
+    /// All, as in the graph.
     Plain,
     /// Runs of 16 rows of the first half and of the second half in turn: gate and up, for [`After::Gate`].
     Halves,
+    /// Some.
+    Some { first: usize, count: usize },
+    /// The columns of some are the rows in memory.
+    Columns { first: usize, count: usize },
 }
 
 /// An element-wise function with a number in it.
@@ -127,7 +133,7 @@ pub(crate) enum Call<P> {
         out: P,
     },
     Gate {
-        f: Function,
+        f: kernels::Gate,
         input: P,
         out: P,
     },
@@ -144,6 +150,56 @@ pub(crate) enum Call<P> {
         out: P,
         shape: Heads,
     },
+    /// Experts and weights of every row.
+    Route {
+        shape: RouteShape,
+        scores: P,
+        out: P,
+    },
+    /// What lies between the products of the experts, for every row and each of its experts; rows of one expert are
+    /// neighbours.
+    ExpertUp {
+        mixture: Mixture,
+        routes: P,
+        input: P,
+        out: P,
+    },
+    /// The experts' results, in the same order.
+    ExpertDown {
+        mixture: Mixture,
+        input: P,
+        out: P,
+    },
+    /// The weighted sum of each row's results.
+    ExpertSum {
+        mixture: Mixture,
+        routes: P,
+        input: P,
+        out: P,
+    },
+    /// Each head's columns times a matrix of its own; heads are `input_step` and `out_step` columns apart.
+    HeadProducts {
+        /// The first of so many matrices as there are heads.
+        weight: WeightIndex,
+        heads: usize,
+        input: P,
+        input_step: usize,
+        out: P,
+        out_step: usize,
+    },
+    /// Latent rows and rotated keys into the pages, the rotated part of the queries beside their other one.
+    AppendLatent {
+        q: HeadPath<P>,
+        key: HeadPath<P>,
+        latent: P,
+        queries: P,
+        shape: LatentHeads,
+    },
+    AttendLatent {
+        queries: P,
+        out: P,
+        shape: LatentHeads,
+    },
 }
 
 /// Sizes of one attention.
@@ -155,6 +211,8 @@ pub(crate) struct Heads {
     pub(crate) scale: f32,
     pub(crate) mask: Mask,
     pub(crate) softcap: Option<f32>,
+    /// A score for each query head.
+    pub(crate) sinks: Option<WeightIndex>,
 }
 
 /// A block, planned.
@@ -190,6 +248,13 @@ pub(crate) struct Plan {
     /// Widest head, and most query heads over one key head.
     pub(crate) head_dim: usize,
     pub(crate) group: usize,
+    /// Widest latent row and shared key of an attention to such rows.
+    pub(crate) latent: (usize, usize),
+    /// Most experts, and most of a row.
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
+    /// Most products of one phase.
+    pub(crate) products: usize,
 }
 
 /// What may become part of the product before it.
@@ -232,8 +297,7 @@ impl Plan {
                 Role::Epilogue => limits.output_rows,
                 Role::Pooled => limits.chunks,
             };
-            let widest = draft.matrices.iter().map(|m| m.matrix.cols).max().unwrap_or(0);
-            packed_len = packed_len.max(rows.saturating_mul(widest));
+            packed_len = packed_len.max(rows.saturating_mul(draft.packed_width));
             let entry = (role != Role::Prologue).then_some(hidden);
             let exit = matches!(role, Role::Prologue | Role::Layer).then_some(hidden);
             let (calls, result) = places.assign(&mut draft, rows, entry, exit);
@@ -258,7 +322,14 @@ impl Plan {
         let head_dim = shapes().map(|h| h.head_dim).max().unwrap_or(1);
         let group = shapes().map(|h| h.heads / h.kv_heads).max().unwrap_or(1);
         let whole_heads = shapes().filter(|h| h.mask == Mask::Full).map(|h| h.kv_heads).max().unwrap_or(0);
+        let calls = || blocks.iter().flat_map(|b| &b.calls);
+        let most = |of: fn(&Call<Slot>) -> usize| calls().map(of).max().unwrap_or(0);
+        let experts = most(|call| call.mixture().map_or(0, |m| m.count));
         Ok(Self {
+            latent: (most(|c| c.latent().map_or(0, |l| l.latent)), most(|c| c.latent().map_or(0, |l| l.key))),
+            experts,
+            top_k: most(|call| call.mixture().map_or(0, |m| m.top_k)),
+            products: most(|call| call.latent().map_or(1, |l| l.heads)).max(experts),
             arena_len: places.len(),
             prologue,
             blocks,
@@ -278,6 +349,20 @@ impl Plan {
 }
 
 impl<P: Copy> Call<P> {
+    fn mixture(&self) -> Option<Mixture> {
+        match self {
+            Call::ExpertUp { mixture, .. } => Some(*mixture),
+            _ => None,
+        }
+    }
+
+    fn latent(&self) -> Option<LatentHeads> {
+        match self {
+            Call::AttendLatent { shape, .. } => Some(*shape),
+            _ => None,
+        }
+    }
+
     fn heads(&self) -> Option<Heads> {
         match self {
             Call::Attend { shape, .. } => Some(*shape),
@@ -322,6 +407,35 @@ impl<P: Copy> Call<P> {
             Call::Attend { queries, out, shape } => {
                 Call::Attend { queries: f(queries, Read), out: f(out, Write), shape }
             }
+            Call::Route { shape, scores, out } => {
+                Call::Route { shape, scores: f(scores, Read), out: f(out, Write) }
+            }
+            Call::ExpertUp { mixture, routes, input, out } => {
+                Call::ExpertUp { mixture, routes: f(routes, Read), input: f(input, Read), out: f(out, Write) }
+            }
+            Call::ExpertDown { mixture, input, out } => {
+                Call::ExpertDown { mixture, input: f(input, Read), out: f(out, Write) }
+            }
+            Call::ExpertSum { mixture, routes, input, out } => Call::ExpertSum {
+                mixture,
+                routes: f(routes, Read),
+                input: f(input, Read),
+                out: f(out, Write),
+            },
+            Call::HeadProducts { weight, heads, input, input_step, out, out_step } => {
+                let (input, out) = (f(input, Read), f(out, Write));
+                Call::HeadProducts { weight, heads, input, input_step, out, out_step }
+            }
+            Call::AppendLatent { q, key, latent, queries, shape } => Call::AppendLatent {
+                q: HeadPath { input: f(q.input, Read), norm: q.norm, rope: q.rope },
+                key: HeadPath { input: f(key.input, Read), norm: key.norm, rope: key.rope },
+                latent: f(latent, Read),
+                queries: f(queries, Write),
+                shape,
+            },
+            Call::AttendLatent { queries, out, shape } => {
+                Call::AttendLatent { queries: f(queries, Read), out: f(out, Write), shape }
+            }
         }
     }
 }
@@ -334,7 +448,7 @@ pub(crate) enum Access {
 }
 
 /// Turns one block's ops into calls over values.
-struct Fuse<'a> {
+pub(crate) struct Fuse<'a> {
     ops: &'a [Op],
     role: Role,
     fusing: Fusing,
@@ -343,7 +457,7 @@ struct Fuse<'a> {
     readers: Vec<usize>,
     /// Ops that became part of a later call.
     absorbed: Vec<bool>,
-    draft: Draft,
+    pub(crate) draft: Draft,
 }
 
 impl<'a> Fuse<'a> {
@@ -404,6 +518,18 @@ impl<'a> Fuse<'a> {
                     self.absorbed[addend] = true;
                 }
             }
+            Op::AttendLatent(attend) => {
+                for (head, width) in
+                    [(attend.q, attend.plain_dim + attend.key_dim), (attend.key, attend.key_dim)]
+                {
+                    let is_last =
+                        |rope: &Rope| rope.head_dim == width && rope.first + attend.key_dim >= width;
+                    if matches!(&ops[head], Op::Rope { rope, .. } if is_last(rope)) && self.only_for_one(head)
+                    {
+                        self.absorbed[head] = true;
+                    }
+                }
+            }
             Op::Attend(attend) => {
                 for mut head in [attend.q, attend.k] {
                     if matches!(&ops[head], Op::Rope { rope, .. } if rope.head_dim == attend.head_dim)
@@ -458,7 +584,9 @@ impl<'a> Fuse<'a> {
         let allowed = match &ops[v] {
             Op::Input => self.role != Role::Prologue,
             Op::SelectRows { .. } => self.role == Role::Epilogue,
-            Op::Attend(_) | Op::Rope { .. } => self.role == Role::Layer,
+            Op::Attend(_) | Op::AttendLatent(_) | Op::Experts(_) | Op::Rope { .. } => {
+                self.role == Role::Layer
+            }
             Op::Embed { .. } => self.role == Role::Prologue,
             // Its other ops have one row for each pooled sequence.
             Op::Pool { input, .. } => self.role == Role::Pooled && matches!(ops[*input], Op::Input),
@@ -513,14 +641,16 @@ impl<'a> Fuse<'a> {
             }
             Op::Activate { input, f } => self.map(v, *input, Map::Activate(function(*f))),
             Op::GatedActivate { input, f } if self.absorbed[*input] => {
-                self.linear(*input, v, After::Gate(function(*f)))
+                self.linear(*input, v, After::Gate(gate(*f)))
             }
-            Op::GatedActivate { input, f } => Call::Gate { f: function(*f), input: *input, out: v },
+            Op::GatedActivate { input, f } => Call::Gate { f: gate(*f), input: *input, out: v },
             Op::Rope { input, rope } => {
                 self.draft.calls.push(Call::Copy { input: *input, out: v });
                 Call::Rope { rope: self.rope(rope), head_dim: rope.head_dim, out: v }
             }
             Op::Attend(attend) => self.attend(v, attend),
+            Op::AttendLatent(attend) => self.attend_latent(v, attend)?,
+            Op::Experts(experts) => self.experts(v, experts)?,
         }))
     }
 
@@ -566,7 +696,7 @@ impl<'a> Fuse<'a> {
         })
     }
 
-    fn head(&mut self, mut v: Value) -> HeadPath<Value> {
+    pub(crate) fn head(&mut self, mut v: Value) -> HeadPath<Value> {
         let ops = self.ops;
         let mut path = HeadPath { input: v, norm: None, rope: None };
         if let Op::Rope { input, rope } = &ops[v]
@@ -593,6 +723,7 @@ impl<'a> Fuse<'a> {
             scale: a.scale,
             mask: a.mask,
             softcap: a.softcap,
+            sinks: a.sinks.as_ref().map(|sinks| self.draft.vector(sinks, RowOrder::Plain)),
         };
         let (q, k) = (self.head(a.q), self.head(a.k));
         let queries = self.draft.extra(a.heads * a.head_dim);
@@ -614,6 +745,13 @@ pub(crate) fn function(f: Activation) -> Function {
         Activation::Relu => Function::Relu,
         Activation::Tanh => Function::Tanh,
         Activation::Sigmoid => Function::Sigmoid,
+    }
+}
+
+pub(crate) fn gate(f: Gate) -> kernels::Gate {
+    match f {
+        Gate::By(f) => kernels::Gate::By(function(f)),
+        Gate::Clamped { alpha, limit } => kernels::Gate::Clamped { alpha, limit },
     }
 }
 

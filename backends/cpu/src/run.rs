@@ -5,12 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
-use mainstay_backend_api::{AdapterId, Limits, Step};
-use mainstay_kernels_cpu::attend::{AttendShape, Sight};
-use mainstay_kernels_cpu::kv::KvPart;
+use mainstay_backend_api::{AdapterId, Limits, Step, oldest_page};
+use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
+use mainstay_kernels_cpu::kv::BlockShape;
 use mainstay_kernels_cpu::{
-    After, Form, Kernels, LANES, PART_ROWS, PackedMatrix, Part, Product, layer_norm, low_rank_in,
-    low_rank_out, mean, normalize, pack_tile, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
+    Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
@@ -21,23 +20,14 @@ use crate::load::BlockWeights;
 use crate::pages::Pages;
 use crate::plan::{Call, HeadPath, Heads, Map, Plan, Program, pairing};
 use crate::pool::{Job, Worker};
+use crate::products::Packed;
 use crate::whole::{Kv, StepKv};
 
 /// Consecutive tokens of a chunk whose attention is one job: they share loads of keys and values.
 pub(crate) const TASK_TOKENS: usize = 16;
 
-/// Rows that one job of a product has at most, the last tile included.
-pub(crate) const PART_ROWS_MAX: usize = PART_ROWS;
-
 /// Rows that one job of a row-wise call has.
 const ROWS: usize = 8;
-
-/// Ranks of an adapter's first product, and columns of its second, that are one job.
-const RANKS: usize = 16;
-const COLUMNS: usize = 512;
-
-/// Panels that one job of a product has at most.
-const PANELS_MAX: usize = 8;
 
 /// Everything that the threads share during a step.
 pub(crate) struct Core {
@@ -64,22 +54,22 @@ pub(crate) struct Work {
     /// Position and chunk of each token.
     tokens: Vec<(usize, usize)>,
     /// Tokens of one chunk in one page.
-    runs: Vec<Piece>,
+    pub(crate) runs: Vec<Piece>,
     /// Tokens of one chunk whose attention is one job.
-    tasks: Vec<Piece>,
+    pub(crate) tasks: Vec<Piece>,
     /// Rows that have an adapter, and which.
-    adapted: Vec<(usize, AdapterId)>,
+    pub(crate) adapted: Vec<(usize, AdapterId)>,
     /// The highest rank of these.
-    rank: usize,
+    pub(crate) rank: usize,
 }
 
 /// Consecutive tokens of one chunk.
-struct Piece {
-    chunk: usize,
+pub(crate) struct Piece {
+    pub(crate) chunk: usize,
     /// Rows of the step's values.
-    rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Position of the first.
-    position: usize,
+    pub(crate) position: usize,
 }
 
 impl Work {
@@ -131,17 +121,17 @@ impl Work {
 }
 
 /// One thread in one step.
-struct Runner<'a> {
-    core: &'a Core,
-    worker: &'a Worker<'a>,
-    step: &'a Step,
-    scratch: &'a mut Scratch,
+pub(crate) struct Runner<'a> {
+    pub(crate) core: &'a Core,
+    pub(crate) worker: &'a Worker<'a>,
+    pub(crate) step: &'a Step,
+    pub(crate) scratch: &'a mut Scratch,
     /// Rows of the values of the current block.
-    rows: usize,
-    weights: &'a BlockWeights,
-    layer: usize,
-    /// The value that is packed, and how, while products of it follow each other.
-    in_packed: Option<(Slot, Form)>,
+    pub(crate) rows: usize,
+    pub(crate) weights: &'a BlockWeights,
+    pub(crate) layer: usize,
+    /// What is packed, while products follow each other.
+    pub(crate) in_packed: Option<Packed>,
     /// Whether the current block is a layer's.
     is_layer: bool,
 }
@@ -196,7 +186,7 @@ impl Core {
     }
 
     /// Where a layer's keys and values are.
-    fn kv(&self, layer: usize, mask: Mask) -> Kv<'_> {
+    pub(crate) fn kv(&self, layer: usize, mask: Mask) -> Kv<'_> {
         match (mask, &self.step_kv) {
             (Mask::Full, Some(kv)) => Kv::Step(kv),
             _ => Kv::Pages(self.pages.layer(layer)),
@@ -216,7 +206,7 @@ impl Core {
     }
 }
 
-impl<'a> Runner<'a> {
+impl Runner<'_> {
     fn program(&mut self, program: &Program) {
         self.in_packed = None;
         for call in &program.calls {
@@ -259,6 +249,21 @@ impl<'a> Runner<'a> {
                 }),
                 Call::Append { q, k, v, queries, shape } => self.append(program, (q, k, v), queries, shape),
                 Call::Attend { queries, out, shape } => self.attend(queries, out, shape),
+                Call::Route { shape, scores, out } => self.route(shape, scores, out),
+                Call::ExpertUp { mixture, routes, input, out } => {
+                    self.expert_up(mixture, routes, input, out);
+                }
+                Call::ExpertDown { mixture, input, out } => self.expert_down(mixture, input, out),
+                Call::ExpertSum { mixture, routes, input, out } => {
+                    self.expert_sum(mixture, routes, input, out);
+                }
+                Call::HeadProducts { weight, heads, input, input_step, out, out_step } => {
+                    self.head_products((weight, heads), (input, input_step), (out, out_step));
+                }
+                Call::AppendLatent { q, key, latent, queries, shape } => {
+                    self.append_latent(program, (q, key), (latent, queries), shape);
+                }
+                Call::AttendLatent { queries, out, shape } => self.attend_latent(queries, out, shape),
             }
         }
     }
@@ -268,7 +273,7 @@ impl<'a> Runner<'a> {
     }
 
     /// One job for every few rows of the block.
-    fn in_rows(&self, f: impl Fn(&Self, Range<usize>, &Job)) {
+    pub(crate) fn in_rows(&self, f: impl Fn(&Self, Range<usize>, &Job)) {
         let rows = self.rows;
         self.worker.each(rows.div_ceil(ROWS), |job| {
             let first = job.index() * ROWS;
@@ -366,107 +371,25 @@ impl<'a> Runner<'a> {
 
     fn rope(&self, index: usize, head_dim: usize, out: Slot) {
         let plan = &self.core.plan;
-        let layout = pairing(plan.ropes[index].layout);
+        let (layout, first) = (pairing(plan.ropes[index].layout), plan.ropes[index].first);
         self.in_rows(|run, rows, job| {
             let angles = run.core.arena.read(plan.angles[index], rows.clone());
             let mut out = run.core.arena.write(out, rows, job);
             for r in 0..angles.rows() {
-                out.row(r).chunks_exact_mut(head_dim).for_each(|head| rope(head, angles.row(r), layout));
+                let heads = out.row(r).chunks_exact_mut(head_dim);
+                heads.for_each(|head| rope(&mut head[first..], angles.row(r), layout));
             }
         });
     }
 
-    /// A value's rows as a weight's products take them.
-    fn packed(&mut self, input: Slot, weight: &PackedMatrix) -> &'a [f32] {
-        let (core, rows, tile) = (self.core, self.rows, self.core.kernels.tile_rows());
-        let (form, cols) = (weight.form(), weight.cols());
-        if form == Form::Floats && rows == 1 {
-            return core.arena.read_flat(input, cols);
-        }
-        if self.in_packed != Some((input, form)) {
-            self.worker.each(rows.div_ceil(tile), |job| {
-                let first = job.index() * tile;
-                let last = (first + tile).min(rows);
-                let range = form.input_len(first, cols)..form.input_len(last, cols);
-                let place = core.arena.write_flat(core.plan.packed, range, &job);
-                let values = core.arena.read(input, 0..rows);
-                match form {
-                    Form::Floats => pack_tile(values, tile, job.index(), place),
-                    Form::Integers => core.kernels.quantize_tile(values, job.index(), place),
-                }
-            });
-        }
-        self.in_packed = Some((input, form));
-        core.arena.read_flat(core.plan.packed, form.input_len(rows, cols))
-    }
-
-    fn linear(&mut self, (weight, bias): (usize, Option<usize>), input: Slot, after: After, out: Slot) {
-        let core = self.core;
-        let (rows, tile) = (self.rows, core.kernels.tile_rows());
-        let weight = &*self.weights.matrices[weight];
-        let packed = self.packed(input, weight);
-        let bias = bias.map(|b| &*self.weights.vectors[b]);
-        let product = Product { weight, bias, input: packed, rows, after };
-        let gated = matches!(after, After::Gate(_));
-        let panels = weight.panels();
-        let count = (panels / (self.core.threads * 4)).clamp(2, PANELS_MAX) & !1;
-        let groups = panels.div_ceil(count);
-        let part_rows = PART_ROWS / tile * tile;
-        let floats = &mut self.scratch.floats;
-        self.worker.each(groups * rows.div_ceil(part_rows), |job| {
-            let first = job.index() % groups * count;
-            let row = job.index() / groups * part_rows;
-            let part =
-                Part { panels: first..(first + count).min(panels), rows: row..(row + part_rows).min(rows) };
-            let columns = |panel: usize| panel * LANES / if gated { 2 } else { 1 };
-            let place = Slot {
-                offset: out.offset + columns(first),
-                width: columns(part.panels.end) - columns(first),
-                ..out
-            };
-            let mut out = core.arena.write(place, part.rows.clone(), &job);
-            core.kernels.matmul(&product, &part, &mut out, floats);
-        });
-    }
-
-    /// Adds to the rows of a product what their adapters say.
-    fn adapt(&self, weight: usize, input: Slot, out: Slot) {
-        let core = self.core;
-        let Work { adapted, rank, .. } = &core.work;
-        let pieces = |(_, id): &(usize, AdapterId)| core.adapters[id].pieces(self.layer, weight);
-        let most = adapted.iter().map(|row| pieces(row).len()).max().unwrap_or(0);
-        let columns = adapted.iter().flat_map(&pieces).map(|piece| piece.rows).max().unwrap_or(0);
-        for nth in 0..most {
-            let (blocks, low) = (rank.div_ceil(RANKS), core.plan.low);
-            self.worker.each(adapted.len() * blocks, |job| {
-                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * RANKS);
-                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rank) else { return };
-                let ranks = first..(first + RANKS).min(piece.rank);
-                let rows = at.0..at.0 + 1;
-                let x = core.arena.read(input, rows.clone());
-                let mut low = core.arena.write(low.columns(ranks.clone()), rows, &job);
-                let a = piece.a.chunks_exact(x.cols()).skip(ranks.start);
-                low.row(0)
-                    .iter_mut()
-                    .zip(a)
-                    .for_each(|(low, a)| *low = low_rank_in(x.row(0), a, piece.scale));
-            });
-            let blocks = columns.div_ceil(COLUMNS);
-            self.worker.each(adapted.len() * blocks, |job| {
-                let (at, first) = (&adapted[job.index() / blocks], job.index() % blocks * COLUMNS);
-                let Some(piece) = pieces(at).get(nth).filter(|piece| first < piece.rows) else { return };
-                let end = (first + COLUMNS).min(piece.rows);
-                let rows = at.0..at.0 + 1;
-                let low = core.arena.read(low.columns(0..piece.rank), rows.clone());
-                let own = out.columns(piece.first + first..piece.first + end);
-                let mut own = core.arena.write(own, rows, &job);
-                low_rank_out(low.row(0), &piece.b, (piece.rows, first), own.row(0));
-            });
-        }
-    }
-
-    /// Norm and rotation, on one head of one token.
-    fn turn(&self, program: &Program, path: &HeadPath<Slot>, row: usize, head: &mut [f32]) {
+    /// Norm and rotation, on one head of one token, or on what is left of it behind its first `skipped` elements.
+    pub(crate) fn turn(
+        &self,
+        program: &Program,
+        path: &HeadPath<Slot>,
+        row: usize,
+        (head, skipped): (&mut [f32], usize),
+    ) {
         if let Some((weight, eps)) = path.norm {
             let width = self.vector_width(program, weight);
             rms_norm_in_place(head, &self.weights.vectors[weight][..width], eps);
@@ -474,7 +397,8 @@ impl<'a> Runner<'a> {
         if let Some(index) = path.rope {
             let plan = &self.core.plan;
             let angles = self.core.arena.read(plan.angles[index], row..row + 1);
-            rope(head, angles.row(0), pairing(plan.ropes[index].layout));
+            let turn = &plan.ropes[index];
+            rope(&mut head[turn.first - skipped..], angles.row(0), pairing(turn.layout));
         }
     }
 
@@ -491,6 +415,7 @@ impl<'a> Runner<'a> {
         let kv = core.kv(self.layer, shape.mask);
         let mut floats = std::mem::take(&mut self.scratch.floats);
         let row_of_head = &mut floats[..dim];
+        let [keys, values] = BlockShape::Heads { head_dim: dim }.parts();
         self.worker.each(core.work.runs.len() * kv_heads, |job| {
             let (run, head) = (&core.work.runs[job.index() / kv_heads], job.index() % kv_heads);
             let block = kv.block(self.step, (run.chunk, run.position / PAGE_TOKENS), head);
@@ -501,12 +426,13 @@ impl<'a> Runner<'a> {
                 let token = run.position % PAGE_TOKENS + i;
                 let read = |slot: Slot| core.arena.read(slot, row..row + 1).row(0);
                 row_of_head.copy_from_slice(&read(k.input)[head * dim..][..dim]);
-                self.turn(program, &k, row, row_of_head);
-                block.store_row(KvPart::Keys, token, row_of_head);
-                block.store_row(KvPart::Values, token, &read(v)[head * dim..][..dim]);
+                self.turn(program, &k, row, (row_of_head, 0));
+                block.store_row(keys, token, row_of_head);
+                block.store_row(values, token, &read(v)[head * dim..][..dim]);
                 let source = &read(q.input)[head * group * dim..][..group * dim];
                 turned.row(i).copy_from_slice(source);
-                turned.row(i).chunks_exact_mut(dim).for_each(|query| self.turn(program, &q, row, query));
+                let queries = turned.row(i).chunks_exact_mut(dim);
+                queries.for_each(|query| self.turn(program, &q, row, (query, 0)));
             }
         });
         self.scratch.floats = floats;
@@ -517,6 +443,7 @@ impl<'a> Runner<'a> {
         let Heads { kv_heads, head_dim: dim, .. } = shape;
         let group = shape.heads / kv_heads;
         let kv = core.kv(self.layer, shape.mask);
+        let sinks = shape.sinks.map(|sinks| &self.weights.vectors[sinks][..shape.heads]);
         let attention = &mut self.scratch.attention;
         let tasks = &core.work.tasks;
         self.worker.each(tasks.len() * kv_heads, |job| {
@@ -525,8 +452,12 @@ impl<'a> Runner<'a> {
             let (sight, seen) = sight(shape.mask, task, self.step);
             let one = AttendShape { group, head_dim: dim, scale: shape.scale, sight, softcap: shape.softcap };
             let columns = head * group * dim..(head + 1) * group * dim;
-            let query = core.arena.read(queries.columns(columns.clone()), task.rows.clone());
-            core.kernels.attend_start(attention, one, query, task.position);
+            let queries = Queries {
+                rows: core.arena.read(queries.columns(columns.clone()), task.rows.clone()),
+                position: task.position,
+                sinks: sinks.map(|sinks| &sinks[head * group..][..group]),
+            };
+            core.kernels.attend_start(attention, one, queries);
             for run in seen {
                 let block = kv.blocks().read(kv.block(self.step, (task.chunk, run), head));
                 core.kernels.attend_block(attention, block, run * PAGE_TOKENS);
@@ -553,10 +484,9 @@ impl<'a> Runner<'a> {
 fn sight(mask: Mask, task: &Piece, step: &Step) -> (Sight, Range<usize>) {
     match mask {
         Mask::Causal { window } => {
-            let window = window.unwrap_or(usize::MAX);
-            let oldest = (task.position + 1).saturating_sub(window) / PAGE_TOKENS;
+            let oldest = oldest_page(window, task.position);
             let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
-            (Sight::Window(window), oldest..newest + 1)
+            (Sight::Window(window.unwrap_or(usize::MAX)), oldest..newest + 1)
         }
         Mask::Full => {
             let len = step.chunks[task.chunk].tokens.len();

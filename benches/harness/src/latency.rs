@@ -7,7 +7,7 @@ use mainstay_backend_api::{
     Backend, Chunk, Executor, KvDType, Limits, OutputRow, PAGE_TOKENS, PageBytes, PageId, PageRef, Sampling,
     Step, StepError, StepOutput, Ticket, Want,
 };
-use mainstay_models::graph::{Graph, Op};
+use mainstay_models::graph::{Graph, KvSpec, Op};
 use mainstay_models::{LoadError, Weights};
 
 use crate::noise;
@@ -339,7 +339,7 @@ impl Cost {
                 cost.weight_bytes += stored_bytes(weight, "", weights);
             }
         }
-        let elements: usize = graph.kv.iter().map(|kv| 2 * kv.heads * kv.head_dim).sum();
+        let elements: usize = graph.kv.iter().map(KvSpec::elements).sum();
         cost.kv_bytes = (elements * kv_dtype.size_bytes()) as f64;
         cost
     }

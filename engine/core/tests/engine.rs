@@ -319,3 +319,27 @@ fn a_panic_of_the_engine_ends_the_process() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("the engine panicked"), "{said}");
 }
+
+#[test]
+fn a_smaller_model_that_guesses_changes_no_token() {
+    for draft in [echo(), echo().failing_every(7)] {
+        let options = EngineOptions::new(limits(), 16, VOCAB);
+        let handle =
+            Handle::start_with(Box::new(echo()), Some((Box::new(draft), limits())), options).unwrap();
+        let wanted: Vec<Request> = (0..6)
+            .map(|i| {
+                let mut wanted = request(&prompt(40 + i), 60);
+                (wanted.sampling.temperature, wanted.sampling.seed) = (0.8, i as u64);
+                wanted
+            })
+            .collect();
+        let running: Vec<Generation> = wanted.iter().map(|w| handle.submit(w.clone()).unwrap()).collect();
+        for (wanted, generation) in wanted.iter().zip(running) {
+            let sampling = Sampling { temperature: 0.8, seed: wanted.sampling.seed, ..Sampling::greedy() };
+            let expected = expected_run(VOCAB, &wanted.prompt, 60, &sampling);
+            assert_eq!(tokens(&all_events(generation), 0), expected);
+        }
+        let stats = handle.stats();
+        assert!(stats.draft_kept_tokens > 0 && stats.draft_kept_tokens <= stats.drafted_tokens, "{stats:?}");
+    }
+}

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::elementwise::softcap_vector;
-use crate::kv::{BLOCK_TOKENS, KvBlock, block_len, value_width};
+use crate::kv::{BLOCK_TOKENS, BlockShape, KvBlock, value_width};
 use crate::math::exp;
 use crate::simd::{Element, LANES, Simd};
 use crate::tile::{Operands, TileFn};
@@ -25,6 +25,17 @@ pub struct AttendShape {
     pub sight: Sight,
     /// Scores pass through `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+}
+
+/// Queries of consecutive tokens.
+#[derive(Clone, Copy)]
+pub struct Queries<'a> {
+    /// `[tokens, group * width of a query]`
+    pub rows: Mat<'a>,
+    /// Position of the first token.
+    pub position: usize,
+    /// A score for each head of the group that takes its share of every softmax and adds nothing.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// Which positions a row attends to.
@@ -51,19 +62,19 @@ impl Sight {
 /// The state of up to `rows` queries under way. A row is one query head of one token, ordered by token.
 #[derive(Debug)]
 pub struct Attention {
-    /// Scaled queries in tiles, `[head_dim][rows of the tile]` each.
-    queries: Vec<f32>,
+    /// Scaled queries in tiles, `[width][rows of the tile]` each.
+    pub(crate) queries: Vec<f32>,
     /// `[rows][value width]`
-    sums: Vec<f32>,
-    /// Scores, then weights, of the current block: `[rows of a tile][32]`.
-    weights: Vec<f32>,
+    pub(crate) sums: Vec<f32>,
+    /// Scores, then weights, of the current block: `[rows][32]`.
+    pub(crate) weights: Vec<f32>,
     /// Largest score so far, by row.
-    largest: Vec<f32>,
+    pub(crate) largest: Vec<f32>,
     /// Sums of weights so far by lane, `[rows][16]`.
-    totals: Vec<f32>,
+    pub(crate) totals: Vec<f32>,
     /// Visible tokens of the current block, by row.
-    visible: Vec<(usize, usize)>,
-    shape: AttendShape,
+    pub(crate) visible: Vec<(usize, usize)>,
+    pub(crate) shape: AttendShape,
     tokens: usize,
     /// Position of the first token.
     position: usize,
@@ -72,10 +83,15 @@ pub struct Attention {
 impl Attention {
     /// Memory for `rows` rows.
     pub fn new(rows: usize, head_dim: usize) -> Self {
+        Self::sized(rows, head_dim, rows * head_dim)
+    }
+
+    /// Memory for `rows` rows whose results are `head_dim` wide, and so many floats for queries.
+    pub(crate) fn sized(rows: usize, head_dim: usize, queries: usize) -> Self {
         Self {
-            queries: vec![0.0; rows * head_dim],
+            queries: vec![0.0; queries],
             sums: vec![0.0; rows * value_width(head_dim)],
-            weights: vec![0.0; rows.min(LANES) * BLOCK_TOKENS],
+            weights: vec![0.0; rows * BLOCK_TOKENS],
             largest: vec![0.0; rows],
             totals: vec![0.0; rows * LANES],
             visible: vec![(0, 0); rows],
@@ -91,75 +107,57 @@ impl Attention {
         }
     }
 
-    fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.tokens * self.shape.group
     }
-}
 
-impl Kernels {
-    /// Starts with queries `[tokens, group * head_dim]` of consecutive positions.
-    ///
-    /// # Panics
-    /// If the state was made for fewer rows or narrower heads.
-    pub fn attend_start(&self, state: &mut Attention, shape: AttendShape, queries: Mat<'_>, position: usize) {
-        let (dim, tile) = (shape.head_dim, self.tile_rows());
-        state.shape = shape;
-        state.tokens = queries.rows();
-        state.position = position;
-        let rows = state.rows();
-        assert_eq!(queries.cols(), shape.group * dim, "query width");
-        assert!(rows <= state.largest.len() && rows * dim <= state.queries.len(), "{rows} rows of {dim}");
-        assert!(rows * value_width(dim) <= state.sums.len(), "{rows} rows of {dim}");
-        state.sums[..rows * value_width(dim)].fill(0.0);
-        state.largest[..rows].fill(f32::NEG_INFINITY);
-        state.totals[..rows * LANES].fill(0.0);
-        for row in 0..rows {
-            let first = row / tile * tile;
-            let width = tile.min(rows - first);
-            let query = &queries.row(row / shape.group)[row % shape.group * dim..][..dim];
-            let places = state.queries[first * dim + row - first..].iter_mut().step_by(width);
-            places.zip(query).for_each(|(p, q)| *p = q * shape.scale);
-        }
-    }
-
-    /// Adds the block whose first token is at position `first`; blocks come in ascending order, and a block without
-    /// a visible token may be left out.
-    ///
-    /// # Panics
-    /// If the block is shorter than its shape.
-    pub fn attend_block(&self, state: &mut Attention, block: KvBlock<'_>, first: usize) {
-        assert!(block.len() >= block_len(state.shape.head_dim), "a block of {}", block.len());
-        let rows = state.rows();
-        for row in 0..rows {
-            let position = state.position + row / state.shape.group;
-            state.visible[row] = state.shape.sight.in_block(position, first);
-        }
-        let mut row = 0;
-        while row < rows {
-            let count = self.tile_rows().min(rows - row);
-            if state.visible[row..row + count].iter().any(|v| v.0 < v.1) {
-                match block {
-                    KvBlock::F32(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f32),
-                    KvBlock::BF16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_bf16),
-                }
+    /// Nothing seen yet but the sinks.
+    pub(crate) fn reset(&mut self, shape: AttendShape, queries: &Queries<'_>) {
+        self.shape = shape;
+        self.tokens = queries.rows.rows();
+        self.position = queries.position;
+        let (rows, width) = (self.rows(), value_width(shape.head_dim));
+        assert!(rows <= self.largest.len() && rows * width <= self.sums.len(), "{rows} rows of {width}");
+        self.sums[..rows * width].fill(0.0);
+        self.totals[..rows * LANES].fill(0.0);
+        self.largest[..rows].fill(f32::NEG_INFINITY);
+        if let Some(sinks) = queries.sinks {
+            assert_eq!(sinks.len(), shape.group, "a sink for each head");
+            for row in 0..rows {
+                self.largest[row] = sinks[row % shape.group];
+                self.totals[row * LANES] = 1.0;
             }
-            row += count;
         }
     }
 
-    fn attend_tile<E: Element>(
-        &self,
-        state: &mut Attention,
-        block: &[E],
-        rows: Range<usize>,
-        tile: TileFn<E>,
-    ) {
-        self.weigh(state, block, &rows, tile);
-        let Attention { visible, weights, sums, shape, .. } = state;
-        let width = value_width(shape.head_dim);
-        let values = &block[BLOCK_TOKENS * shape.head_dim..];
-        let visible = &visible[rows.clone()];
-        let sums = &mut sums[rows.start * width..rows.end * width];
+    /// Finds what each row sees of the block whose first token is at position `first`.
+    pub(crate) fn look(&mut self, first: usize) {
+        for row in 0..self.rows() {
+            let position = self.position + row / self.shape.group;
+            self.visible[row] = self.shape.sight.in_block(position, first);
+        }
+    }
+
+    /// The current block's scores of some rows, on their way to weights.
+    pub(crate) fn softmax_of(&mut self, rows: &Range<usize>) -> SoftmaxTile<'_> {
+        let width = value_width(self.shape.head_dim);
+        SoftmaxTile {
+            weights: &mut self.weights[rows.start * BLOCK_TOKENS..rows.end * BLOCK_TOKENS],
+            largest: &mut self.largest[rows.clone()],
+            totals: &mut self.totals[rows.start * LANES..rows.end * LANES],
+            visible: &self.visible[rows.clone()],
+            softcap: self.shape.softcap,
+            sums: &mut self.sums[rows.start * width..rows.end * width],
+        }
+    }
+
+    /// Adds weighted values, `[32][value width]`, to the sums of the rows of one tile.
+    pub(crate) fn mix<E: Element>(&mut self, values: &[E], rows: &Range<usize>, tile: TileFn<E>) {
+        let width = value_width(self.shape.head_dim);
+        let values = &values[..BLOCK_TOKENS * width];
+        let visible = &self.visible[rows.clone()];
+        let weights = &self.weights[rows.start * BLOCK_TOKENS..rows.end * BLOCK_TOKENS];
+        let sums = &mut self.sums[rows.start * width..rows.end * width];
         let mut add = |own: Range<usize>, tokens: Range<usize>| {
             if tokens.is_empty() {
                 return;
@@ -194,13 +192,67 @@ impl Kernels {
             add(r..r + 1, v.0.max(shared.end)..v.1);
         }
     }
+}
+
+impl Kernels {
+    /// Starts with queries of one head of keys.
+    ///
+    /// # Panics
+    /// If the state was made for fewer rows or narrower heads.
+    pub fn attend_start(&self, state: &mut Attention, shape: AttendShape, queries: Queries<'_>) {
+        let (dim, tile) = (shape.head_dim, self.tile_rows());
+        assert_eq!(queries.rows.cols(), shape.group * dim, "query width");
+        state.reset(shape, &queries);
+        let rows = state.rows();
+        assert!(rows * dim <= state.queries.len(), "{rows} rows of {dim}");
+        for row in 0..rows {
+            let first = row / tile * tile;
+            let width = tile.min(rows - first);
+            let query = &queries.rows.row(row / shape.group)[row % shape.group * dim..][..dim];
+            let places = state.queries[first * dim + row - first..].iter_mut().step_by(width);
+            places.zip(query).for_each(|(p, q)| *p = q * shape.scale);
+        }
+    }
+
+    /// Adds the block whose first token is at position `first`; blocks come in ascending order, and a block without
+    /// a visible token may be left out.
+    ///
+    /// # Panics
+    /// If the block is shorter than its shape.
+    pub fn attend_block(&self, state: &mut Attention, block: KvBlock<'_>, first: usize) {
+        let shape = BlockShape::Heads { head_dim: state.shape.head_dim };
+        assert!(block.len() >= shape.len(), "a block of {}", block.len());
+        state.look(first);
+        let rows = state.rows();
+        let mut row = 0;
+        while row < rows {
+            let count = self.tile_rows().min(rows - row);
+            if state.visible[row..row + count].iter().any(|v| v.0 < v.1) {
+                match block {
+                    KvBlock::F32(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f32),
+                    KvBlock::BF16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_bf16),
+                }
+            }
+            row += count;
+        }
+    }
+
+    fn attend_tile<E: Element>(
+        &self,
+        state: &mut Attention,
+        block: &[E],
+        rows: Range<usize>,
+        tile: TileFn<E>,
+    ) {
+        self.weigh(state, block, &rows, tile);
+        state.mix(&block[BLOCK_TOKENS * state.shape.head_dim..], &rows, tile);
+    }
 
     /// Scores of a block's keys, turned into weights, for the rows of one tile.
     fn weigh<E: Element>(&self, state: &mut Attention, block: &[E], rows: &Range<usize>, tile: TileFn<E>) {
         let (count, dim) = (rows.len(), state.shape.head_dim);
-        let width = value_width(dim);
-        let value_bytes = BLOCK_TOKENS * width * size_of::<E>();
-        let weights = &mut state.weights[..count * BLOCK_TOKENS];
+        let value_bytes = BLOCK_TOKENS * value_width(dim) * size_of::<E>();
+        let weights = &mut state.weights[rows.start * BLOCK_TOKENS..rows.end * BLOCK_TOKENS];
         weights.fill(0.0);
         let operands = Operands {
             left: block.as_ptr(),
@@ -219,16 +271,8 @@ impl Kernels {
         };
         // SAFETY: keys are [dim][32], the tile's queries [dim][count], weights [count][32].
         unsafe { tile(&operands, BLOCK_TOKENS / LANES, count) };
-        let softmax = SoftmaxTile {
-            weights,
-            largest: &mut state.largest[rows.clone()],
-            totals: &mut state.totals[rows.start * LANES..rows.end * LANES],
-            visible: &state.visible[rows.clone()],
-            softcap: state.shape.softcap,
-            sums: &mut state.sums[rows.start * width..rows.end * width],
-        };
         // SAFETY: the table was chosen for this machine; the slices are as long as the rows say.
-        unsafe { (self.table().softmax)(softmax) };
+        unsafe { (self.table().softmax)(state.softmax_of(rows)) };
     }
 
     /// Writes the results, `[tokens, group * head_dim]`.
@@ -330,7 +374,7 @@ mod tests {
 
     use super::*;
     use crate::Isa;
-    use crate::kv::{KvBlockMut, KvPart};
+    use crate::kv::KvBlockMut;
     use crate::math;
     use crate::simd::scalar::Scalar;
 
@@ -350,15 +394,21 @@ mod tests {
     }
 
     /// One row in plain loops: the definition that the kernels are held to, bit for bit.
-    fn attend_plainly(query: &[f32], rows: &Rows, position: usize, shape: &AttendShape) -> Vec<f32> {
+    fn attend_plainly(
+        query: &[f32],
+        rows: &Rows,
+        (position, sink): (usize, Option<f32>),
+        shape: &AttendShape,
+    ) -> Vec<f32> {
         let dim = shape.head_dim;
         let query: Vec<f32> = query.iter().map(|q| q * shape.scale).collect();
         let seen = match shape.sight {
             Sight::Window(window) => (position + 1).saturating_sub(window)..position + 1,
             Sight::Whole(len) => 0..len,
         };
-        let mut largest = f32::NEG_INFINITY;
+        let mut largest = sink.unwrap_or(f32::NEG_INFINITY);
         let mut totals = [0.0f32; LANES];
+        totals[0] = if sink.is_some() { 1.0 } else { 0.0 };
         let mut sums = vec![0.0f32; dim];
         for first in (0..seen.end).step_by(BLOCK_TOKENS) {
             let mut scores = [f32::NEG_INFINITY; BLOCK_TOKENS];
@@ -397,13 +447,15 @@ mod tests {
         view: impl Fn(&mut [E]) -> KvBlockMut<'_>,
         stored: impl Fn(f32) -> f32,
     ) -> (Vec<Vec<E>>, Rows) {
-        let mut blocks = vec![vec![nan; block_len(dim)]; count.div_ceil(BLOCK_TOKENS)];
+        let shape = BlockShape::Heads { head_dim: dim };
+        let mut blocks = vec![vec![nan; shape.len()]; count.div_ceil(BLOCK_TOKENS)];
         let mut rows = Rows { keys: Vec::new(), values: Vec::new() };
         for t in 0..count {
             let row = |n: usize| (0..dim).map(|d| noise(t * 1000 + d * 2 + n) * 2.0).collect::<Vec<_>>();
             let mut block = view(&mut blocks[t / BLOCK_TOKENS]);
-            block.store_row(KvPart::Keys, t % BLOCK_TOKENS, &row(0));
-            block.store_row(KvPart::Values, t % BLOCK_TOKENS, &row(1));
+            let [keys, values] = shape.parts();
+            block.store_row(keys, t % BLOCK_TOKENS, &row(0));
+            block.store_row(values, t % BLOCK_TOKENS, &row(1));
             rows.keys.push(row(0).into_iter().map(&stored).collect());
             rows.values.push(row(1).into_iter().map(&stored).collect());
         }
@@ -420,12 +472,11 @@ mod tests {
         let rows = if narrow { rounded } else { plain };
         let queries: Vec<f32> = (0..tokens * group * dim).map(|i| noise(i + 77) * 3.0).collect();
         let mut state = Attention::new(tokens * group, dim);
-        kernels.attend_start(
-            &mut state,
-            shape,
-            Mat::new(&queries, tokens, group * dim, group * dim),
-            position,
-        );
+        let rows_of_queries = Mat::new(&queries, tokens, group * dim, group * dim);
+        // Every other shape has sinks, low ones and ones that take most of the softmax.
+        let sinks: Vec<f32> = (0..group).map(|head| noise(head + 3) * 6.0).collect();
+        let sinks = (tokens % 2 == 0).then_some(&sinks[..]);
+        kernels.attend_start(&mut state, shape, Queries { rows: rows_of_queries, position, sinks });
         for i in 0..floats.len() {
             let block = if narrow { KvBlock::BF16(&halves[i]) } else { KvBlock::F32(&floats[i]) };
             kernels.attend_block(&mut state, block, i * BLOCK_TOKENS);
@@ -433,7 +484,8 @@ mod tests {
         let mut out = vec![0.0; queries.len()];
         kernels.attend_finish(&state, &mut MatMut::new(&mut out, tokens, group * dim, group * dim));
         for (i, query) in queries.chunks(dim).enumerate() {
-            let wanted = attend_plainly(query, &rows, position + i / group, &shape);
+            let sink = sinks.map(|sinks| sinks[i % group]);
+            let wanted = attend_plainly(query, &rows, (position + i / group, sink), &shape);
             let found = &out[i * dim..][..dim];
             let equal = wanted.iter().zip(found).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(
@@ -480,12 +532,13 @@ mod tests {
             AttendShape { group: 1, head_dim: 8, scale: 0.4, sight: Sight::Window(50), softcap: None };
         let (_, rows) = cache(80, 8, 0.0, |b| KvBlockMut::F32(b), |x| x);
         let query: Vec<f32> = (0..8).map(|d| noise(d + 5)).collect();
-        let found = attend_plainly(&query, &rows, 79, &shape);
+        let sink = 0.7f32;
+        let found = attend_plainly(&query, &rows, (79, Some(sink)), &shape);
         let dot = |t: usize| -> f64 {
             query.iter().zip(&rows.keys[t]).map(|(q, k)| f64::from(*q) * f64::from(*k) * 0.4).sum()
         };
         let weights: Vec<f64> = (30..80).map(|t| dot(t).exp()).collect();
-        let total: f64 = weights.iter().sum();
+        let total: f64 = weights.iter().sum::<f64>() + f64::from(sink).exp();
         for (d, found) in found.iter().enumerate() {
             let wanted: f64 =
                 (30..80).map(|t| weights[t - 30] * f64::from(rows.values[t][d])).sum::<f64>() / total;

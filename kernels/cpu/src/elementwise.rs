@@ -1,6 +1,6 @@
 //! Functions of single elements over rows.
 
-use crate::math::{Function, apply, tanh};
+use crate::math::{self, Function, Gate, apply, tanh};
 use crate::simd::{Element, LANES, Simd};
 use crate::{Kernels, Mat, MatMut};
 
@@ -13,12 +13,12 @@ pub(crate) fn activate<S: Simd>(s: S, f: Function, values: &mut [f32]) {
     }
 }
 
-/// `out = f(gate) * up` over alternating vectors of gate and up.
+/// Gate and up, in alternating vectors, become one.
 #[inline(always)]
-pub(crate) fn gate_pairs<S: Simd>(s: S, f: Function, pairs: &[f32], out: &mut [f32]) {
+pub(crate) fn gate_pairs<S: Simd>(s: S, f: Gate, pairs: &[f32], out: &mut [f32]) {
     let (pairs, _) = pairs.as_chunks::<LANES>();
     for (pair, out) in pairs.chunks_exact(2).zip(out.as_chunks_mut::<LANES>().0) {
-        let y = s.mul(apply(s, f, s.load(&pair[0])), s.load(&pair[1]));
+        let y = math::gate(s, f, s.load(&pair[0]), s.load(&pair[1]));
         s.store(out, y);
     }
 }
@@ -76,18 +76,23 @@ impl Kernels {
         in_vectors(values, |v| unsafe { (self.table().softcap)(cap, v) });
     }
 
-    /// `out = f(gate) * up`; the input's rows hold gate and up side by side.
+    /// The input's rows hold gate and up side by side, the output's what becomes of them.
     ///
     /// # Panics
     /// If the input is not twice as wide as the output.
-    pub fn gate(&self, f: Function, input: Mat<'_>, out: &mut MatMut<'_>) {
+    pub fn gate(&self, f: Gate, input: Mat<'_>, out: &mut MatMut<'_>) {
         assert!(input.cols() == 2 * out.cols() && input.rows() == out.rows(), "gate and up");
         for r in 0..out.rows() {
             let (gate, up) = input.row(r).split_at(out.cols());
-            let out = out.row(r);
-            out.copy_from_slice(gate);
-            self.activate(f, out);
-            out.iter_mut().zip(up).for_each(|(o, u)| *o *= u);
+            let sides = gate.chunks(LANES).zip(up.chunks(LANES));
+            for (out, (gate, up)) in out.row(r).chunks_mut(LANES).zip(sides) {
+                let (mut pair, mut both) = ([0.0; 2 * LANES], [0.0; LANES]);
+                pair[..gate.len()].copy_from_slice(gate);
+                pair[LANES..LANES + up.len()].copy_from_slice(up);
+                // SAFETY: the table was chosen for this machine.
+                unsafe { (self.table().gate_pairs)(f, &pair, &mut both) };
+                out.copy_from_slice(&both[..out.len()]);
+            }
         }
     }
 }

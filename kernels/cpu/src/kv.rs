@@ -1,5 +1,5 @@
-//! How keys and values of 32 tokens and one head lie in memory: keys transposed `[head_dim][32]`, so that one
-//! vector holds a dimension of 16 tokens, then values `[32][head_dim padded to 16]`.
+//! How what is kept of 32 tokens lies in memory: a head's keys transposed `[head_dim][32]`, so that one vector holds a
+//! dimension of 16 tokens, then its values `[32][head_dim padded to 16]`; latent rows and shared keys by token.
 
 use half::bf16;
 
@@ -27,14 +27,92 @@ impl KvType {
     }
 }
 
-/// Width of a stored value row.
-pub(crate) fn value_width(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(LANES)
+/// Width of a row that is stored by token.
+pub(crate) fn value_width(width: usize) -> usize {
+    width.next_multiple_of(LANES)
 }
 
-/// Elements of a block.
-pub fn block_len(head_dim: usize) -> usize {
-    BLOCK_TOKENS * (head_dim + value_width(head_dim))
+/// What a block holds of each of its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockShape {
+    /// The key, then the value, of one head.
+    Heads {
+        /// Width of each.
+        head_dim: usize,
+    },
+    /// The row that all heads' keys and values are made of, then the part of the key that they share.
+    Latent {
+        /// Width of the first.
+        latent: usize,
+        /// Width of the second.
+        key: usize,
+    },
+}
+
+/// One row of each token, and how these lie in the block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockPart {
+    /// First element.
+    first: usize,
+    /// Elements of a row.
+    width: usize,
+    order: Order,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// `[width][32]`
+    Transposed,
+    /// `[32][width padded to 16]`
+    Rows,
+}
+
+impl BlockShape {
+    /// Elements of a block.
+    pub fn len(self) -> usize {
+        let [first, second] = self.parts();
+        first.len() + second.len()
+    }
+
+    /// Whether a token has no elements.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// What a token has, in the order of a payload.
+    pub fn parts(self) -> [BlockPart; 2] {
+        let (widths, orders) = match self {
+            BlockShape::Heads { head_dim } => ([head_dim; 2], [Order::Transposed, Order::Rows]),
+            BlockShape::Latent { latent, key } => ([latent, key], [Order::Rows; 2]),
+        };
+        let first = BlockPart { first: 0, width: widths[0], order: orders[0] };
+        [first, BlockPart { first: first.len(), width: widths[1], order: orders[1] }]
+    }
+}
+
+impl BlockPart {
+    /// Elements in the block, padding included.
+    fn len(self) -> usize {
+        let row = match self.order {
+            Order::Transposed => self.width,
+            Order::Rows => value_width(self.width),
+        };
+        BLOCK_TOKENS * row
+    }
+
+    /// Elements of a row.
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Where elements of a token's row are: the first and the distance.
+    fn places(self, token: usize) -> (usize, usize) {
+        assert!(token < BLOCK_TOKENS, "token {token}");
+        match self.order {
+            Order::Transposed => (self.first + token, BLOCK_TOKENS),
+            Order::Rows => (self.first + token * value_width(self.width), 1),
+        }
+    }
 }
 
 /// One block for reading.
@@ -55,15 +133,6 @@ pub enum KvBlockMut<'a> {
     BF16(&'a mut [bf16]),
 }
 
-/// Keys, or values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvPart {
-    /// Keys.
-    Keys,
-    /// Values.
-    Values,
-}
-
 /// Rounds to nearest even as `half` does, without its branch per element.
 #[inline(always)]
 fn round(x: f32) -> bf16 {
@@ -71,15 +140,6 @@ fn round(x: f32) -> bf16 {
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let nan = (bits >> 16) | 0x40;
     bf16::from_bits(if x.is_nan() { nan } else { rounded } as u16)
-}
-
-/// Where elements of a token's row are: the first and the distance.
-fn places(part: KvPart, token: usize, head_dim: usize) -> (usize, usize) {
-    assert!(token < BLOCK_TOKENS, "token {token}");
-    match part {
-        KvPart::Keys => (token, BLOCK_TOKENS),
-        KvPart::Values => (BLOCK_TOKENS * head_dim + token * value_width(head_dim), 1),
-    }
 }
 
 impl KvBlock<'_> {
@@ -91,14 +151,14 @@ impl KvBlock<'_> {
         }
     }
 
-    /// Copies keys or values out: `[32][head_dim]`, little-endian, as stored.
+    /// Copies a part out: `[32][width]`, little-endian, as stored.
     ///
     /// # Panics
     /// If the block is shorter than its shape, or `out` has another length.
-    pub fn read_part(&self, part: KvPart, head_dim: usize, out: &mut [u8]) {
+    pub fn read_part(&self, part: BlockPart, out: &mut [u8]) {
         match self {
-            KvBlock::F32(b) => read_part(b, (part, head_dim), out, |x| x.to_le_bytes()),
-            KvBlock::BF16(b) => read_part(b, (part, head_dim), out, |x| x.to_le_bytes()),
+            KvBlock::F32(b) => read_part(b, part, out, |x| x.to_le_bytes()),
+            KvBlock::BF16(b) => read_part(b, part, out, |x| x.to_le_bytes()),
         }
     }
 }
@@ -107,9 +167,10 @@ impl KvBlockMut<'_> {
     /// Stores a token's row, rounded to the element type.
     ///
     /// # Panics
-    /// If the block is shorter than its shape.
-    pub fn store_row(&mut self, part: KvPart, token: usize, row: &[f32]) {
-        let (first, step) = places(part, token, row.len());
+    /// If the block is shorter than its shape, or the row has another width than the part.
+    pub fn store_row(&mut self, part: BlockPart, token: usize, row: &[f32]) {
+        assert_eq!(row.len(), part.width, "the width of a row");
+        let (first, step) = part.places(token);
         match self {
             KvBlockMut::F32(b) => b[first..].iter_mut().step_by(step).zip(row).for_each(|(p, x)| *p = *x),
             KvBlockMut::BF16(b) if step == 1 => {
@@ -121,46 +182,36 @@ impl KvBlockMut<'_> {
         }
     }
 
-    /// Stores keys or values from what [`KvBlock::read_part`] gave.
+    /// Stores a part from what [`KvBlock::read_part`] gave.
     ///
     /// # Panics
     /// If the block is shorter than its shape, or `bytes` have another length.
-    pub fn write_part(&mut self, part: KvPart, head_dim: usize, bytes: &[u8]) {
+    pub fn write_part(&mut self, part: BlockPart, bytes: &[u8]) {
         match self {
-            KvBlockMut::F32(b) => write_part(b, (part, head_dim), bytes, f32::from_le_bytes),
-            KvBlockMut::BF16(b) => write_part(b, (part, head_dim), bytes, bf16::from_le_bytes),
+            KvBlockMut::F32(b) => write_part(b, part, bytes, f32::from_le_bytes),
+            KvBlockMut::BF16(b) => write_part(b, part, bytes, bf16::from_le_bytes),
         }
-    }
-}
-
-/// Where a part begins, and how many elements it has in a payload and in the block.
-fn extent(part: KvPart, head_dim: usize) -> (usize, usize, usize) {
-    let payload = BLOCK_TOKENS * head_dim;
-    match part {
-        KvPart::Keys => (0, payload, payload),
-        KvPart::Values => (payload, payload, BLOCK_TOKENS * value_width(head_dim)),
     }
 }
 
 fn read_part<E: Copy, const BYTES: usize>(
     block: &[E],
-    (part, head_dim): (KvPart, usize),
+    part: BlockPart,
     out: &mut [u8],
     bytes: impl Fn(E) -> [u8; BYTES],
 ) {
-    let (first, payload, stored) = extent(part, head_dim);
-    assert_eq!(out.len(), payload * BYTES, "bytes of 32 rows of {head_dim}");
-    let block = &block[first..first + stored];
-    let rows = out.as_chunks_mut::<BYTES>().0.chunks_exact_mut(head_dim.max(1));
-    match part {
-        KvPart::Keys => {
+    assert_eq!(out.len(), BLOCK_TOKENS * part.width * BYTES, "bytes of 32 rows of {}", part.width);
+    let block = &block[part.first..part.first + part.len()];
+    let rows = out.as_chunks_mut::<BYTES>().0.chunks_exact_mut(part.width.max(1));
+    match part.order {
+        Order::Transposed => {
             let lines = block.as_chunks::<BLOCK_TOKENS>().0;
             for (token, row) in rows.enumerate() {
                 row.iter_mut().zip(lines).for_each(|(p, line)| *p = bytes(line[token]));
             }
         }
-        KvPart::Values => {
-            for (row, line) in rows.zip(block.chunks_exact(value_width(head_dim).max(1))) {
+        Order::Rows => {
+            for (row, line) in rows.zip(block.chunks_exact(value_width(part.width).max(1))) {
                 row.iter_mut().zip(line).for_each(|(p, x)| *p = bytes(*x));
             }
         }
@@ -169,26 +220,26 @@ fn read_part<E: Copy, const BYTES: usize>(
 
 fn write_part<E, const BYTES: usize>(
     block: &mut [E],
-    (part, head_dim): (KvPart, usize),
+    part: BlockPart,
     payload: &[u8],
     element: impl Fn([u8; BYTES]) -> E,
 ) {
-    let (first, len, stored) = extent(part, head_dim);
-    assert_eq!(payload.len(), len * BYTES, "bytes of 32 rows of {head_dim}");
-    let block = &mut block[first..first + stored];
+    let width = part.width;
+    assert_eq!(payload.len(), BLOCK_TOKENS * width * BYTES, "bytes of 32 rows of {width}");
+    let block = &mut block[part.first..part.first + part.len()];
     let elements = payload.as_chunks::<BYTES>().0;
-    match part {
-        KvPart::Keys => {
+    match part.order {
+        Order::Transposed => {
             // Whole lines are written, one after the other: the payload of a block fits the first cache, and a write
             // to every line for every token would not.
             for (dim, line) in block.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().enumerate() {
-                let column = elements[dim..].iter().step_by(head_dim);
+                let column = elements[dim..].iter().step_by(width);
                 line.iter_mut().zip(column).for_each(|(p, e)| *p = element(*e));
             }
         }
-        KvPart::Values => {
-            let lines = block.chunks_exact_mut(value_width(head_dim).max(1));
-            for (row, line) in elements.chunks_exact(head_dim.max(1)).zip(lines) {
+        Order::Rows => {
+            let lines = block.chunks_exact_mut(value_width(width).max(1));
+            for (row, line) in elements.chunks_exact(width.max(1)).zip(lines) {
                 row.iter().zip(line).for_each(|(e, p)| *p = element(*e));
             }
         }
@@ -213,30 +264,32 @@ mod tests {
 
     #[test]
     fn rows_come_back() {
-        for head_dim in [8, 16, 20] {
-            let mut floats = vec![0.0; block_len(head_dim)];
-            let mut halves = vec![bf16::ZERO; block_len(head_dim)];
-            let row =
-                |t: usize, n: usize| (0..head_dim).map(|d| (t * 100 + d + n) as f32).collect::<Vec<_>>();
+        let latent = |latent, key| BlockShape::Latent { latent, key };
+        let heads = [8, 16, 20].map(|head_dim| BlockShape::Heads { head_dim });
+        for shape in heads.into_iter().chain([latent(16, 8), latent(20, 6)]) {
+            let mut floats = vec![0.0; shape.len()];
+            let mut halves = vec![bf16::ZERO; shape.len()];
+            let row = |part: BlockPart, t: usize| {
+                (0..part.width()).map(|d| (t * 100 + d + part.first % 7) as f32).collect::<Vec<_>>()
+            };
             for t in 0..BLOCK_TOKENS {
                 for mut block in [KvBlockMut::F32(&mut floats), KvBlockMut::BF16(&mut halves)] {
-                    block.store_row(KvPart::Keys, t, &row(t, 0));
-                    block.store_row(KvPart::Values, t, &row(t, 7));
+                    shape.parts().iter().for_each(|&part| block.store_row(part, t, &row(part, t)));
                 }
             }
-            let mut copies = (vec![0.0; block_len(head_dim)], vec![bf16::ZERO; block_len(head_dim)]);
-            for (part, n) in [(KvPart::Keys, 0), (KvPart::Values, 7)] {
-                let rows: Vec<f32> = (0..BLOCK_TOKENS).flat_map(|t| row(t, n)).collect();
+            let mut copies = (vec![0.0; shape.len()], vec![bf16::ZERO; shape.len()]);
+            for part in shape.parts() {
+                let rows: Vec<f32> = (0..BLOCK_TOKENS).flat_map(|t| row(part, t)).collect();
                 let mut bytes = vec![0; 4 * rows.len()];
-                KvBlock::F32(&floats).read_part(part, head_dim, &mut bytes);
+                KvBlock::F32(&floats).read_part(part, &mut bytes);
                 let wanted: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
                 assert_eq!(bytes, wanted);
-                KvBlockMut::F32(&mut copies.0).write_part(part, head_dim, &bytes);
+                KvBlockMut::F32(&mut copies.0).write_part(part, &bytes);
                 let mut bytes = vec![0; 2 * rows.len()];
-                KvBlock::BF16(&halves).read_part(part, head_dim, &mut bytes);
+                KvBlock::BF16(&halves).read_part(part, &mut bytes);
                 let wanted: Vec<u8> = rows.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
                 assert_eq!(bytes, wanted);
-                KvBlockMut::BF16(&mut copies.1).write_part(part, head_dim, &bytes);
+                KvBlockMut::BF16(&mut copies.1).write_part(part, &bytes);
             }
             assert_eq!(copies, (floats, halves));
         }

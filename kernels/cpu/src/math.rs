@@ -17,6 +17,22 @@ pub enum Function {
     Tanh,
     /// 1 / (1 + exp(-x))
     Sigmoid,
+    /// exp(x)
+    Exp,
+}
+
+/// What a gate makes of itself and of what it gates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gate {
+    /// `f(gate) * up`
+    By(Function),
+    /// `g / (1 + exp(-alpha * g)) * (u + 1)` with `g = min(gate, limit)` and `u = max(min(up, limit), -limit)`.
+    Clamped {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// The bound.
+        limit: f32,
+    },
 }
 
 /// exp(x) within 2 units in the last place; exactly 1 at 0, exactly 0 below -87.3, at most 2^127.5 above.
@@ -91,6 +107,20 @@ pub(crate) fn apply<S: Simd>(s: S, f: Function, x: S::V) -> S::V {
         Function::Relu => s.max(x, s.splat(0.0)),
         Function::Tanh => tanh(s, x),
         Function::Sigmoid => s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x)))),
+        Function::Exp => exp(s, x),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn gate<S: Simd>(s: S, f: Gate, gate: S::V, up: S::V) -> S::V {
+    match f {
+        Gate::By(f) => s.mul(apply(s, f, gate), up),
+        Gate::Clamped { alpha, limit } => {
+            let (limit, one) = (s.splat(limit), s.splat(1.0));
+            let (gate, up) = (s.min(gate, limit), s.max(s.min(up, limit), s.sub(s.splat(0.0), limit)));
+            let e = exp(s, s.mul(s.splat(-alpha), gate));
+            s.mul(s.div(gate, s.add(one, e)), s.add(up, one))
+        }
     }
 }
 
@@ -169,6 +199,21 @@ mod tests {
             [(0.5f32, 0.5204998778), (1.0, 0.8427007929), (2.0, 0.9953222650), (-0.25, -0.2763263902)]
         {
             assert!((f64::from(erf(Scalar, [x; 16])[0]) - y).abs() < 3e-7, "erf({x})");
+        }
+    }
+
+    #[test]
+    fn a_clamped_gate_is_close_and_bounded() {
+        let f = |g: f32, u: f32| gate(Scalar, Gate::Clamped { alpha: 1.7, limit: 3.0 }, [g; 16], [u; 16])[5];
+        let exact = |g: f64, u: f64| {
+            let (g, u) = (g.min(3.0), u.clamp(-3.0, 3.0));
+            g / (1.0 + (-f64::from(1.7f32) * g).exp()) * (u + 1.0)
+        };
+        for (g, u) in
+            [(0.5, 0.25), (-2.0, 1.0), (7.0, 1.0), (1.0, 9.0), (1.0, -9.0), (-60.0, 2.0), (3.0, -3.0)]
+        {
+            let wanted = exact(f64::from(g), f64::from(u));
+            assert!((f64::from(f(g, u)) - wanted).abs() < 2e-6, "{g}, {u}: {}, expected {wanted}", f(g, u));
         }
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::math::Function;
+use crate::math::{Function, Gate};
 use crate::pack::{Form, PackedMatrix, WeightType};
 use crate::quantized::product;
 use crate::simd::LANES;
@@ -14,7 +14,7 @@ use crate::tile::Operands;
 use crate::{Kernels, MatMut};
 
 /// What is done with a finished sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum After {
     /// Stored.
     Store,
@@ -22,8 +22,8 @@ pub enum After {
     Accumulate,
     /// Mapped, then stored.
     Activate(Function),
-    /// Panels alternate gate and up; `f(gate) * up` is stored, half as wide.
-    Gate(Function),
+    /// Panels alternate gate and up; what becomes of both is stored, half as wide.
+    Gate(Gate),
 }
 
 /// A product `x W^T + bias` that several threads work on, each on its own part of the output.

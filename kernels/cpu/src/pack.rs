@@ -292,16 +292,15 @@ impl PanelWriter<'_> {
 /// Packs activation rows for products of several rows: tiles of `tile` rows, inside a tile `[cols][rows of the
 /// tile]`, so that the inner loop reads them forward. One row is packed as it is.
 ///
-/// Writes tile number `index` of `input` to its place in `packed`, which holds all `input.rows() * input.cols()`.
+/// Writes the rows of one tile, wherever they are, to the tile's place among the packed ones.
 ///
 /// # Panics
-/// If `packed` is not the tile's place: `min(tile, rows left) * cols` long.
-pub fn pack_tile(input: crate::Mat<'_>, tile: usize, index: usize, packed: &mut [f32]) {
-    let first = index * tile;
-    let rows = tile.min(input.rows() - first);
-    assert_eq!(packed.len(), rows * input.cols(), "a tile of {rows} rows of {}", input.cols());
-    for r in 0..rows {
-        for (place, &x) in packed[r..].iter_mut().step_by(rows).zip(input.row(first + r)) {
+/// If `packed` is not as long as all rows together.
+pub fn pack_tile<'a>(rows: impl ExactSizeIterator<Item = &'a [f32]>, packed: &mut [f32]) {
+    let (count, len) = (rows.len(), packed.len());
+    for (r, row) in rows.enumerate() {
+        assert_eq!(row.len() * count, len, "a tile of {count} rows of {}", row.len());
+        for (place, &x) in packed[r..].iter_mut().step_by(count).zip(row) {
             *place = x;
         }
     }
@@ -350,7 +349,7 @@ mod tests {
         let input = Mat::new(&data, 7, 2, 2);
         let mut packed = vec![0.0; 14];
         for (i, place) in packed.chunks_mut(8).enumerate() {
-            pack_tile(input, 4, i, place);
+            pack_tile((4 * i..7.min(4 * i + 4)).map(|r| input.row(r)), place);
         }
         assert_eq!(packed, [0., 2., 4., 6., 1., 3., 5., 7., 8., 10., 12., 9., 11., 13.]);
     }

@@ -5,12 +5,12 @@ use half::{bf16, f16};
 use crate::attend::{self, SoftmaxTile};
 use crate::elementwise;
 use crate::isa::{Isa, IsaError};
-use crate::math::Function;
+use crate::math::{Function, Gate};
 use crate::quantized::kind::Kind;
 use crate::quantized::tile::{CodeTileFn, MODES, Operands as CodeOperands};
 use crate::quantized::unpack::{Packed, UnpackFn, Unpacked};
 use crate::quantized::{input, tile as code_tile, unpack};
-use crate::simd::{Simd, scalar::Scalar};
+use crate::simd::{Bytes, Simd, scalar::Scalar};
 use crate::tile::{self, Operands, TileFn};
 
 /// The functions that differ by instruction set. All are unsafe to call on a machine without it.
@@ -22,7 +22,7 @@ pub(crate) struct Table {
     pub(crate) widen_f16: unsafe fn(*const f16, &mut [f32]),
     pub(crate) widen_bf16: unsafe fn(*const bf16, &mut [f32]),
     pub(crate) activate: unsafe fn(Function, &mut [f32]),
-    pub(crate) gate_pairs: unsafe fn(Function, &[f32], &mut [f32]),
+    pub(crate) gate_pairs: unsafe fn(Gate, &[f32], &mut [f32]),
     pub(crate) softcap: unsafe fn(f32, &mut [f32]),
     pub(crate) softmax: unsafe fn(SoftmaxTile<'_>),
     pub(crate) sum: unsafe fn(&[f32]) -> f32,
@@ -63,7 +63,7 @@ macro_rules! table {
                 fn widen_f16(from: *const f16, out: &mut [f32]) => elementwise::widen;
                 fn widen_bf16(from: *const bf16, out: &mut [f32]) => elementwise::widen;
                 fn activate(f: Function, values: &mut [f32]) => elementwise::activate;
-                fn gate_pairs(f: Function, pairs: &[f32], out: &mut [f32]) => elementwise::gate_pairs;
+                fn gate_pairs(f: Gate, pairs: &[f32], out: &mut [f32]) => elementwise::gate_pairs;
                 fn softcap(cap: f32, values: &mut [f32]) => elementwise::softcap;
                 fn softmax(tile: SoftmaxTile<'_>) => attend::softmax;
                 fn sum(lanes: &[f32]) -> f32 => attend::sum;
@@ -119,14 +119,17 @@ pub(crate) struct CodeTable {
     pub(crate) quantize: unsafe fn(&[f32], *mut u8, usize, usize),
     /// By kind.
     pub(crate) unpack: [UnpackFn; Kind::ALL.len()],
-    /// By mode.
-    pub(crate) tiles: [CodeTileFn; MODES.len()],
+    /// By kind.
+    pub(crate) tiles: [CodeTileFn; Kind::ALL.len()],
 }
 
 macro_rules! code_table {
-    ($module:ident, $witness:expr $(, #[$features:meta])?) => {
+    ($module:ident, $set:ty, $witness:expr $(, #[$features:meta])?) => {
         mod $module {
             use super::*;
+
+            const MODE_TILES: [CodeTileFn; MODES.len()] =
+                [tile::<0>, tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>];
 
             pub(super) static TABLE: CodeTable = CodeTable {
                 quantize,
@@ -134,7 +137,7 @@ macro_rules! code_table {
                     unpack::<0>, unpack::<1>, unpack::<2>, unpack::<3>, unpack::<4>, unpack::<5>, unpack::<6>,
                     unpack::<7>, unpack::<8>, unpack::<9>, unpack::<10>, unpack::<11>, unpack::<12>, unpack::<13>,
                 ],
-                tiles: [tile::<0>, tile::<1>, tile::<2>, tile::<3>, tile::<4>],
+                tiles: code_tile::of_kinds(MODE_TILES, <$set>::WIDENS),
             };
 
             /// # Safety
@@ -164,11 +167,12 @@ macro_rules! code_table {
     };
 }
 
-code_table!(scalar_codes, Scalar);
+code_table!(scalar_codes, Scalar, Scalar);
 
 #[cfg(target_arch = "x86_64")]
 code_table!(
     avx2_codes,
+    crate::simd::avx2::Avx2,
     crate::simd::avx2::Avx2::new(),
     #[target_feature(enable = "avx2,fma,f16c")]
 );
@@ -176,6 +180,7 @@ code_table!(
 #[cfg(target_arch = "x86_64")]
 code_table!(
     vnni_codes,
+    crate::simd::vnni::Vnni,
     crate::simd::vnni::Vnni::new(),
     #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 );
@@ -183,6 +188,7 @@ code_table!(
 #[cfg(target_arch = "aarch64")]
 code_table!(
     neon_codes,
+    crate::simd::neon::Neon,
     crate::simd::neon::Neon::new(),
     #[target_feature(enable = "neon")]
 );

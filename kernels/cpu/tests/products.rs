@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use mainstay_kernels_cpu::{
-    After, Function, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, SourceRows, WeightType,
-    pack_tile, scratch_len,
+    After, Function, Gate, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, SourceRows,
+    WeightType, pack_tile, scratch_len,
 };
 
 fn noise(i: usize) -> f32 {
@@ -33,6 +33,16 @@ fn weights(dtype: WeightType, rows: usize, cols: usize) -> (PackedMatrix, Vec<f3
     (packed, stored)
 }
 
+const FUNCTIONS: [Function; 7] = [
+    Function::Silu,
+    Function::GeluTanh,
+    Function::GeluErf,
+    Function::Relu,
+    Function::Tanh,
+    Function::Sigmoid,
+    Function::Exp,
+];
+
 /// The definition: one chain per element.
 fn plainly(input: &[f32], weight: &[f32], bias: Option<&[f32]>, shape: (usize, usize, usize)) -> Vec<f32> {
     let (m, n, k) = shape;
@@ -50,8 +60,8 @@ fn plainly(input: &[f32], weight: &[f32], bias: Option<&[f32]>, shape: (usize, u
 fn pack(kernels: &Kernels, input: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let mut packed = vec![0.0; rows * cols];
     let tile = kernels.tile_rows();
-    for (i, place) in packed.chunks_mut(tile * cols).enumerate() {
-        pack_tile(Mat::new(input, rows, cols, cols), tile, i, place);
+    for (place, rows) in packed.chunks_mut(tile * cols).zip(input.chunks(tile * cols)) {
+        pack_tile(rows.chunks_exact(cols), place);
     }
     packed
 }
@@ -134,13 +144,15 @@ fn endings_apply_to_the_finished_sum() {
             assert!(out.iter().zip(&residual).zip(&sums).all(|((o, r), s)| *o == r + s), "{isa:?}: residual");
 
             let scalar = Kernels::new(Isa::Scalar).expect("supported");
-            for f in [Function::Silu, Function::GeluTanh, Function::GeluErf, Function::Relu, Function::Tanh] {
+            for f in FUNCTIONS {
                 let mut out = vec![0.0; m * n];
                 multiply(&kernels, &product(After::Activate(f)), 2, 1, &mut out);
                 let mut wanted = sums.clone();
                 scalar.activate(f, &mut wanted);
                 assert!(out == wanted, "{isa:?}: {f:?}");
-
+            }
+            let clamped = Gate::Clamped { alpha: 1.702, limit: 0.5 };
+            for f in FUNCTIONS.map(Gate::By).into_iter().chain([clamped]) {
                 // Panels in turn are gate and up; the plain function has them side by side.
                 let mut out = vec![0.0; m * n / 2];
                 multiply(&kernels, &product(After::Gate(f)), 2, 1, &mut out);
@@ -164,7 +176,7 @@ fn elementwise_functions_equal_the_scalar_twin() {
     let values: Vec<f32> = (0..70_001).map(|i| noise(i) * if i % 3 == 0 { 100.0 } else { 4.0 }).collect();
     for isa in Isa::supported() {
         let kernels = Kernels::new(isa).expect("supported");
-        for f in [Function::Silu, Function::GeluTanh, Function::GeluErf, Function::Relu, Function::Tanh] {
+        for f in FUNCTIONS {
             let (mut a, mut b) = (values.clone(), values.clone());
             kernels.activate(f, &mut a);
             scalar.activate(f, &mut b);

@@ -3,8 +3,8 @@
 
 use half::f16;
 use mainstay_kernels_cpu::{
-    After, BLOCK, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType,
-    scratch_len,
+    After, BLOCK, Form, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
+    Product, WeightType, scratch_len,
 };
 
 const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -156,10 +156,11 @@ fn plainly(m: &Matrix, row: &[Integers], x: &[([i32; BLOCK], f32)], start: f32) 
 }
 
 fn quantize(kernels: &Kernels, input: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let per_row = mainstay_kernels_cpu::Form::Integers.input_len(1, cols);
+    let per_row = Form::Integers.input_len(1, cols);
     let mut packed = vec![f32::NAN; rows * per_row];
-    for (i, place) in packed.chunks_mut(kernels.tile_rows() * per_row).enumerate() {
-        kernels.quantize_tile(Mat::new(input, rows, cols, cols), i, place);
+    let tile = kernels.tile_rows();
+    for (place, rows) in packed.chunks_mut(tile * per_row).zip(input.chunks(tile * cols)) {
+        kernels.quantize_tile(rows.chunks_exact(cols), place);
     }
     packed
 }
@@ -278,6 +279,38 @@ fn panels_of_several_kinds_are_one_product() {
                 for r in 0..m {
                     let at = r * rows + p * LANES..r * rows + (p + 1) * LANES;
                     assert!(found[at.clone()] == wanted[at], "{kernels:?}, {m} rows, panel {p}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_apply_to_finished_sums() {
+    let gates = [Gate::By(Function::Silu), Gate::Clamped { alpha: 1.702, limit: 0.5 }];
+    let scalar = Kernels::new(Isa::Scalar).expect("supported");
+    for kind in [Kind::Eight, Kind::FourFloat, Kind::NestedFourMin] {
+        let m = matrix(kind, 6 * LANES, 512);
+        for kernels in Isa::supported().map(|isa| Kernels::new(isa).expect("supported")) {
+            for rows in [1, 3, 13] {
+                let (n, input) = (m.rows.len(), quantize(&kernels, &activations(rows, m.cols), rows, m.cols));
+                let product = |after| Product { weight: &m.packed, bias: None, input: &input, rows, after };
+                let mut sums = vec![f32::NAN; rows * n];
+                multiply(&kernels, &product(After::Store), (6, 1), &mut sums);
+                // Panels in turn are gate and up; the plain function has them side by side.
+                let panels: Vec<&[f32]> = sums.chunks(LANES).collect();
+                let side = |row: &[&[f32]], first: usize| {
+                    row.iter().skip(first).step_by(2).flat_map(|panel| panel.to_vec()).collect::<Vec<f32>>()
+                };
+                let pairs: Vec<f32> =
+                    panels.chunks(6).flat_map(|row| [side(row, 0), side(row, 1)]).flatten().collect();
+                for gate in gates {
+                    let mut found = vec![f32::NAN; rows * n / 2];
+                    multiply(&kernels, &product(After::Gate(gate)), (2, 1), &mut found);
+                    let mut wanted = vec![f32::NAN; rows * n / 2];
+                    let place = &mut MatMut::new(&mut wanted, rows, n / 2, n / 2);
+                    scalar.gate(gate, Mat::new(&pairs, rows, n, n), place);
+                    assert!(found == wanted, "{kernels:?}, {kind:?}, {rows} rows: {gate:?}");
                 }
             }
         }

@@ -145,6 +145,7 @@ impl Bert {
             scale: (head_dim as f64).powf(-0.5) as f32,
             mask: Mask::Full,
             softcap: None,
+            sinks: None,
         }));
         linear(block, rows, "attention.output.dense", (self.hidden, self.hidden))
     }

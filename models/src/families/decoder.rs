@@ -2,15 +2,16 @@
 
 use crate::LoadError;
 use crate::config::Config;
+use crate::families::mixture::Mixture;
 use crate::families::rope;
 use crate::graph::{
-    Activation, Attend, Block, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, PoolKind, Pooled, PooledKind,
-    Rope, RopeSwitch, Value, Vector,
+    Activation, Attend, AttendLatent, Block, Gate, Graph, Ids, KvRows, KvSpec, Layer, Mask, Matrix, Op,
+    PoolKind, Pooled, PooledKind, Rope, RopeSwitch, Value, Vector,
 };
 
 pub(super) const LAYERS_MAX: usize = 4096;
 pub(super) const HEADS_MAX: usize = 4096;
-const HEAD_DIM_MAX: usize = 8192;
+pub(super) const HEAD_DIM_MAX: usize = 8192;
 pub(super) const HIDDEN_MAX: usize = 1 << 17;
 pub(super) const INNER_MAX: usize = 1 << 20;
 pub(super) const VOCAB_MAX: usize = 1 << 24;
@@ -85,6 +86,31 @@ pub(super) struct LayerKind {
     pub(super) window: Option<usize>,
     /// `None` where queries and keys know no position.
     pub(super) rope: Option<Rope>,
+    pub(super) mlp: Mlp,
+}
+
+/// What a layer has behind its attention.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Mlp {
+    Dense,
+    Experts(Mixture),
+}
+
+/// Sizes of an attention that keeps latent rows.
+pub(super) struct Latent {
+    /// Width of a latent row.
+    pub(super) rank: usize,
+    /// Width that queries are made of; `None` where they are made of the row itself.
+    pub(super) query_rank: Option<usize>,
+    /// Elements of a head's key that are made of the latent row, and those that all heads share.
+    pub(super) plain_dim: usize,
+    pub(super) key_dim: usize,
+    /// Elements of a head's value.
+    pub(super) value_dim: usize,
+    /// Of the norms of what queries are made of and of latent rows.
+    pub(super) eps: f32,
+    /// Whether the products from and to the hidden rows have biases.
+    pub(super) biased: bool,
 }
 
 /// A decoder: grouped-query attention and a gated MLP, each with its norms, added to the residual.
@@ -94,6 +120,10 @@ pub(super) struct Decoder {
     pub(super) qk_norm: QkNorm,
     pub(super) stacking: Stacking,
     pub(super) biases: Biases,
+    /// The name of attention's sinks.
+    pub(super) sinks: Option<&'static str>,
+    /// How attention is made instead of by q, k and v of each head.
+    pub(super) latent: Option<Latent>,
     /// Added to the stored weights of all norms.
     pub(super) norm_offset: f32,
     /// Multiplies the rows of the embedding table.
@@ -129,11 +159,13 @@ impl Decoder {
         let tied = config.flag("tie_word_embeddings", false)?;
         let rope = Some(rope::rope(config, head_dim)?);
         Ok(Self {
-            layers: vec![LayerKind { window: None, rope }; layers],
+            layers: vec![LayerKind { window: None, rope, mlp: Mlp::Dense }; layers],
             norms: Norms::BEFORE,
             qk_norm: QkNorm::None,
             stacking: Stacking::Apart,
             biases: Biases::default(),
+            sinks: None,
+            latent: None,
             norm_offset: 0.0,
             embedding_scale: None,
             score_scale: (head_dim as f64).powf(-0.5) as f32,
@@ -169,8 +201,11 @@ impl Decoder {
             });
             layers.push(Layer { block, prefix: format!("model.layers.{i}.") });
         }
-        let (heads, head_dim) = (self.kv_heads, self.head_dim);
-        let spec = |kind: &LayerKind| KvSpec { heads, head_dim, window: kind.window };
+        let rows = match &self.latent {
+            Some(latent) => KvRows::Latent { latent: latent.rank, key: latent.key_dim },
+            None => KvRows::Heads { heads: self.kv_heads, head_dim: self.head_dim },
+        };
+        let spec = |kind: &LayerKind| KvSpec { rows, window: kind.window };
         Graph {
             family,
             prologue: self.prologue(),
@@ -224,11 +259,17 @@ impl Decoder {
         let norms = &self.norms;
         let residual = block.push(Op::Input);
         let rows = self.layer_norm(&mut block, residual, norms.before_attention);
-        let rows = self.attention(&mut block, rows, kind);
+        let rows = match &self.latent {
+            Some(latent) => self.latent_attention(&mut block, rows, (latent, kind.rope.as_ref())),
+            None => self.attention(&mut block, rows, kind),
+        };
         let rows = self.layer_norm(&mut block, rows, norms.after_attention);
         let residual = block.push(Op::Add { a: residual, b: rows });
         let rows = self.layer_norm(&mut block, residual, norms.before_mlp);
-        let rows = self.mlp(&mut block, rows);
+        let rows = match &kind.mlp {
+            Mlp::Dense => self.mlp(&mut block, rows, "mlp", self.inner),
+            Mlp::Experts(mixture) => self.experts(&mut block, rows, mixture),
+        };
         let rows = self.layer_norm(&mut block, rows, norms.after_mlp);
         block.push(Op::Add { a: residual, b: rows });
         block
@@ -270,25 +311,76 @@ impl Decoder {
             scale: self.score_scale,
             mask: Mask::Causal { window: kind.window },
             softcap: self.score_cap,
+            sinks: self.sinks.map(|sinks| Vector::one(sinks, self.heads)),
         }));
         let weight = Matrix::one("self_attn.o_proj.weight", self.hidden, q_width);
         let bias = self.biases.out.then(|| Vector::one("self_attn.o_proj.bias", self.hidden));
         block.push(Op::Linear { input: rows, weight, bias })
     }
 
-    fn mlp(&self, block: &mut Block, input: Value) -> Value {
-        let names = |suffix: &str| match self.stacking {
-            Stacking::Apart => {
-                ["gate", "up"].map(|n| (format!("mlp.{n}_proj.{suffix}"), self.inner)).to_vec()
+    /// Attention to latent rows: queries from a narrow row of their own, keys and values from the latent one.
+    fn latent_attention(
+        &self,
+        block: &mut Block,
+        input: Value,
+        (latent, rope): (&Latent, Option<&Rope>),
+    ) -> Value {
+        let &Latent { rank, plain_dim, key_dim, value_dim, .. } = latent;
+        let (heads, head) = (self.heads, plain_dim + key_dim);
+        let linear = |block: &mut Block, input, name: &str, (rows, cols), biased: bool| {
+            let weight = Matrix::one(format!("self_attn.{name}.weight"), rows, cols);
+            let bias = biased.then(|| Vector::one(format!("self_attn.{name}.bias"), rows));
+            block.push(Op::Linear { input, weight, bias })
+        };
+        let norm = |input, name: &str, width| Op::RmsNorm {
+            input,
+            weight: Vector::one(format!("self_attn.{name}.weight"), width),
+            eps: latent.eps,
+        };
+        let mut q = match latent.query_rank {
+            None => linear(block, input, "q_proj", (heads * head, self.hidden), false),
+            Some(width) => {
+                let rows = linear(block, input, "q_a_proj", (width, self.hidden), latent.biased);
+                let rows = block.push(norm(rows, "q_a_layernorm", width));
+                linear(block, rows, "q_b_proj", (heads * head, width), false)
             }
-            Stacking::Stacked => vec![(format!("mlp.gate_up_proj.{suffix}"), 2 * self.inner)],
+        };
+        let both = (rank + key_dim, self.hidden);
+        let both = linear(block, input, "kv_a_proj_with_mqa", both, latent.biased);
+        let rows = block.push(Op::Slice { input: both, start: 0, width: rank });
+        let rows = block.push(norm(rows, "kv_a_layernorm", rank));
+        let mut key = block.push(Op::Slice { input: both, start: rank, width: key_dim });
+        if let Some(rope) = rope {
+            let of_query = Rope { head_dim: head, first: plain_dim, ..rope.clone() };
+            q = block.push(Op::Rope { input: q, rope: of_query });
+            key = block.push(Op::Rope { input: key, rope: rope.clone() });
+        }
+        let expand = Matrix::one("self_attn.kv_b_proj.weight", heads * (plain_dim + value_dim), rank);
+        let scale = self.score_scale;
+        let attend =
+            AttendLatent { q, latent: rows, key, expand, heads, plain_dim, key_dim, value_dim, scale };
+        let rows = block.push(Op::AttendLatent(attend));
+        linear(block, rows, "o_proj", (self.hidden, heads * value_dim), latent.biased)
+    }
+
+    fn experts(&self, block: &mut Block, input: Value, mixture: &Mixture) -> Value {
+        let rows = mixture.push(block, input, self.hidden);
+        let Some(inner) = mixture.shared else { return rows };
+        let shared = self.mlp(block, input, "mlp.shared_experts", inner);
+        block.push(Op::Add { a: rows, b: shared })
+    }
+
+    fn mlp(&self, block: &mut Block, input: Value, name: &str, inner: usize) -> Value {
+        let names = |suffix: &str| match self.stacking {
+            Stacking::Apart => ["gate", "up"].map(|n| (format!("{name}.{n}_proj.{suffix}"), inner)).to_vec(),
+            Stacking::Stacked => vec![(format!("{name}.gate_up_proj.{suffix}"), 2 * inner)],
         };
         let weight = Matrix { parts: names("weight"), cols: self.hidden };
         let bias = self.biases.mlp.then(|| Vector::named(names("bias")));
         let rows = block.push(Op::Linear { input, weight, bias });
-        let rows = block.push(Op::GatedActivate { input: rows, f: self.activation });
-        let weight = Matrix::one("mlp.down_proj.weight", self.hidden, self.inner);
-        let bias = self.biases.mlp.then(|| Vector::one("mlp.down_proj.bias", self.hidden));
+        let rows = block.push(Op::GatedActivate { input: rows, f: Gate::By(self.activation) });
+        let weight = Matrix::one(format!("{name}.down_proj.weight"), self.hidden, inner);
+        let bias = self.biases.mlp.then(|| Vector::one(format!("{name}.down_proj.bias"), self.hidden));
         block.push(Op::Linear { input: rows, weight, bias })
     }
 

@@ -2,13 +2,17 @@
 
 mod bert;
 mod decoder;
+mod deepseek;
 mod gemma;
+mod gpt_oss;
 mod llama;
 mod mistral;
+mod mixture;
 mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 mod smollm3;
 
@@ -22,15 +26,18 @@ type Build = fn(&Config) -> Result<Graph, LoadError>;
 /// Every family, by the `model_type` of its checkpoints.
 const FAMILIES: &[(&str, Build)] = &[
     ("bert", bert::graph),
+    ("deepseek_v3", deepseek::v3),
     ("gemma2", gemma::gemma2),
     ("gemma3", gemma::gemma3_with_text),
     ("gemma3_text", gemma::gemma3_text),
+    ("gpt_oss", gpt_oss::graph),
     ("llama", llama::graph),
     ("mistral", mistral::graph),
     ("olmo2", olmo2::graph),
     ("phi3", phi3::graph),
     ("qwen2", qwen2::graph),
     ("qwen3", qwen3::graph),
+    ("qwen3_moe", qwen3_moe::graph),
     ("smollm3", smollm3::graph),
 ];
 
@@ -47,8 +54,12 @@ pub fn graph(config: &Config) -> Result<Graph, LoadError> {
         found: found.to_owned(),
         known: FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
     })?;
-    if let Some(quantization) = config.object("quantization_config")? {
-        return Err(quantization.wrong("quant_method", "no quantization (weights in F32, F16 or BF16)"));
+    if let Some(quantization) = config.object("quantization_config")?
+        && quantization.text("quant_method")? != Some("mxfp4")
+    {
+        return Err(
+            quantization.wrong("quant_method", "mxfp4, or no quantization (weights in F32, F16 or BF16)")
+        );
     }
     build(config)
 }

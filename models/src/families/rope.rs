@@ -32,7 +32,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
         let expected = format!("an even number of the head's {head_dim} elements, not {dim}");
         return Err(config.wrong("partial_rotary_factor", &expected));
     }
-    let mut rope = Rope { tables: Vec::new(), head_dim, dim, layout: RopeLayout::Half, scale: 1.0 };
+    let mut rope = Rope { tables: Vec::new(), head_dim, first: 0, dim, layout: RopeLayout::Half, scale: 1.0 };
     let mut inv_freq = default(theta, dim);
     if let Some(parameters) = &parameters {
         let key = kind_key(parameters);
@@ -44,6 +44,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
             }
             "llama3" => llama3(parameters, &mut inv_freq)?,
             "factors" => divide(parameters, &mut inv_freq)?,
+            "yarn" => rope.scale = yarn(parameters, (theta, dim), &mut inv_freq)?,
             "longrope" | "su" => {
                 rope.scale = long_scale(config, parameters)?;
                 let divided = |key| Ok(Arc::from(long_table(parameters, key, (theta, dim))?));
@@ -51,7 +52,8 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
                 return Ok(rope);
             }
             _ => {
-                let known = "default, linear, llama3, longrope or factors (no other rope type is supported)";
+                let known =
+                    "default, linear, llama3, yarn, longrope or factors (no other rope type is supported)";
                 return Err(parameters.wrong(key, known));
             }
         }
@@ -124,6 +126,63 @@ fn divide(parameters: &Config, inv_freq: &mut [f32]) -> Result<(), LoadError> {
         *f /= factor.ok_or_else(wrong)? as f32;
     }
     Ok(())
+}
+
+/// YaRN (arXiv 2309.00071): pairs that turn often are kept, those that turn seldom are stretched by `factor`, and
+/// those between blended. Returns what sine and cosine are multiplied by.
+fn yarn(parameters: &Config, (theta, dim): (f64, usize), inv_freq: &mut [f32]) -> Result<f32, LoadError> {
+    let stretch = factor(parameters, "factor")?;
+    let original = parameters.required("original_max_position_embeddings", 1..=ORIGINAL_MAX)? as f64;
+    let turns = |key, default| {
+        let turns = parameters.number(key, 0.0..=SCALE_MAX)?;
+        Ok(turns.filter(|&turns| turns > 0.0).unwrap_or(default))
+    };
+    // The pair that turns so often within the original context.
+    let pair_of =
+        |turns: f64| dim as f64 * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (pair_of(turns("beta_fast", 32.0)?), pair_of(turns("beta_slow", 1.0)?));
+    if parameters.flag("truncate", true)? {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min((dim - 1) as f64));
+    if low == high {
+        high += 0.001;
+    }
+    let (low, width) = (low as f32, (high - low) as f32);
+    for (pair, (f, power)) in inv_freq.iter_mut().zip(powers(theta, dim)).enumerate() {
+        let kept = 1.0 - ((pair as f32 - low) / width).clamp(0.0, 1.0);
+        *f = 1.0 / (stretch * power) * (1.0 - kept) + *f * kept;
+    }
+    yarn_scale(parameters)
+}
+
+/// What YaRN multiplies sine and cosine by: `attention_factor`, else by how much the context has grown.
+fn yarn_scale(parameters: &Config) -> Result<f32, LoadError> {
+    let number = |key| Ok(parameters.number(key, 0.0..=SCALE_MAX)?.filter(|&n| n > 0.0));
+    if let Some(factor) = parameters.number("attention_factor", 0.0..=SCALE_MAX)? {
+        return Ok(factor as f32);
+    }
+    let stretch = f64::from(factor(parameters, "factor")?);
+    Ok(match (number("mscale")?, number("mscale_all_dim")?) {
+        (Some(mscale), Some(all)) => (grown(stretch, mscale) / grown(stretch, all)) as f32,
+        _ => grown(stretch, 1.0) as f32,
+    })
+}
+
+/// What DeepSeek multiplies scores by, twice, where its context was stretched.
+pub(super) fn yarn_mscale_all(config: &Config) -> Result<f64, LoadError> {
+    let Some(parameters) = parameters(config)? else { return Ok(1.0) };
+    if parameters.text(kind_key(&parameters))?.unwrap_or("default") == "default" {
+        return Ok(1.0);
+    }
+    match parameters.number("mscale_all_dim", 0.0..=SCALE_MAX)? {
+        Some(all) if all > 0.0 => Ok(grown(f64::from(factor(&parameters, "factor")?), all)),
+        _ => Ok(1.0),
+    }
+}
+
+fn grown(stretch: f64, mscale: f64) -> f64 {
+    if stretch <= 1.0 { 1.0 } else { 0.1 * mscale * stretch.ln() + 1.0 }
 }
 
 /// A table of LongRoPE (arXiv 2402.13753): a factor of its own for each pair.

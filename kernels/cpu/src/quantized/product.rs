@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use super::input::{self, ROW_BYTES};
-use super::kind::{Kind, Layout};
-use super::tile::{MODES, Mode, Operands};
+use super::kind::Kind;
+use super::tile::Operands;
 use super::unpack::{Packed, Unpacked};
 use super::{BLOCK, GROUP_BYTES, GROUPS, SUPER};
 use crate::matmul::Product;
 use crate::simd::LANES;
-use crate::{Kernels, Mat, PackedMatrix};
+use crate::{Kernels, PackedMatrix};
 
 /// Blocks that are unpacked at a time: they and a tile of activations stay in the first cache.
 const CHUNK: usize = SUPER / BLOCK;
@@ -26,14 +26,6 @@ pub(crate) const PANEL_LEN: usize = CODES_LEN + 2 * SCALES_LEN;
 /// Panels in flight for few rows, each one a stream from memory.
 pub(crate) const STREAMS: usize = 4;
 
-impl Layout {
-    fn mode(&self) -> usize {
-        let mode = Mode { subs: self.subs(), minima: self.has_minima(), wide: self.is_wide() };
-        let known = MODES.iter().position(|m| *m == mode);
-        known.unwrap_or_else(|| panic!("no tile for {self:?}"))
-    }
-}
-
 /// Panels of one kind, side by side.
 struct Run {
     kind: Kind,
@@ -41,19 +33,19 @@ struct Run {
 }
 
 impl Kernels {
-    /// Quantizes tile number `index` of `input`, rows of whole blocks, to its place in what
+    /// Quantizes the rows of one tile, wherever they are, whole blocks each, to the tile's place in what
     /// [`crate::Form::input_len`] floats hold, for products with integer weights.
     ///
     /// # Panics
-    /// If `packed` is not the tile's place.
-    pub fn quantize_tile(&self, input: Mat<'_>, index: usize, packed: &mut [f32]) {
-        let first = index * self.tile_rows();
-        let rows = self.tile_rows().min(input.rows() - first);
-        assert!(input.cols().is_multiple_of(BLOCK), "rows of {} columns are not whole blocks", input.cols());
-        assert_eq!(packed.len(), input::len(rows, input.cols()), "a tile of {rows} rows of {}", input.cols());
-        for r in 0..rows {
+    /// If the rows are more than a tile has, or `packed` is not as long as they become.
+    pub fn quantize_tile<'a>(&self, rows: impl ExactSizeIterator<Item = &'a [f32]>, packed: &mut [f32]) {
+        let count = rows.len();
+        assert!(count <= self.tile_rows(), "{count} rows in a tile of {}", self.tile_rows());
+        for (r, row) in (0..count).zip(rows) {
+            assert!(row.len().is_multiple_of(BLOCK), "a row of {} columns is not whole blocks", row.len());
+            assert_eq!(packed.len(), input::len(count, row.len()), "a tile of {count} rows of {}", row.len());
             // SAFETY: the place was just checked; the table was chosen for this machine.
-            unsafe { (self.codes().quantize)(input.row(first + r), packed.as_mut_ptr().cast(), r, rows) };
+            unsafe { (self.codes().quantize)(row, packed.as_mut_ptr().cast(), r, count) };
         }
     }
 
@@ -108,7 +100,7 @@ impl Kernels {
         operands.ask_panel = layout.runs(weight.cols()).end;
         operands.ask_block = layout.code_bytes();
         operands.sums_row = sums_row;
-        let tile_fn = self.codes().tiles[layout.mode()];
+        let tile_fn = self.codes().tiles[run.kind as usize];
         let mut row = rows.start;
         while row < rows.end {
             let tile = self.tile_rows().min(rows.end - row);
