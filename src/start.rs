@@ -352,7 +352,7 @@ fn warm(weights: &Weights, weight_bytes: u64) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op, RopeSwitch};
+    use mainstay_models::graph::{Attend, Block, KvRows, KvSpec, Mask, Op, RopeSwitch};
 
     use super::*;
 
@@ -385,7 +385,7 @@ mod tests {
 
     /// Four layers of which two see 100 tokens: a page of each group takes 16 KiB.
     fn windowed() -> Graph {
-        let spec = |window| KvSpec { heads: 4, head_dim: 8, window };
+        let spec = |window| KvSpec { rows: KvRows::Heads { heads: 4, head_dim: 8 }, window };
         Graph { kv: [None, Some(100), None, Some(100)].map(spec).to_vec(), ..graph() }
     }
 
