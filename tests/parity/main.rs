@@ -1,10 +1,10 @@
 //! Parity with Hugging Face transformers: stored logits and greedy tokens of small seeded checkpoints.
 
-mod crossing;
 mod embeddings;
 #[path = "../harness/mod.rs"]
 #[expect(dead_code, reason = "parity copies and moves no pages")]
 mod harness;
+mod phi3;
 mod reference;
 
 use std::path::{Path, PathBuf};

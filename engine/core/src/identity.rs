@@ -193,7 +193,7 @@ mod tests {
 
     fn layout(dtype: KvDType) -> KvLayout {
         let part = |name| Part { name, rows: 2, width: 8, dtype };
-        let group = Group { layers: vec![0, 1], parts: vec![part("k"), part("v")] };
+        let group = Group { layers: vec![0, 1], window: None, parts: vec![part("k"), part("v")] };
         KvLayout { groups: vec![group], rope_switch: RopeSwitch::default() }
     }
 

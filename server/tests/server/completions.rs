@@ -71,7 +71,7 @@ async fn echo_and_logprobs_score_the_prompt_for_evaluators() {
                 let best = top.values().map(|v| v.as_f64().unwrap()).fold(f64::MIN, f64::max);
                 assert!(best >= logprob.as_f64().unwrap());
                 if at < ids.len() {
-                    let expected = expected_logprob(vocab, &ids[..at], ids[at]);
+                    let expected = expected_logprob((vocab, None), &ids[..at], ids[at]);
                     assert_eq!(logprob.as_f64().map(|x| x as f32), Some(expected), "token {at}");
                 } else {
                     assert_eq!(logprob.as_f64(), Some(best), "the greedy token is the most probable");
