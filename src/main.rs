@@ -20,6 +20,7 @@ mod memory;
 mod models;
 mod options;
 mod progress;
+mod quantize;
 mod roster;
 mod run;
 mod serve;
@@ -65,6 +66,8 @@ enum Command {
     Pull(models::PullArgs),
     /// List or remove fetched models.
     Models(models::ModelsArgs),
+    /// Write a checkpoint as a GGUF file of smaller weights.
+    Quantize(quantize::QuantizeArgs),
     /// Look at sessions, move them, check them.
     Sessions(sessions::SessionsArgs),
 }
@@ -119,6 +122,7 @@ fn dispatch(command: Command, file: Option<&Path>) -> Result<()> {
         Command::Run(args) => run::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Pull(args) => models::pull(&args),
         Command::Models(args) => models::run(args),
         Command::Sessions(args) => sessions::run(args),

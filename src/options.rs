@@ -24,6 +24,24 @@ pub(crate) enum BackendChoice {
     Neuron,
 }
 
+/// What --quant makes of weights.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum QuantChoice {
+    /// 8 bits.
+    Q8,
+    /// 4 bits.
+    Q4,
+}
+
+impl From<QuantChoice> for mainstay_models::weights::AtLoad {
+    fn from(choice: QuantChoice) -> Self {
+        match choice {
+            QuantChoice::Q8 => Self::Q8,
+            QuantChoice::Q4 => Self::Q4,
+        }
+    }
+}
+
 /// Element type of stored keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvType {
@@ -134,6 +152,9 @@ pub(crate) struct EngineArgs {
     /// Element type of stored keys and values.
     #[arg(long, env = "MAINSTAY_KV_TYPE", value_enum, default_value = "auto")]
     pub(crate) kv_type: KvType,
+    /// Quantize floating-point weights when they are loaded: q8 (Q8_0) or q4 (Q4_K, Q6_K for the vocabulary product).
+    #[arg(long, env = "MAINSTAY_QUANT", value_enum)]
+    pub(crate) quant: Option<QuantChoice>,
     /// Longest sequence in tokens; what the model was made for, or what memory holds, without it.
     #[arg(long, env = "MAINSTAY_CONTEXT", value_name = "TOKENS")]
     pub(crate) context: Option<usize>,

@@ -1,5 +1,6 @@
 //! From an open checkpoint to a running engine: the backend, the budget of memory, the limits.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -19,7 +20,7 @@ use crate::memory::{Memory, MemoryChoice, Need};
 use crate::options::{BackendChoice, EngineArgs, KvType};
 use crate::progress::Progress;
 use crate::source::{Place, Source};
-use crate::{data_dir, drafting, machine, size};
+use crate::{data_dir, drafting, machine, quantize, size};
 
 /// Without --context, a model that has no room for so many tokens is not worth its memory.
 const CONTEXT_LEAST: usize = 512;
@@ -75,7 +76,11 @@ pub(crate) fn threads(args: &EngineArgs) -> usize {
 pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Need> {
     let draft = drafting::open(model, args)?;
     let draft_bytes = draft.map_or(0, |draft| draft.graph.weight_bytes(&draft.weights));
-    let weight_bytes = model.graph.weight_bytes(&model.weights) + draft_bytes;
+    let own_bytes = match args.quant {
+        Some(quant) => model.weights.bytes_at_load(quant.into()),
+        None => model.graph.weight_bytes(&model.weights),
+    };
+    let weight_bytes = own_bytes + draft_bytes;
     if model.graph.is_whole() {
         return Ok(Need { weight_bytes, ..Need::default() });
     }
@@ -113,12 +118,15 @@ pub(crate) async fn alone(source: Source, args: EngineArgs, store: Option<Arc<St
 /// # Errors
 /// [`Usage`] for limits that cannot be held; otherwise what the backend says.
 pub(crate) fn engine(
-    model: Model,
+    mut model: Model,
     args: &EngineArgs,
     kv_bytes: u64,
     store: Option<Arc<Store>>,
 ) -> Result<Started> {
     let backend = backend(args)?;
+    if let Some(quant) = args.quant {
+        quantize::at_load(&mut model, quant.into(), threads(args))?;
+    }
     let draft = drafting::open(&model, args)?;
     let draft_kv_bytes = if draft.is_some() { kv_bytes / drafting::KV_SHARE } else { 0 };
     let weight_bytes = model.graph.weight_bytes(&model.weights);
@@ -164,7 +172,11 @@ pub(crate) fn engine(
 fn identity(model: &Model, verify: bool) -> ModelIdentity {
     let check = if verify { RootCheck::Verify } else { RootCheck::Trust };
     let origin = model.weights.origin();
-    let mut sidecars = vec![origin.join(SIDECAR)];
+    let beside = match origin.is_dir() {
+        true => origin.join(SIDECAR),
+        false => PathBuf::from(format!("{}{SIDECAR}", origin.display())),
+    };
+    let mut sidecars = vec![beside];
     // A model's directory may be read-only.
     if let Some(dir) = data_dir::resolve(None) {
         let name = blake3::hash(origin.as_os_str().as_encoded_bytes()).to_hex();

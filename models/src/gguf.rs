@@ -2,10 +2,12 @@
 
 mod config;
 mod metadata;
+mod mix;
 pub(crate) mod names;
 pub(crate) mod pre;
 pub(crate) mod read;
 mod tokens;
+mod write;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +18,8 @@ use crate::graph::PoolKind;
 use crate::weights::Weights;
 
 pub(crate) use metadata::Metadata;
+pub use mix::{MIXES, Mix};
+pub use write::{Plan, Planned};
 
 /// More parts than any checkpoint has.
 const PARTS_MAX: u64 = 10_000;

@@ -5,7 +5,7 @@ pub mod config;
 pub mod error;
 pub mod families;
 mod file;
-mod gguf;
+pub mod gguf;
 pub mod graph;
 pub mod model;
 pub mod quant;

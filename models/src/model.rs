@@ -13,7 +13,7 @@ use crate::graph::Graph;
 use crate::sentence;
 use crate::template::{ChatTemplate, Sources};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{AtLoad, Weights};
 
 /// Sampling defaults of `generation_config.json`; `None` where the file is silent.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -124,7 +124,9 @@ impl Model {
         let config = Config::from_bytes(&files.path("config.json"), &files.config)?;
         let mut graph = families::graph(&config)?;
         sentence::apply(dir, &mut graph)?;
-        Self::assemble(name(dir), files, config, graph, Weights::open_dir(dir)?)
+        let mut weights = Weights::open_dir(dir)?;
+        weights.define_quantized(&config)?;
+        Self::assemble(name(dir), files, config, graph, weights)
     }
 
     /// The small model that is part of the binary (`models/default/`).
@@ -146,6 +148,13 @@ impl Model {
         let weights: &'static [u8] = include_bytes!("../default/model.safetensors");
         let weights = Weights::from_bytes(&files.path("model.safetensors"), weights)?;
         Self::assemble("mainstay-default".to_owned(), files, config, graph, weights)
+    }
+
+    /// Says that weights were quantized at load: keys and values are others than those of the stored weights.
+    pub fn quantized_at_load(&mut self, quant: AtLoad) {
+        let mut config = blake3::Hasher::new();
+        config.update(&self.hashes.config).update(quant.name().as_bytes());
+        self.hashes.config = *config.finalize().as_bytes();
     }
 
     fn assemble(

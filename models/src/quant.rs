@@ -4,6 +4,7 @@
 //! specification (MXFP4). Each is defined once, by its decoder into [`Block`]; values, products and copies for a
 //! device's own layout all follow from that.
 
+mod encode;
 mod k;
 mod seeded;
 mod small;
@@ -92,6 +93,8 @@ impl Format {
             DType::Q6K => &k::Q6,
             DType::Iq4Nl => &small::IQ4_NL,
             DType::Mxfp4 => &small::MXFP4,
+            DType::Int4 => &small::INT4,
+            DType::Int8 => &small::INT8,
         })
     }
 
@@ -111,4 +114,5 @@ fn f16(bytes: &[u8]) -> f32 {
     half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
 }
 
+pub use encode::{can_encode, encode_row};
 pub(crate) use small::{MXFP4_LEVELS, mxfp4_scale};

@@ -3,15 +3,19 @@
 //! A tensor that a backend asks for need not be one that is stored: the table maps the names that the families know
 //! (those of Hugging Face) to rows, columns or combinations of what the files hold.
 
+mod at_load;
 mod define;
 mod dtype;
 mod experts;
 mod gguf;
+mod groups;
 mod header;
 mod memory;
 mod nested;
+mod quantized;
 mod root;
 mod shards;
+mod tiles;
 mod view;
 
 use std::borrow::Cow;
@@ -24,6 +28,7 @@ use crate::file;
 
 use view::{RowMap, Storage};
 
+pub use at_load::AtLoad;
 pub(crate) use define::{Cut, Rows};
 pub use dtype::DType;
 pub use memory::MemoryTensor;
@@ -204,6 +209,8 @@ impl Weights {
         let first = match self.tensors.get(name).map(|t| &t.storage) {
             Some(Storage::Rows(span) | Storage::Columns { bytes: span, .. }) => Some(span),
             Some(Storage::Mxfp4 { codes, .. }) => Some(codes),
+            Some(Storage::Tiles(tiles)) => Some(&tiles.codes),
+            Some(Storage::Groups(groups)) => Some(&groups.codes),
             None => self.stored.get(name).map(|e| &e.span),
         };
         first.map_or(&self.origin, |span| &self.files[span.file].path)

@@ -346,10 +346,7 @@ fn activations_are_mapped() {
 #[test]
 fn absurd_and_unsupported_configurations_are_refused() {
     for (patch, expected) in [
-        (
-            json!({"model_type": "gpt9"}),
-            "unknown model_type `gpt9` (known: bert, deepseek_v3, gemma2, gemma3, gemma3_text, gpt_oss, llama, ",
-        ),
+        (json!({"model_type": "gpt9"}), "unknown model_type `gpt9` (known: bert, "),
         (json!({"model_type": null}), "unknown model_type ``"),
         (json!({"model_type": 3}), "model_type: expected a text, found 3"),
         (json!({"hidden_size": 0}), "hidden_size: expected a whole number from 1 to 131072, found 0"),
@@ -412,10 +409,6 @@ fn absurd_and_unsupported_configurations_are_refused() {
         (
             json!({"partial_rotary_factor": 0.2}),
             "partial_rotary_factor: expected an even number of the head's 16 elements, not 3",
-        ),
-        (
-            json!({"quantization_config": {"quant_method": "awq"}}),
-            "quant_method: expected mxfp4, or no quantization",
         ),
     ] {
         let error = changed("llama", &patch).expect_err(&patch.to_string());

@@ -2,6 +2,9 @@
 //! none makes the reader allocate what a number in the file says.
 #![expect(unsafe_code, reason = "a counting allocator")]
 
+#[path = "hostile/gguf.rs"]
+mod gguf;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,10 +41,10 @@ unsafe impl GlobalAlloc for Watching {
 #[global_allocator]
 static ALLOCATOR: Watching = Watching;
 
-/// Nothing here reads a file of more than 1 MiB.
+/// Nothing here reads a file of more than 1 MiB. A list of bytes in a GGUF file takes 32 times as much.
 fn assert_small_allocations() {
     let largest = LARGEST.load(Ordering::Relaxed);
-    assert!(largest < 4 << 20, "an allocation of {largest} bytes");
+    assert!(largest < 16 << 20, "an allocation of {largest} bytes");
 }
 
 /// SplitMix64.
@@ -286,10 +289,10 @@ fn shards_equal_one_file() {
 #[test]
 fn an_index_stays_in_its_directory_and_tells_the_truth() {
     let scratch = Scratch::new("index");
-    let info = r#"{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
-    scratch.write("a.safetensors", &file(&format!(r#"{{"x":{info}}}"#), 1));
-    scratch.write("b.safetensors", &file(&format!(r#"{{"y":{info}}}"#), 1));
-    scratch.write("c.safetensors", &file(&format!(r#"{{"x":{info}}}"#), 1));
+    let info = r#"{"dtype":"F16","shape":[1],"data_offsets":[0,2]}"#;
+    scratch.write("a.safetensors", &file(&format!(r#"{{"x":{info}}}"#), 2));
+    scratch.write("b.safetensors", &file(&format!(r#"{{"y":{info}}}"#), 2));
+    scratch.write("c.safetensors", &file(&format!(r#"{{"x":{info}}}"#), 2));
     for (map, expected) in [
         (r#"{"x":"a.safetensors","y":"b.safetensors"}"#, ""),
         (r#"{"x":"../a.safetensors"}"#, "file names ending in .safetensors, found `../a.safetensors`"),

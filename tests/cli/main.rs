@@ -4,6 +4,7 @@ mod arguments;
 mod hub;
 mod hub_server;
 mod program;
+mod quantizing;
 mod serving;
 mod sessions;
 mod several;

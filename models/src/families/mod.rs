@@ -54,12 +54,5 @@ pub fn graph(config: &Config) -> Result<Graph, LoadError> {
         found: found.to_owned(),
         known: FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
     })?;
-    if let Some(quantization) = config.object("quantization_config")?
-        && quantization.text("quant_method")? != Some("mxfp4")
-    {
-        return Err(
-            quantization.wrong("quant_method", "mxfp4, or no quantization (weights in F32, F16 or BF16)")
-        );
-    }
     build(config)
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::metadata::Metadata;
+use super::metadata::{Metadata, Value as Stored};
 use crate::LoadError;
 use crate::weights::Weights;
 
@@ -56,7 +56,7 @@ pub(super) fn read(
         reader.decoder()?;
     }
     match architecture {
-        "llama" => reader.llama(),
+        "llama" => reader.llama()?,
         "qwen3moe" => reader.qwen3_moe()?,
         "gemma2" | "gemma3" => reader.gemma()?,
         "phi3" => reader.phi3()?,
@@ -198,7 +198,7 @@ impl Reader<'_> {
         Ok(scaling)
     }
 
-    fn llama(&mut self) {
+    fn llama(&mut self) -> Result<(), LoadError> {
         let (qkv, out) = (self.has("blk.0.attn_q.bias"), self.has("blk.0.attn_output.bias"));
         let mlp = self.has("blk.0.ffn_up.bias");
         if qkv && !out {
@@ -206,6 +206,12 @@ impl Reader<'_> {
         }
         self.put("attention_bias", qkv);
         self.put("mlp_bias", mlp);
+        // Mistral's: written by this project's quantize, ignored by llama.cpp
+        if let Some(window) = self.count("attention.sliding_window")?.filter(|&w| w > 0) {
+            self.put("model_type", "mistral");
+            self.put("sliding_window", window);
+        }
+        Ok(())
     }
 
     fn qwen3_moe(&mut self) -> Result<(), LoadError> {
@@ -237,8 +243,7 @@ impl Reader<'_> {
             head_dim => head_dim,
         };
         self.put("query_pre_attn_scalar", scalar);
-        let interval = if self.architecture == "gemma2" { 2 } else { 6 };
-        self.layer_types(layers, |i| (i + 1) % interval != 0);
+        self.layer_types(if self.architecture == "gemma2" { 2 } else { 6 })?;
         if self.architecture == "gemma3" {
             let local = self.number("rope.freq_base_swa")?.unwrap_or(10_000.0);
             self.put("rope_local_base_freq", local);
@@ -249,11 +254,31 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn layer_types(&mut self, layers: u64, sliding: impl Fn(u64) -> bool) {
-        let name = |i| if sliding(i) { "sliding_attention" } else { "full_attention" };
+    /// Which layers have a window: the file's list, or every layer but the `interval`-th, as it or llama.cpp says.
+    fn layer_types(&mut self, interval: u64) -> Result<(), LoadError> {
         // A count beyond any model is the family's to refuse.
-        let types: Vec<&str> = (0..layers.min(1 << 12)).map(name).collect();
+        let layers = self.required("block_count")?.min(1 << 12);
+        let key = self.key("attention.sliding_window_pattern");
+        let listed = match self.metadata.get(&key) {
+            Some(Stored::Array(_)) => self.metadata.list(&key, "a list of true and false", |v| match v {
+                Stored::Flag(flag) => Some(*flag),
+                Stored::Whole(n) => Some(*n != 0),
+                _ => None,
+            })?,
+            _ => None,
+        };
+        let interval = match listed {
+            Some(_) => interval,
+            None => self.metadata.count(&key)?.unwrap_or(interval).max(1),
+        };
+        let sliding = match listed {
+            Some(listed) => listed,
+            None => (0..layers).map(|i| (i + 1) % interval != 0).collect(),
+        };
+        let name = |has: &bool| if *has { "sliding_attention" } else { "full_attention" };
+        let types: Vec<&str> = sliding.iter().map(name).collect();
         self.put("layer_types", json!(types));
+        Ok(())
     }
 
     fn phi3(&mut self) -> Result<(), LoadError> {
@@ -291,8 +316,7 @@ impl Reader<'_> {
             let value = self.required(from)?;
             self.put(to, value);
         }
-        let layers = self.required("block_count")?;
-        self.layer_types(layers, |i| i % 2 == 0);
+        self.layer_types(2)?;
         self.put("attention_bias", true);
         self.put("swiglu_limit", GPT_OSS_LIMIT);
         Ok(())

@@ -42,6 +42,11 @@ const OWN: [(&str, &str, &str); 4] = [
     ("gpt-oss", "ffn_gate_inp", "mlp.router"),
 ];
 
+/// Architectures that have a `post_attention_norm`.
+const AROUND: [&str; 4] = ["gemma2", "gemma3", "olmo2", "gpt-oss"];
+/// Of these, those without a norm before the MLP that is named `ffn_norm`.
+const BEHIND: [&str; 2] = ["olmo2", "gpt-oss"];
+
 const BERT: [(&str, &str); 8] = [
     ("attn_q", "attention.self.query"),
     ("attn_k", "attention.self.key"),
@@ -88,6 +93,11 @@ pub(crate) fn hugging_face(architecture: &str, name: &str) -> Option<String> {
     if part == "exp_probs_b" {
         return Some(format!("model.layers.{layer}.mlp.gate.e_score_correction_{suffix}"));
     }
+    // Where attention and MLP have a norm behind them, the name of the one before the MLP stands for another.
+    let around = AROUND.contains(&architecture);
+    if (part == "post_attention_norm" && !around) || (part == "ffn_norm" && BEHIND.contains(&architecture)) {
+        return None;
+    }
     let own = OWN.iter().find(|(of, stored, _)| (*of, *stored) == (architecture, part));
     let table = if bert { &BERT[..] } else { &COMMON };
     let common = || table.iter().find(|(stored, _)| *stored == part).map(|(_, name)| *name);
@@ -95,6 +105,30 @@ pub(crate) fn hugging_face(architecture: &str, name: &str) -> Option<String> {
     Some(match bert {
         true => format!("encoder.layer.{layer}.{part}.{suffix}"),
         false => format!("model.layers.{layer}.{part}.{suffix}"),
+    })
+}
+
+/// Every name that a file of this architecture may have, but for stacks of experts, in the order that is written.
+pub(super) fn candidates(architecture: &str, layers: usize) -> Vec<String> {
+    let bert = architecture == "bert";
+    let outer = if bert { &BERT_OUTER[..] } else { &OUTER };
+    let mut parts: Vec<String> = Vec::new();
+    for (part, _) in if bert { &BERT[..] } else { &COMMON } {
+        parts.extend([format!("{part}.weight"), format!("{part}.bias")]);
+    }
+    parts.push("attn_sinks.weight".to_owned());
+    let of_layers = (0..layers).flat_map(|i| parts.iter().map(move |part| format!("blk.{i}.{part}")));
+    outer.iter().map(|(name, _)| (*name).to_owned()).chain(of_layers).collect()
+}
+
+/// The stacks of experts of all layers, each with the name of its experts.
+pub(super) fn expert_stacks(layers: usize) -> impl Iterator<Item = (String, impl Fn(usize) -> String)> {
+    let parts = STACKS.iter().flat_map(|stack| ["weight", "bias"].map(|suffix| (*stack, suffix)));
+    let all =
+        (0..layers).flat_map(move |layer| parts.clone().map(move |(stack, suffix)| (layer, stack, suffix)));
+    all.map(|(layer, (stack, part), suffix)| {
+        let expert = move |e| format!("model.layers.{layer}.mlp.experts.{e}.{part}.{suffix}");
+        (format!("blk.{layer}.{stack}.{suffix}"), expert)
     })
 }
 

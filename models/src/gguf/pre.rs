@@ -98,3 +98,9 @@ static ALL: [PreTokenizer; 19] = [
 pub(crate) fn named(name: &str) -> Option<&'static PreTokenizer> {
     ALL.iter().find(|pre| pre.names.contains(&name))
 }
+
+/// The name of a pre-tokenizer with these patterns.
+pub(crate) fn name(patterns: &[&str], whole_tokens: bool) -> Option<&'static str> {
+    let found = ALL.iter().find(|pre| pre.patterns == patterns && pre.whole_tokens == whole_tokens);
+    found.map(|pre| pre.names[0])
+}

@@ -272,8 +272,9 @@ impl<'a> Cursor<'a> {
         let mut shape = Vec::with_capacity(rank as usize);
         for _ in 0..rank {
             let len = self.u64(&name)?;
-            let len = usize::try_from(len).ok().filter(|&n| n <= i64::MAX as usize);
-            shape.push(len.ok_or_else(|| format!("tensor `{name}`: expected dimensions below 2^63"))?);
+            let found = usize::try_from(len).ok().filter(|&n| (1..=i64::MAX as usize).contains(&n));
+            let wrong = || format!("tensor `{name}`: expected dimensions from 1 to 2^63 - 1, found {len}");
+            shape.push(found.ok_or_else(wrong)?);
         }
         shape.reverse();
         let number = self.u32(&name)?;

@@ -37,6 +37,9 @@ const ENDS: [&str; 12] = [
 /// In vocabularies with these two, `<|end|>` ends a part of an answer.
 const HARMONY: [&str; 2] = ["<|return|>", "<|call|>"];
 
+/// Longer tokens are whole texts of their own; looking for what they could be merged from would take long.
+const MERGED_BYTES_MAX: usize = 256;
+
 const SPACE: char = '\u{2581}';
 
 /// The files that a GGUF file's tokenizer stands for.
@@ -213,7 +216,8 @@ impl Vocabulary<'_> {
             self.tokens.iter().enumerate().rev().map(|(id, t)| (t.as_str(), id)).collect();
         let mut merges = Vec::new();
         for (id, token) in self.tokens.iter().enumerate() {
-            if self.kinds[id] != Kind::Normal || ids[token.as_str()] != id {
+            let first = ids[token.as_str()] == id;
+            if self.kinds[id] != Kind::Normal || !first || token.len() > MERGED_BYTES_MAX {
                 continue;
             }
             for (at, _) in token.char_indices().skip(1) {

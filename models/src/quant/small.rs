@@ -22,6 +22,15 @@ pub(super) const Q5_1: Format =
 pub(super) const IQ4_NL: Format = Format { block_bytes: 18, codes: (-127, 113), decode: iq4_nl, ..ONE_SCALE };
 pub(super) const MXFP4: Format = Format { block_bytes: 17, codes: (-12, 12), decode: mxfp4, ..ONE_SCALE };
 
+/// Groups of checkpoints whose codes, scales and zeros are tensors of their own: a block is 32 columns of one, its bytes
+/// are counted as those of Q4_0 and Q8_0, and decoding is a matter of their layout.
+pub(super) const INT4: Format = Format { block_bytes: 18, codes: (-16, 15), decode: apart, ..ONE_SCALE };
+pub(super) const INT8: Format = Format { block_bytes: 34, codes: (-128, 127), decode: apart, ..ONE_SCALE };
+
+fn apart(_: &[u8], _: &mut Block) {
+    unreachable!("codes and scales are apart")
+}
+
 /// The levels of IQ4_NL.
 const IQ4_NL_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 

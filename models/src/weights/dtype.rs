@@ -38,6 +38,10 @@ pub enum DType {
     Iq4Nl,
     /// 32 codes of 4 bits, each an e2m1 float; one power of two as scale.
     Mxfp4,
+    /// Codes of 4 bits less a zero, which a group of columns (a multiple of 32) shares with a scale.
+    Int4,
+    /// Codes of 8 bits, one scale for a group of columns (a multiple of 32).
+    Int8,
 }
 
 impl DType {

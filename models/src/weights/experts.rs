@@ -25,6 +25,8 @@ impl Weights {
             stacks.map(|name| name.trim_end_matches("gate_up_proj_bias").to_owned()).collect();
         for prefix in stacks {
             let biases = self.stored_shape(&format!("{prefix}gate_up_proj_bias"));
+            // Each takes bytes of the file, so that there are no more of them than it has.
+            let biases = biases.filter(|shape| !shape.contains(&0));
             let count = biases.and_then(|shape| shape.first()).copied().unwrap_or_default();
             for id in 0..count {
                 for (part, stack, rows) in PARTS {

@@ -96,8 +96,11 @@ impl Weights {
     }
 
     fn stats(&self) -> Option<Vec<Stat>> {
-        let mapped = self.files.iter().all(|file| matches!(file.bytes, super::Bytes::File(_)));
-        mapped.then(|| self.files.iter().map(|file| stat(&file.path)).collect::<Option<Vec<_>>>())?
+        // What was computed at load is not part of the root.
+        let stored = || self.stored.values().map(|entry| &self.files[entry.span.file]);
+        let mapped = stored().all(|file| matches!(file.bytes, super::Bytes::File(_)));
+        let files = self.files.iter().filter(|file| matches!(file.bytes, super::Bytes::File(_)));
+        mapped.then(|| files.map(|file| stat(&file.path)).collect::<Option<Vec<_>>>())?
     }
 }
 

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 
 use super::DType;
+use super::groups::Groups;
+use super::tiles::Tiles;
 use crate::quant::{BLOCK_LEN_MAX, Block, MXFP4_LEVELS, mxfp4_scale};
 
 /// Where the rows of a tensor lie; `B` is a span of a file, or its bytes.
@@ -14,6 +16,10 @@ pub(super) enum Storage<B> {
     Columns { bytes: B, stride: usize },
     /// MXFP4 as two tensors: 16 bytes of codes for 32 elements, two neighbours in a byte; and a scale.
     Mxfp4 { codes: B, scales: B },
+    /// Floats of 8 bits with scales for tiles of them.
+    Tiles(Tiles<B>),
+    /// Integers with a scale for a group of columns.
+    Groups(Groups<B>),
 }
 
 impl<B> Storage<B> {
@@ -22,6 +28,8 @@ impl<B> Storage<B> {
             Storage::Rows(bytes) => Storage::Rows(f(bytes)),
             Storage::Columns { bytes, stride } => Storage::Columns { bytes: f(bytes), stride: *stride },
             Storage::Mxfp4 { codes, scales } => Storage::Mxfp4 { codes: f(codes), scales: f(scales) },
+            Storage::Tiles(tiles) => Storage::Tiles(tiles.map(f)),
+            Storage::Groups(groups) => Storage::Groups(groups.map(f)),
         }
     }
 }
@@ -104,7 +112,9 @@ impl<'a> TensorView<'a> {
     pub fn stored_bytes(&self) -> usize {
         let row_bytes = match self.storage {
             Storage::Mxfp4 { .. } => self.cols() / 32 * 17,
-            Storage::Rows(_) | Storage::Columns { .. } => {
+            // groups that have no blocks are read as f32, but lie as bytes or less
+            Storage::Groups(groups) if self.dtype == DType::F32 => groups.bits * self.cols() / 8,
+            Storage::Rows(_) | Storage::Columns { .. } | Storage::Tiles(_) | Storage::Groups(_) => {
                 self.dtype.row_bytes(self.cols()).unwrap_or_default()
             }
         };
@@ -146,7 +156,8 @@ impl<'a> TensorView<'a> {
                     *pair = [byte & 15, byte >> 4].map(|n| MXFP4_LEVELS[usize::from(n)]);
                 }
             }
-            Storage::Columns { .. } => panic!("blocks cannot be transposed"),
+            Storage::Groups(groups) => groups.block(self.rows.stored(row), index, block),
+            Storage::Columns { .. } | Storage::Tiles(_) => panic!("floats have no blocks"),
         }
     }
 
@@ -172,6 +183,8 @@ impl<'a> TensorView<'a> {
                     convert(self.dtype, element, std::slice::from_mut(to));
                 }
             }
+            Storage::Tiles(tiles) => tiles.row(self.rows.stored(row), out),
+            Storage::Groups(groups) => groups.row(self.rows.stored(row), out),
             _ => convert(self.dtype, self.row_bytes(row).unwrap_or_default(), out),
         }
     }
@@ -211,7 +224,7 @@ impl<'a> TensorView<'a> {
     }
 }
 
-fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+pub(super) fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::F32 => convert_each(bytes, out, f32::from_le_bytes),
         DType::F16 => convert_each(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
