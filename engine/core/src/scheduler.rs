@@ -21,7 +21,8 @@ use crate::{Adapter, Event, FinishReason, RequestError, RequestId, Score, Stats}
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    /// Sequences without pages, by rank: not yet started, preempted, or about to be computed anew by another rope table.
+    /// Sequences without pages, by rank: not yet started, preempted, about to be computed anew by another rope table, or
+    /// to start over since stored pages did not come.
     waiting: VecDeque<Sequence>,
     /// Sequences with pages, by rank.
     running: Vec<Sequence>,
