@@ -14,6 +14,7 @@ use mainstay_models::weights::AtLoad;
 use mainstay_models::{LoadError, Model};
 
 use crate::exit::Usage;
+use crate::options::switch;
 use crate::progress::Progress;
 use crate::{machine, size};
 
@@ -25,17 +26,19 @@ const ROWS: usize = 16;
 #[derive(clap::Args, Debug)]
 pub(crate) struct QuantizeArgs {
     /// Directory with config.json, safetensors and tokenizer.json.
+    #[arg(env = "MAINSTAY_QUANTIZE_INPUT")]
     input: PathBuf,
     /// The file to write, ending in .gguf.
+    #[arg(env = "MAINSTAY_QUANTIZE_OUTPUT")]
     output: PathBuf,
     /// How matrices are stored: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_s, q4_k_m, q5_k_s, q5_k_m or q6_k.
-    #[arg(long = "type", value_name = "TYPE", default_value = "q4_k_m", value_parser = mix)]
+    #[arg(long = "type", env = "MAINSTAY_QUANTIZE_TYPE", value_name = "TYPE", default_value = "q4_k_m", value_parser = mix)]
     mix: Mix,
     /// Threads to encode with [default: one for each core].
-    #[arg(long, value_name = "N")]
+    #[arg(long, env = "MAINSTAY_THREADS", value_name = "N")]
     threads: Option<usize>,
     /// Replace a file that exists.
-    #[arg(long)]
+    #[arg(long, env = "MAINSTAY_FORCE", value_parser = switch())]
     force: bool,
 }
 

@@ -421,7 +421,7 @@ mod tests {
         assert!(
             refused.contains("320")
                 && refused.contains("321")
-                && refused.contains("needs 192 KiB, 16 KiB more"),
+                && refused.contains("needs 192 KiB, 16.0 KiB more"),
             "{refused}"
         );
         let refused = plan(1 << 14, &[]).unwrap_err();
@@ -449,7 +449,7 @@ mod tests {
         assert_eq!((found.pages, found.context), (vec![37, 8], 1000));
         let refused = plan(40 << 14, &["--context", "1000"]).unwrap_err();
         assert!(
-            refused.contains("hold 992 tokens") && refused.contains("needs 656 KiB, 16 KiB more"),
+            refused.contains("hold 992 tokens") && refused.contains("needs 656 KiB, 16.0 KiB more"),
             "{refused}"
         );
     }

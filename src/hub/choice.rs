@@ -96,6 +96,13 @@ fn whole_name(name: &str) -> String {
 /// Whether the name ends in this quantization, or the file lies in a directory of its name.
 fn is_quantized(name: &str, tag: &str) -> bool {
     let (name, tag) = (name.to_ascii_lowercase(), tag.to_ascii_lowercase());
+    // Not the end of another's name, such as K_M.
+    let numbered = |kind: &&str| {
+        tag.strip_prefix(*kind).is_some_and(|bits| bits.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    if !["q", "iq", "tq", "f", "bf", "mxfp"].iter().any(numbered) {
+        return false;
+    }
     let mut parts = name.rsplit('/');
     let last = parts.next().unwrap_or_default();
     let stem = last.strip_suffix(".gguf").unwrap_or(last);

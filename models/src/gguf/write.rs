@@ -169,7 +169,7 @@ impl Plan {
                 continue;
             }
             if stored.contains(&own) {
-                self.add(described, name, &[own.clone()], None)?;
+                self.add(described, name, std::slice::from_ref(&own), None)?;
                 used.insert(own);
             }
         }
@@ -217,7 +217,7 @@ impl Plan {
         let shape: Vec<usize> = stacked.into_iter().chain(view.shape.iter().copied()).collect();
         // Rows as GGUF counts them: the last dimension is one, also of a vector.
         let cols = view.shape.last().copied().unwrap_or(1);
-        let rows = if cols == 0 { 0 } else { view.len() / cols };
+        let rows = view.len().checked_div(cols).unwrap_or(0);
         let head_rows = described.head_rows(&name, view.shape.first().copied().unwrap_or(1));
         let offset = if name.ends_with("_norm.weight") { described.norm_offset } else { 0.0 };
         let mut planned = Vec::with_capacity(sources.len());

@@ -327,12 +327,12 @@ impl<'a> Described<'a> {
     /// How an encoder makes one row of a text; a decoder's is its last, which is not written.
     pub(super) fn write_pooling(&self, entries: &mut Entries, graph: &Graph) {
         let ops = graph.pooled.iter().flat_map(|pooled| &pooled.block.ops);
-        let kind = ops.filter_map(|op| match op {
+        let mut kind = ops.filter_map(|op| match op {
             Op::Pool { kind: PoolKind::Mean, .. } => Some(1),
             Op::Pool { kind: PoolKind::First, .. } => Some(2),
             _ => None,
         });
-        if let Some(kind) = kind.last().filter(|_| self.architecture == "bert") {
+        if let Some(kind) = kind.next_back().filter(|_| self.architecture == "bert") {
             entries.whole("bert.pooling_type", kind);
         }
     }
