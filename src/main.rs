@@ -53,7 +53,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Serve models over the OpenAI API.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Talk to a model in the terminal.
     Chat(chat::ChatArgs),
     /// Print one completion.
@@ -117,7 +117,7 @@ fn log(args: &GeneralArgs, quiet: &str) -> Result<()> {
 /// `file` is the options file: what of it is no option is read by the command that wants it.
 fn dispatch(command: Command, file: Option<&Path>) -> Result<()> {
     match command {
-        Command::Serve(args) => serve::run(args, file),
+        Command::Serve(args) => serve::run(*args, file),
         Command::Chat(args) => chat::run(args),
         Command::Run(args) => run::run(args),
         Command::Bench(args) => bench::run(args),

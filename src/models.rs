@@ -52,7 +52,7 @@ fn parse(text: &str) -> Result<HubId> {
 
 /// Fetches a model and prints where it lies.
 pub(crate) fn pull(args: &PullArgs) -> Result<()> {
-    let source = Source::Hub(parse(&args.id)?, args.hub.reach()).as_told(&args.hub)?;
+    let source = Source::Hub(parse(&args.id)?, args.hub.reach()).told(&args.hub)?;
     let Source::Hub(id, reach) = source else { bail!("{}: no model of a hub", args.id) };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let path = runtime.block_on(hub::fetch(&id, reach))?;

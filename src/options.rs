@@ -132,7 +132,7 @@ impl ModelArgs {
     /// # Errors
     /// [`crate::exit::Usage`] for what cannot be a model.
     pub(crate) fn source(&self) -> Result<Source> {
-        Source::parse(self.model.as_deref())?.as_told(&self.hub)
+        Source::parse(self.model.as_deref())?.told(&self.hub)
     }
 }
 

@@ -146,7 +146,7 @@ impl RosterArgs {
 
     fn wanted(&self, name: Option<&str>, source: Source) -> Result<Wanted> {
         let name = name.map_or_else(|| source.name(), str::to_owned);
-        let source = source.as_told(&self.hub)?;
+        let source = source.told(&self.hub)?;
         Ok(Wanted {
             name,
             source,

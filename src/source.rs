@@ -58,7 +58,7 @@ impl Source {
     ///
     /// # Errors
     /// [`Usage`] for a revision of what has none, or has another.
-    pub(crate) fn as_told(self, args: &HubArgs) -> Result<Self> {
+    pub(crate) fn told(self, args: &HubArgs) -> Result<Self> {
         match (self, &args.revision) {
             (Source::Hub(mut hub, _), revision) => {
                 if let Some(revision) = revision {
@@ -162,7 +162,7 @@ mod tests {
     fn a_revision_is_of_a_hub_and_said_once() {
         let told = |text: Option<&str>, revision: &str| {
             let args = HubArgs { revision: Some(revision.to_owned()), offline: true };
-            Source::parse(text).unwrap().as_told(&args).map_err(|e| e.to_string())
+            Source::parse(text).unwrap().told(&args).map_err(|e| e.to_string())
         };
         let pinned = told(Some("org/name"), "v1").unwrap();
         assert!(matches!(pinned, Source::Hub(hub, Reach::Cache) if hub.revision == "v1"));

@@ -83,7 +83,6 @@ fn encoded_rows_are_near_what_they_were_made_of() {
         let (bytes, read) = round_trip(dtype, &row);
         let error: f32 = row.iter().zip(&read).map(|(a, b)| (a - b) * (a - b)).sum();
         let ratio = (error / row.iter().map(|a| a * a).sum::<f32>()).sqrt();
-        println!("{dtype:?} {ratio}");
         assert!(ratio <= bound, "{dtype:?}: {ratio}");
         assert_eq!(round_trip(dtype, &row).0, bytes, "{dtype:?}: the same bytes every time");
         // what a format holds exactly it keeps within the rounding of its scale

@@ -39,6 +39,9 @@ const METHODS: [(&str, DType); 13] = [
     ("gptq_int8_zeros", DType::F32),
 ];
 
+/// What is done to a configuration.
+type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
+
 #[test]
 fn every_method_reads_to_the_bits_of_its_definition() {
     for (name, dtype) in METHODS {
@@ -68,7 +71,7 @@ fn what_is_not_supported_or_contradicts_itself_is_named() {
         change(&mut of_model["quantization_config"]);
         weights.define_quantized(&config(&of_model)).unwrap_err().to_string()
     };
-    let cases: [(&str, &dyn Fn(&mut serde_json::Value), &str); 8] = [
+    let cases: [(&str, Change<'_>, &str); 8] = [
         ("awq", &|c| c["quant_method"] = json!("bitsandbytes"), "quant_method: expected fp8, awq"),
         ("awq", &|c| c["version"] = json!("gemv"), "version: expected gemm"),
         ("awq", &|c| c["bits"] = json!(3), "bits: expected 4"),

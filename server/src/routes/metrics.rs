@@ -42,6 +42,9 @@ const TIMES: [Times; 2] = [
     ("vllm:inter_token_latency_seconds", "Between tokens of a choice.", |m| &m.between_tokens),
 ];
 
+/// A number of a model, loaded or not.
+type Told = fn(&Shown) -> f64;
+
 pub(super) async fn get(State(app): Shared) -> Result<impl IntoResponse, ApiError> {
     // The store's numbers stand behind its locks.
     let page = tokio::task::spawn_blocking(move || page(&app)).await;
@@ -51,7 +54,7 @@ pub(super) async fn get(State(app): Shared) -> Result<impl IntoResponse, ApiErro
 
 /// Of every model of the list, loaded or not.
 fn of_list(page: &mut Page, app: &App) {
-    let numbers: [(&str, &str, &str, fn(&Shown) -> f64); 3] = [
+    let numbers: [(&str, &str, &str, Told); 3] = [
         ("mainstay_model_loaded", "gauge", "1 while the model is loaded.", |model| {
             f64::from(u8::from(model.state == "loaded"))
         }),
