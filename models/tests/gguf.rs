@@ -98,6 +98,7 @@ fn same_tokens(family: &str, checkpoint: &Model, other: &Model) {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "a skipped test says why")]
 fn what_is_written_reads_as_the_checkpoint() {
     let families = [
         "llama",
