@@ -77,9 +77,6 @@ impl Loads {
         if self.models.set(models.collect()).is_err() {
             bail!("the models were opened twice");
         }
-        for (model, _, found) in later {
-            registry.available(&model.name, about(&found, &model.how)?);
-        }
         let mut devices = Vec::new();
         for (model, _, found) in starting {
             let (served, device) = self.bring(&model.name, registry, Some(found)).await?;
@@ -88,6 +85,10 @@ impl Loads {
             if !devices.contains(&device) {
                 devices.push(device);
             }
+        }
+        // Not before: what is to be there from the start must find the memory that it was promised.
+        for (model, _, found) in later {
+            registry.available(&model.name, about(&found, &model.how)?);
         }
         Ok(devices)
     }

@@ -146,7 +146,7 @@ pub(crate) struct EngineArgs {
     /// Threads of the cpu backend; one for each physical core without it.
     #[arg(long, env = "MAINSTAY_THREADS", value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Kernel path of the cpu backend (avx512, avx2, neon, scalar); the best that the processor has without it.
+    /// Kernel path of the cpu backend (avx512vnni, avx512, avx2, neon, scalar); the best that the processor has without it.
     #[arg(long, env = "MAINSTAY_CPU", value_name = "PATH")]
     pub(crate) cpu: Option<String>,
     /// Element type of stored keys and values.

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits, PAGE_TOKENS};
+use mainstay_backend_api::kv::Group;
+use mainstay_backend_api::{Backend, KvDType, KvLayout, Limits, PAGE_TOKENS, pages_max};
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_engine::store::Store;
@@ -86,9 +87,7 @@ pub(crate) fn need(model: &Model, args: &EngineArgs, place: &Place) -> Result<Ne
     let context = context(&model.graph, args)?;
     let tokens = if args.context.is_some() { context } else { context.min(CONTEXT_LEAST) };
     let layout = KvLayout::of(&model.graph, kv_dtype(args.kv_type, &model.weights));
-    let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
-    // one page is never given out
-    let own_bytes = ((tokens.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+    let own_bytes = bytes_alone(&layout, tokens, args.tokens_per_step);
     let kv_bytes = if draft_bytes > 0 { drafting::with_share(own_bytes) } else { own_bytes };
     let (least, most) = match (args.kv_memory, place) {
         (Some(bytes), _) => (bytes, bytes),
@@ -233,31 +232,93 @@ pub(crate) fn limits(
     if graph.is_whole() {
         return whole_limits(graph, kv_dtype, args);
     }
-    let layout = KvLayout::of(graph, kv_dtype);
-    let page_bytes: usize = layout.groups.iter().map(|g| g.page_bytes()).sum();
-    // one page is never given out
-    let pages = (kv_bytes / page_bytes.max(1) as u64).min(u64::from(u32::MAX)) as usize;
-    let holds = pages.saturating_sub(1) * PAGE_TOKENS;
     let wanted = context(graph, args)?;
+    let room = Room {
+        layout: KvLayout::of(graph, kv_dtype),
+        kv_bytes,
+        tokens_per_step: args.tokens_per_step,
+        sequences: args.max_sequences,
+    };
+    let (pages, holds) = room.divide(wanted, args.context.is_some());
     if holds == 0 || (args.context.is_some() && holds < wanted) {
         let context = wanted.max(PAGE_TOKENS);
-        let needed = ((context.div_ceil(PAGE_TOKENS) + 1) * page_bytes) as u64;
+        let needed = bytes_alone(&room.layout, context, args.tokens_per_step);
         return refuse(format!(
-            "--kv-memory: {} hold {holds} tokens; one sequence of {context} tokens needs {} (or a smaller --context)",
+            "--kv-memory: {} hold {holds} tokens; one sequence of {context} tokens needs {}, {} more (or a smaller --context)",
             size::show(kv_bytes),
-            size::show(needed)
+            size::show(needed),
+            size::show(needed.saturating_sub(kv_bytes))
         ));
     }
-    // more pages than all sequences together can use are memory for nothing but old prefixes: allow twice as many
-    let useful = 2 * args.max_sequences * wanted.div_ceil(PAGE_TOKENS) + 1;
     Ok(Limits {
         context: wanted.min(holds),
         tokens_per_step: args.tokens_per_step,
         chunks: args.max_sequences,
         output_rows: args.max_sequences,
-        pages: vec![pages.min(useful); layout.groups.len()],
+        pages,
         kv_dtype,
     })
+}
+
+/// Memory for keys and values, to be divided among the groups of pages.
+struct Room {
+    layout: KvLayout,
+    kv_bytes: u64,
+    tokens_per_step: usize,
+    sequences: usize,
+}
+
+impl Room {
+    /// Pages of each group, and the longest sequence that they hold. Beside groups that keep all, those with a window get
+    /// what all sequences need at a time, and the others the rest. Where that were less than half of the memory, or
+    /// less than was asked for, windows get what fewer sequences need.
+    fn divide(&self, context: usize, is_asked_for: bool) -> (Vec<usize>, usize) {
+        for sequences in (1..=self.sequences).rev() {
+            let (pages, window_bytes, holds) = self.divide_for(sequences, context);
+            let is_fair = window_bytes <= self.kv_bytes / 2 && (holds >= context || !is_asked_for);
+            if is_fair || sequences == 1 {
+                return (pages, holds);
+            }
+        }
+        (Vec::new(), 0)
+    }
+
+    /// As [`Room::divide`], where windows have room for so many sequences; and the bytes of that.
+    fn divide_for(&self, sequences: usize, context: usize) -> (Vec<usize>, u64, usize) {
+        let groups = || self.layout.groups.iter();
+        let keeps_all = groups().any(|group| group.window.is_none());
+        let is_main = |group: &Group| group.window.is_none() == keeps_all;
+        // One page is never given out, and one is left for each sequence that runs when another starts.
+        let window_pages = |group: &Group| sequences * (self.needed(group, context) + 1);
+        let window_bytes = groups().filter(|group| !is_main(group));
+        let window_bytes = window_bytes.map(|group| (window_pages(group) * group.page_bytes()) as u64).sum();
+        let main_bytes: usize = groups().filter(|group| is_main(group)).map(Group::page_bytes).sum();
+        let rest = self.kv_bytes.saturating_sub(window_bytes) / main_bytes.max(1) as u64;
+        let rest = rest.min(u64::from(u32::MAX)) as usize;
+        // More pages than all sequences together can use are memory for nothing but old prefixes: allow twice as many.
+        let useful = |group: &Group| 2 * self.sequences * self.needed(group, context) + 1;
+        let pages =
+            |group: &Group| if is_main(group) { rest.min(useful(group)) } else { window_pages(group) };
+        let pages: Vec<usize> = groups().map(pages).collect();
+        let holds = groups().zip(&pages).map(|(group, &pages)| {
+            let pages = pages.saturating_sub(1);
+            if self.needed(group, context) <= pages { context } else { pages * PAGE_TOKENS }
+        });
+        let holds = holds.min().unwrap_or(0);
+        (pages, window_bytes, holds)
+    }
+
+    /// Pages of a group that a sequence needs at a time.
+    fn needed(&self, group: &Group, context: usize) -> usize {
+        pages_max(group.window, context, self.tokens_per_step)
+    }
+}
+
+/// What the pages of a single sequence take.
+fn bytes_alone(layout: &KvLayout, context: usize, tokens_per_step: usize) -> u64 {
+    // one page is never given out
+    let pages = |group: &Group| pages_max(group.window, context, tokens_per_step) + 1;
+    layout.groups.iter().map(|group| (pages(group) * group.page_bytes()) as u64).sum()
 }
 
 /// The context that was asked for, else what the model was made for.
@@ -303,7 +364,7 @@ fn warm(weights: &Weights, weight_bytes: u64) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use mainstay_models::graph::{Attend, Block, KvSpec, Mask, Op, RopeSwitch};
+    use mainstay_models::graph::{Attend, Block, KvRows, KvSpec, Mask, Op, RopeSwitch};
 
     use super::*;
 
@@ -334,6 +395,12 @@ mod tests {
         }
     }
 
+    /// Four layers of which two see 100 tokens: a page of each group takes 16 KiB.
+    fn windowed() -> Graph {
+        let spec = |window| KvSpec { rows: KvRows::Heads { heads: 4, head_dim: 8 }, window };
+        Graph { kv: [None, Some(100), None, Some(100)].map(spec).to_vec(), ..graph() }
+    }
+
     fn plan(kv_bytes: u64, words: &[&str]) -> Result<Limits, String> {
         limits(&graph(), KvDType::F32, kv_bytes, &args(words)).map_err(|e| e.to_string())
     }
@@ -352,11 +419,51 @@ mod tests {
         assert_eq!(plan(11 << 14, &["--context", "320"]).unwrap().context, 320);
         let refused = plan(11 << 14, &["--context", "321"]).unwrap_err();
         assert!(
-            refused.contains("320") && refused.contains("321") && refused.contains("192 KiB"),
+            refused.contains("320")
+                && refused.contains("321")
+                && refused.contains("needs 192 KiB, 16 KiB more"),
             "{refused}"
         );
         let refused = plan(1 << 14, &[]).unwrap_err();
         assert!(refused.contains("hold 0 tokens"), "{refused}");
+    }
+
+    #[test]
+    fn windows_get_what_sequences_need_and_the_rest_keeps_all() {
+        let words = ["--max-sequences", "10", "--tokens-per-step", "64"];
+        let plan = |kv_bytes, more: &[&str]| {
+            let words = [&words[..], more].concat();
+            limits(&windowed(), KvDType::F32, kv_bytes, &args(&words)).map_err(|e| e.to_string())
+        };
+        // 100 tokens and a step of 64 lie in 7 pages at most, and one more is for whoever starts.
+        let found = plan(400 << 14, &[]).unwrap();
+        assert_eq!((found.pages, found.context), (vec![320, 80], 1000));
+        assert_eq!(plan(u64::MAX, &[]).unwrap().pages, [2 * 10 * 32 + 1, 80]);
+        // Half of 100 pages is what 6 sequences need; of 20 pages, what one needs.
+        let found = plan(100 << 14, &[]).unwrap();
+        assert_eq!((found.pages, found.context), (vec![52, 48], 1000));
+        let found = plan(20 << 14, &[]).unwrap();
+        assert_eq!((found.pages, found.context), (vec![12, 8], 352));
+        // A context that was asked for goes before sequences.
+        let found = plan(45 << 14, &["--context", "1000"]).unwrap();
+        assert_eq!((found.pages, found.context), (vec![37, 8], 1000));
+        let refused = plan(40 << 14, &["--context", "1000"]).unwrap_err();
+        assert!(
+            refused.contains("hold 992 tokens") && refused.contains("needs 656 KiB, 16 KiB more"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn where_every_layer_has_a_window_memory_follows_it() {
+        let graph = Graph { kv: windowed().kv[1..2].to_vec(), ..graph() };
+        let args = args(&["--max-sequences", "10", "--tokens-per-step", "64"]);
+        let plan =
+            |kv_bytes| limits(&graph, KvDType::F32, kv_bytes, &args).map_err(|e| e.to_string()).unwrap();
+        for (kv_bytes, pages, context) in [(8 << 13, 8, 1000), (7 << 13, 7, 192), (u64::MAX, 141, 1000)] {
+            let found = plan(kv_bytes);
+            assert_eq!((found.pages, found.context), (vec![pages], context));
+        }
     }
 
     #[test]

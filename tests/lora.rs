@@ -35,7 +35,7 @@ fn rig(backend: &dyn Backend, model: &Model) -> Rig {
     let mut rig = Rig::new(backend, &model.graph, &model.weights, KvDType::F32);
     for (id, name) in (0..).zip(NAMES) {
         let weights = AdapterWeights::open(&fixtures().join("lora").join(name), &model.graph).unwrap();
-        rig.set_adapter(AdapterId(id), &weights);
+        rig.executor.set_adapter(AdapterId(id), Some(&weights)).expect("the backend takes adapters");
     }
     rig
 }

@@ -7,9 +7,11 @@ use mainstay_models::families;
 use mainstay_models::graph::{Activation, Attend, Block, Gate, Graph, KvRows, Layer, Mask, Op, Rope};
 use serde_json::{Value, json};
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
+    "deepseek_v3",
     "gemma2",
     "gemma3_text",
+    "gpt_oss",
     "llama",
     "mistral",
     "olmo2",
@@ -17,6 +19,7 @@ const FAMILIES: [&str; 10] = [
     "phi3_longrope",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 ];
 
@@ -382,7 +385,10 @@ fn absurd_and_unsupported_configurations_are_refused() {
         ),
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings: expected true or false, found 1"),
         (json!({"rope_scaling": 8}), "rope_scaling: expected an object, found 8"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4}}), "rope_scaling.rope_type: expected"),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 4}}),
+            "rope_scaling.original_max_position_embeddings: expected",
+        ),
         (
             json!({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}),
             "rope_scaling.short_factor: expected 8 numbers above 0",

@@ -7,9 +7,11 @@ use mainstay_models::template::{ChatTemplate, Conversation};
 use mainstay_models::tokenizer::{AddSpecial, ShowSpecial, Tokenizer};
 use serde_json::{Map, Value};
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
+    "deepseek_v3",
     "gemma2",
     "gemma3_text",
+    "gpt_oss",
     "llama",
     "mistral",
     "olmo2",
@@ -17,6 +19,7 @@ const FAMILIES: [&str; 10] = [
     "phi3_longrope",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 ];
 

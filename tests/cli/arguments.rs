@@ -20,7 +20,7 @@ fn bad_arguments_end_with_2_and_one_line() {
         (&["no-such-command"], "no-such-command"),
         (&["serve", "--backend", "cuda"], "not in this version"),
         (&["serve", "--backend", "neuron"], "not in this version"),
-        (&["serve", "model.gguf"], "GGUF is not supported yet"),
+        (&["serve", "model.gguf"], "no such file"),
         (&["serve", "/no/such/dir"], "no such directory"),
         (&["serve", "--host", "0.0.0.0"], "--insecure"),
         (&["serve", "--kv-memory", "lots"], "lots"),

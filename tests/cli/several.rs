@@ -69,7 +69,7 @@ fn those_that_do_not_fit_take_turns() {
     assert_eq!(server.post("/v1/sessions", &session).status, 201);
     let turn = |text: &str| {
         let messages = json!([{"role": "user", "content": text}]);
-        chat(&server, "a", json!({"session_id": "s", "messages": messages}))
+        chat(&server, "a", json!({"session_id": "s", "session_mode": "append", "messages": messages}))
     };
     turn("My name is Ada and my favourite colour is the green of an old glass bottle in the sun.");
     assert!(is_loaded(&server, "a") && !is_loaded(&server, "b"));

@@ -50,7 +50,7 @@ fn chain(b: &mut Block, mut rows: Value) {
 
 fn decoder() -> Graph {
     let config = serde_json::json!({
-        "model_type": "qwen3", "hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 2,
+        "model_type": "qwen3", "hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
         "tie_word_embeddings": true, "attention_bias": false

@@ -1,13 +1,15 @@
 //! Drives an executor with hand-made steps: sequences with their pages, and nothing of the engine.
 
+use mainstay_backend_api::kv::Group;
 use mainstay_backend_api::{
-    AdapterId, Backend, Chunk, CopyDone, Executor, Invariance, KvDType, Limits, NumericClass, OutputRow,
-    PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage, Ticket, Want,
+    AdapterId, Backend, Chunk, CopyDone, Executor, Invariance, KvDType, KvLayout, Limits, NumericClass,
+    OutputRow, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Sampling, Step, StepOutput, StoredPage,
+    Ticket, Want, oldest_page,
 };
 use mainstay_backend_candle::CandleBackend;
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
-use mainstay_models::{AdapterWeights, Weights, graph::Graph};
+use mainstay_models::{Weights, graph::Graph};
 
 /// A backend and what failures call it.
 pub(crate) struct Named {
@@ -37,9 +39,10 @@ pub(crate) const STEP_TOKENS: usize = 640;
 
 /// A loaded model and its free pages.
 pub(crate) struct Rig {
-    executor: Box<dyn Executor>,
+    pub(crate) executor: Box<dyn Executor>,
     /// Free pages by group; the last is taken first.
     free: Vec<Vec<PageId>>,
+    windows: Vec<Option<usize>>,
     vocab: usize,
     out: StepOutput,
 }
@@ -55,7 +58,7 @@ pub(crate) struct Sequence {
     pub(crate) second: Option<usize>,
     /// What its chunks are changed by.
     pub(crate) adapter: Option<AdapterId>,
-    /// Pages by group.
+    /// Pages by group; 0 where no later row sees the page.
     tables: Vec<Vec<PageId>>,
 }
 
@@ -79,7 +82,8 @@ impl Rows {
 impl Rig {
     /// Loads a model.
     pub(crate) fn new(backend: &dyn Backend, graph: &Graph, weights: &Weights, kv_dtype: KvDType) -> Self {
-        let groups = mainstay_backend_api::KvLayout::of(graph, kv_dtype).groups.len();
+        let layout = mainstay_backend_api::KvLayout::of(graph, kv_dtype);
+        let groups = layout.groups.len();
         let limits = Limits {
             context: graph.context,
             tokens_per_step: STEP_TOKENS,
@@ -91,7 +95,20 @@ impl Rig {
         let name = backend.device().name;
         let executor = backend.load(graph, weights, &limits).unwrap_or_else(|e| panic!("{name}: {e}"));
         let free = vec![(1..=PAGES).rev().map(PageId).collect(); groups];
-        Self { executor, free, vocab: graph.vocab, out: StepOutput::default() }
+        let (windows, out) = (layout.windows(), StepOutput::default());
+        let mut rig = Self { executor, free, windows, vocab: graph.vocab, out };
+        rig.poison(&layout);
+        rig
+    }
+
+    /// Fills page 0 of each group with bits that are no numbers: whoever reads what stands for no page shows it.
+    fn poison(&mut self, layout: &KvLayout) {
+        let page = |(group, layout): (usize, &Group)| {
+            let bytes = vec![0xff_u8; layout.page_bytes()];
+            (PageRef { group: group as u32, page: PageId(0) }, Box::new(bytes) as StoredPage)
+        };
+        self.executor.start_write(layout.groups.iter().enumerate().map(page).collect(), Ticket(0));
+        self.wait(Ticket(0));
     }
 
     /// Whether equal bits are promised whatever the batch, the chunks and the pages.
@@ -102,11 +119,6 @@ impl Rig {
     /// What decides the bits of its results.
     pub(crate) fn numeric_class(&self) -> NumericClass {
         self.executor.numeric_class()
-    }
-
-    /// Brings an adapter to the device.
-    pub(crate) fn set_adapter(&mut self, id: AdapterId, weights: &AdapterWeights) {
-        self.executor.set_adapter(id, Some(weights)).expect("the backend takes adapters");
     }
 
     /// Gives pages out in another order from now on.
@@ -127,7 +139,7 @@ impl Rig {
     /// Gives a sequence's pages back.
     pub(crate) fn close(&mut self, sequence: Sequence) {
         for (free, table) in self.free.iter_mut().zip(sequence.tables) {
-            free.extend(table);
+            free.extend(table.into_iter().filter(|page| page.0 != 0));
         }
     }
 
@@ -173,7 +185,11 @@ impl Rig {
     fn append(&mut self, step: &mut Step, sequence: &mut Sequence, tokens: &[u32]) {
         let (start, first_page, position) = (step.tokens.len(), step.page_table.len(), sequence.computed);
         sequence.computed += tokens.len();
-        for (table, free) in sequence.tables.iter_mut().zip(&mut self.free) {
+        for (table, (free, &window)) in
+            sequence.tables.iter_mut().zip(self.free.iter_mut().zip(&self.windows))
+        {
+            let unseen = oldest_page(window, position).min(table.len());
+            table[..unseen].fill(PageId(0));
             while table.len() < sequence.computed.div_ceil(PAGE_TOKENS) {
                 table.push(free.pop().expect("tests stay within the pages"));
             }
@@ -210,7 +226,7 @@ impl Rig {
         let mut child = parent.clone();
         let mut copies = Vec::new();
         for (group, (table, free)) in child.tables.iter_mut().zip(&mut self.free).enumerate() {
-            for page in table {
+            for page in table.iter_mut().filter(|page| page.0 != 0) {
                 let own = free.pop().expect("tests stay within the pages");
                 let refer = |page| PageRef { group: group as u32, page };
                 copies.push((refer(*page), refer(own)));
@@ -223,7 +239,11 @@ impl Rig {
 
     fn pages_of(&self, sequence: &Sequence) -> Vec<PageRef> {
         let tables = sequence.tables.iter().enumerate();
-        tables.flat_map(|(g, t)| t.iter().map(move |&page| PageRef { group: g as u32, page })).collect()
+        let page = |(g, t): (usize, &Vec<PageId>)| {
+            let held: Vec<PageId> = t.iter().copied().filter(|page| page.0 != 0).collect();
+            held.into_iter().map(move |page| PageRef { group: g as u32, page })
+        };
+        tables.flat_map(page).collect()
     }
 
     fn wait(&mut self, ticket: Ticket) -> CopyDone {
@@ -238,14 +258,19 @@ impl Rig {
         done
     }
 
-    /// The bytes of a sequence's pages, group by group.
+    /// The bytes of the pages that a sequence needs to go on, group by group.
     pub(crate) fn read(&mut self, sequence: &Sequence) -> Vec<PageBytes> {
-        let read = |page| PageRead { page, tokens: PAGE_TOKENS };
-        let pages: Vec<PageRead> = self.pages_of(sequence).into_iter().map(read).collect();
-        self.executor.start_read(&pages, Ticket(1));
+        let mut needed = sequence.clone();
+        for (table, &window) in needed.tables.iter_mut().zip(&self.windows) {
+            table[..oldest_page(window, sequence.computed)].fill(PageId(0));
+        }
+        let pages = self.pages_of(&needed);
+        let read = |&page: &PageRef| PageRead { page, tokens: PAGE_TOKENS };
+        let reads: Vec<PageRead> = pages.iter().map(read).collect();
+        self.executor.start_read(&reads, Ticket(1));
         let bytes = self.wait(Ticket(1)).bytes;
         let layout = self.executor.kv_layout();
-        let sizes = self.pages_of(sequence).into_iter().map(|p| layout.groups[p.group as usize].page_bytes());
+        let sizes = pages.iter().map(|p| layout.groups[p.group as usize].page_bytes());
         assert!(bytes.iter().map(|b| b.len()).eq(sizes), "pages have the layout's size");
         bytes
     }
@@ -253,10 +278,17 @@ impl Rig {
     /// A sequence of this many computed tokens on fresh pages that hold these bytes.
     pub(crate) fn restore(&mut self, computed: usize, rope_table: usize, bytes: Vec<PageBytes>) -> Sequence {
         let count = computed.div_ceil(PAGE_TOKENS);
-        let tables = self.free.iter_mut().map(|free| free.split_off(free.len() - count)).collect();
+        let fresh = |(free, &window): (&mut Vec<PageId>, &Option<usize>)| {
+            let unseen = oldest_page(window, computed);
+            let held = free.split_off(free.len() - (count - unseen));
+            [vec![PageId(0); unseen], held].concat()
+        };
+        let tables = self.free.iter_mut().zip(&self.windows).map(fresh).collect();
         let restored = Sequence { computed, rope_table, tables, ..Sequence::default() };
         let bytes = bytes.into_iter().map(|bytes| Box::new(bytes) as StoredPage);
-        let pages = self.pages_of(&restored).into_iter().zip(bytes).collect();
+        let pages: Vec<_> = self.pages_of(&restored).into_iter().zip(bytes).collect();
+        let held = restored.tables.iter().flatten().filter(|page| page.0 != 0).count();
+        assert_eq!(pages.len(), held, "bytes of every page");
         self.executor.start_write(pages, Ticket(2));
         assert!(self.wait(Ticket(2)).bytes.is_empty(), "a write returns no bytes");
         restored

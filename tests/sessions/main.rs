@@ -4,15 +4,18 @@
 mod control;
 mod world;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use mainstay_backend_api::KvDType;
+use mainstay_backend_api::{KvDType, KvLayout};
 use mainstay_engine::store::object::{Acquire, ObjectOptions, ObjectTier, Takeover};
 use mainstay_engine::store::{At, ImportAs, SessionId};
 use mainstay_models::Model;
 use world::{Answer, Scratch, Shape, TENANT, World};
 
+/// Fixtures; every layer of Mistral's has a window of 12.
 const FAMILIES: [&str; 4] = ["llama", "qwen2", "qwen3", "mistral"];
+/// Windows of the upper layer of a model whose lower one sees all: shorter than a page, as long, and longer.
+const WINDOWS: [usize; 3] = [20, 32, 40];
 /// Tokens of the first answer, and of the second.
 const ANSWERS: (usize, usize) = (8, 12);
 /// Computed tokens after the first turn: around a page border, and in the middle of a page.
@@ -157,9 +160,39 @@ const SCENARIOS: [Scenario; 6] = [
     }),
 ];
 
+fn fixture(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
+}
+
 fn model(family: &str) -> Model {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family);
-    Model::open(&dir).unwrap_or_else(|e| panic!("{e}"))
+    Model::open(&fixture(family)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Qwen 2's fixture, whose upper layer sees so many tokens.
+fn windowed(window: usize) -> Model {
+    let dir = Scratch::new();
+    std::fs::create_dir_all(&dir.0).unwrap();
+    for name in ["model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(fixture("qwen2").join(name), dir.0.join(name)).unwrap();
+    }
+    let config = std::fs::read(fixture("qwen2").join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    config["use_sliding_window"] = true.into();
+    config["sliding_window"] = window.into();
+    config["layer_types"] = serde_json::json!(["full_attention", "sliding_attention"]);
+    std::fs::write(dir.0.join("config.json"), config.to_string()).unwrap();
+    let model = Model::open(&dir.0).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(KvLayout::of(&model.graph, KvDType::F32).windows(), [None, Some(window)]);
+    model
+}
+
+/// Every model, and lengths at which its pages and its window have their borders.
+fn models() -> impl Iterator<Item = (String, Model, Vec<usize>)> {
+    let families = FAMILIES.into_iter().map(|family| (family.to_owned(), model(family), LENGTHS.to_vec()));
+    // After `window + 31` tokens the next one sees nothing of the first page.
+    let borders = |window: usize| [window + 30, window + 31, window + 32, 80, 97].to_vec();
+    let name = |window: usize| format!("a window of {window}");
+    families.chain(WINDOWS.into_iter().map(move |window| (name(window), windowed(window), borders(window))))
 }
 
 fn tokens(model: &Model, len: usize, salt: u32) -> Vec<u32> {
@@ -167,8 +200,8 @@ fn tokens(model: &Model, len: usize, salt: u32) -> Vec<u32> {
     (0..len as u32).map(|i| (i * i * 31 + i * 17 + salt) % vocab).collect()
 }
 
-fn cases(model: &Model) -> impl Iterator<Item = Case<'_>> {
-    LENGTHS.iter().zip([KvDType::F32, KvDType::BF16].into_iter().cycle()).map(|(len, kv_dtype)| Case {
+fn cases<'a>(model: &'a Model, lengths: &[usize]) -> impl Iterator<Item = Case<'a>> {
+    lengths.iter().zip([KvDType::F32, KvDType::BF16].into_iter().cycle()).map(|(len, kv_dtype)| Case {
         model,
         first: tokens(model, len + 1 - ANSWERS.0, 3),
         second: tokens(model, 5, 11),
@@ -189,9 +222,8 @@ fn assert_same(found: &Outcome, expected: &Outcome, what: &str) {
 
 #[test]
 fn an_interrupted_session_goes_on_bit_for_bit() {
-    for family in FAMILIES {
-        let model = model(family);
-        for case in cases(&model) {
+    for (family, model, lengths) in models() {
+        for case in cases(&model, &lengths) {
             let expected = case.unbroken(&case.history());
             for (name, scenario) in SCENARIOS {
                 let what = format!("{family}, {} tokens, {name}", case.computed());
@@ -203,9 +235,8 @@ fn an_interrupted_session_goes_on_bit_for_bit() {
 
 #[test]
 fn forks_and_rollbacks_go_on_bit_for_bit() {
-    for family in FAMILIES {
-        let model = model(family);
-        for case in cases(&model) {
+    for (family, model, lengths) in models() {
+        for case in cases(&model, &lengths) {
             // In the middle of the answer, and of the prompt; in memory, and after a restart.
             let whole = case.history();
             for (cut, restarts) in [(case.computed() - 2, false), (case.computed() - 2, true), (35, true)] {
@@ -237,7 +268,8 @@ fn forks_and_rollbacks_go_on_bit_for_bit() {
 fn a_kernel_that_depends_on_the_chunk_and_a_restore_that_errs_are_found() {
     let model = model("llama");
     for (name, wrap) in control::CONTROLS {
-        let case = cases(&model).next().map(|case| Case { shape: Shape { wrap, ..case.shape }, ..case });
+        let case =
+            cases(&model, &LENGTHS).next().map(|case| Case { shape: Shape { wrap, ..case.shape }, ..case });
         let case = case.expect("there are cases");
         let expected = case.unbroken(&case.history());
         let outcomes = SCENARIOS.map(|(_, scenario)| scenario(&case));

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use mainstay_backend_api::{Backend, Executor, KvDType, KvLayout, Limits, PAGE_TOKENS};
+use mainstay_backend_api::kv::Group;
+use mainstay_backend_api::{Backend, Executor, KvDType, KvLayout, Limits, PAGE_TOKENS, pages_max};
 use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_engine::store::{
     Append, Durability, ExportPages, Kind, Options, PageHeader, PageName, SessionId, Settings, Store,
@@ -26,6 +27,7 @@ pub(crate) type Wrap = fn(Box<dyn Executor>) -> Box<dyn Executor>;
 pub(crate) struct Shape {
     pub(crate) threads: usize,
     pub(crate) tokens_per_step: usize,
+    /// Of each group that keeps all.
     pub(crate) pages: usize,
     pub(crate) kv_dtype: KvDType,
     pub(crate) wrap: Wrap,
@@ -66,12 +68,18 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn open(model: &Model, dir: &Scratch, shape: Shape) -> Self {
         let layout = KvLayout::of(&model.graph, shape.kv_dtype);
+        let context = model.graph.context.min((shape.pages - 1) * PAGE_TOKENS);
+        // A window has no room for more than one sequence needs.
+        let pages = |group: &Group| match group.window {
+            None => shape.pages,
+            window => pages_max(window, context, shape.tokens_per_step) + 1,
+        };
         let limits = Limits {
-            context: model.graph.context.min((shape.pages - 1) * PAGE_TOKENS),
+            context,
             tokens_per_step: shape.tokens_per_step,
             chunks: 16,
             output_rows: 16,
-            pages: vec![shape.pages; layout.groups.len()],
+            pages: layout.groups.iter().map(pages).collect(),
             kv_dtype: shape.kv_dtype,
         };
         let backend = CpuBackend::new(CpuOptions { threads: Some(shape.threads), isa: None }).unwrap();

@@ -11,7 +11,7 @@ use mainstay_models::{AdapterWeights, LoadError, Weights};
 
 use crate::kv::{
     CopyDone, Group, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageId, PageRead, PageRef, Part, StoredPage,
-    Ticket,
+    Ticket, oldest_page,
 };
 use crate::sample::{SampleScratch, sample_rows};
 use crate::step::{AdapterId, Chunk, OutputRow, Sampling, Step, StepOutput, Want};
@@ -63,7 +63,7 @@ impl EchoExecutor {
     /// An executor with as many groups as the limits have page counts. The KV type is always f32.
     pub fn new(vocab: usize, limits: Limits) -> Self {
         let part = |name| Part { name, rows: 1, width: 1, dtype: KvDType::F32 };
-        let group = |layer| Group { layers: vec![layer], parts: vec![part("k"), part("v")] };
+        let group = |layer| Group { layers: vec![layer], window: None, parts: vec![part("k"), part("v")] };
         Self {
             vocab,
             layout: KvLayout {
@@ -80,6 +80,13 @@ impl EchoExecutor {
             fail_every: None,
             gate: None,
         }
+    }
+
+    /// Gives each group a window. Logits are then a hash of what the widest of them shows.
+    pub fn windowed(mut self, windows: &[Option<usize>]) -> Self {
+        assert_eq!(windows.len(), self.layout.groups.len(), "windows of each group");
+        self.layout.groups.iter_mut().zip(windows).for_each(|(group, &window)| group.window = window);
+        self
     }
 
     /// Every `n`th step fails, and leaves what a real failure may leave: pages half written.
@@ -139,6 +146,10 @@ impl EchoExecutor {
             (token, turned(at, chunk.rope_table))
         };
         let end = chunk.position + own.len();
+        assert!(
+            self.layout.groups.iter().all(|group| group.window.is_none()),
+            "a window hides what is pooled"
+        );
         let state = if self.slots.is_empty() {
             (0..).zip(own).fold(SEED, |state, (position, &token)| absorb(state, token, position))
         } else {
@@ -149,24 +160,28 @@ impl EchoExecutor {
 
     /// Appends the logits of the chunk's output rows.
     fn read(&self, step: &Step, chunk: &Chunk, logits: &mut Vec<f32>) {
-        let wanted = |row: usize| step.outputs.iter().filter(move |o| o.row == row);
-        let mut state = SEED;
-        for position in 0..chunk.position + chunk.tokens.len() {
-            let slot = |group: usize| {
-                let page = chunk.table(step, group)[position / PAGE_TOKENS];
-                let (token, at) = self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
-                (token, turned(at, chunk.rope_table))
-            };
-            // Groups agree unless one of them was kept badly, so the hash does not depend on their number.
-            let (token, at) = slot(0);
-            state = absorb(state, token, at);
-            for (token, at) in (1..self.slots.len()).map(slot).filter(|&s| s != (token, at)) {
+        let windows = self.layout.groups.iter().map(|group| group.window.unwrap_or(usize::MAX));
+        let windows: Vec<usize> = windows.collect();
+        let widest = windows.iter().copied().max().unwrap_or(usize::MAX);
+        let slot = |group: usize, position: usize| {
+            let page = chunk.table(step, group)[position / PAGE_TOKENS];
+            let (token, at) = self.slots[group][page.0 as usize * PAGE_TOKENS + position % PAGE_TOKENS];
+            (token, turned(at, chunk.rope_table))
+        };
+        for output in step.outputs.iter().filter(|output| chunk.tokens.contains(&output.row)) {
+            let end = output.position;
+            let mut state = SEED;
+            for position in end.saturating_sub(widest)..end {
+                let mut seeing = (0..windows.len()).filter(|&group| end - position <= windows[group]);
+                let first = seeing.next().expect("the widest window shows it");
+                // Groups agree unless one of them was kept badly, so the hash does not depend on their number.
+                let (token, at) = slot(first, position);
                 state = absorb(state, token, at);
+                for (token, at) in seeing.map(|group| slot(group, position)).filter(|&s| s != (token, at)) {
+                    state = absorb(state, token, at);
+                }
             }
-            if position >= chunk.position {
-                let row = chunk.tokens.start + position - chunk.position;
-                wanted(row).for_each(|_| push_logits(state, self.vocab, logits));
-            }
+            push_logits(state, self.vocab, logits);
         }
     }
 
@@ -205,7 +220,7 @@ impl Executor for EchoExecutor {
     }
 
     fn submit(&mut self, step: &Step) -> Result<(), StepError> {
-        check(step, &self.limits, self.vocab);
+        check(step, &self.limits, &self.layout, self.vocab);
         check_tables(step, self.layout.rope_switch);
         assert!(self.submitted.is_none(), "a step was submitted before the last one was finished");
         if let Some(gate) = &self.gate
@@ -272,15 +287,15 @@ pub fn adapter_shift(hash: &[u8; 32]) -> u32 {
 /// # Panics
 /// If biases leave no token to draw.
 pub fn expected(vocab: usize, tokens: &[u32], sampling: &Sampling, biases: &[(u32, f32)]) -> u32 {
-    expected_of(vocab, tokens, (sampling, None), biases)
+    expected_of((vocab, None), tokens, (sampling, None), biases)
 }
 
-/// [`expected`] where only the tokens of a mask may be drawn.
+/// [`expected`] where only the tokens of a mask may be drawn, of an executor whose widest window this is.
 ///
 /// # Panics
 /// If mask and biases leave no token to draw.
 pub fn expected_of(
-    vocab: usize,
+    (vocab, window): (usize, Option<usize>),
     tokens: &[u32],
     (sampling, mask): (&Sampling, Option<&[u32]>),
     biases: &[(u32, f32)],
@@ -289,16 +304,17 @@ pub fn expected_of(
     let sampling = Sampling { bias, history, mask: mask.map(|mask| 0..mask.len()), ..sampling.clone() };
     let (biases, history) = (biases.to_vec(), tokens.to_vec());
     let step = Step { biases, history, masks: mask.unwrap_or_default().to_vec(), ..Step::default() };
-    alone(vocab, tokens, Want::Sample(sampling), step).tokens[0]
+    alone((vocab, window), tokens, Want::Sample(sampling), step).tokens[0]
 }
 
-/// The log-probability that `token` follows `tokens`, under the raw logits.
-pub fn expected_logprob(vocab: usize, tokens: &[u32], token: u32) -> f32 {
-    alone(vocab, tokens, Want::Score(token), Step::default()).logprobs[0]
+/// The log-probability that `token` follows `tokens`, under the raw logits, of an executor whose widest window this is.
+pub fn expected_logprob(of: (usize, Option<usize>), tokens: &[u32], token: u32) -> f32 {
+    alone(of, tokens, Want::Score(token), Step::default()).logprobs[0]
 }
 
-fn alone(vocab: usize, tokens: &[u32], want: Want, mut step: Step) -> StepOutput {
-    let state = (0..).zip(tokens).fold(SEED, |state, (position, &token)| absorb(state, token, position));
+fn alone((vocab, window): (usize, Option<usize>), tokens: &[u32], want: Want, mut step: Step) -> StepOutput {
+    let seen = (0..).zip(tokens).skip(tokens.len() - tokens.len().min(window.unwrap_or(usize::MAX)));
+    let state = seen.fold(SEED, |state, (position, &token)| absorb(state, token, position));
     let mut logits = Vec::with_capacity(vocab);
     push_logits(state, vocab, &mut logits);
     step.outputs = vec![OutputRow { row: 0, position: tokens.len(), want, top_logprobs: None }];
@@ -374,7 +390,7 @@ fn check_tables(step: &Step, switch: RopeSwitch) {
 }
 
 /// Asserts that a step is one that any executor must accept.
-fn check(step: &Step, limits: &Limits, vocab: usize) {
+fn check(step: &Step, limits: &Limits, layout: &KvLayout, vocab: usize) {
     let counts = (step.tokens.len(), step.chunks.len(), step.outputs.len());
     let most = (limits.tokens_per_step, limits.chunks, limits.output_rows);
     assert!(counts.0 <= most.0 && counts.1 <= most.1 && counts.2 <= most.2, "{counts:?} exceeds {most:?}");
@@ -394,7 +410,7 @@ fn check(step: &Step, limits: &Limits, vocab: usize) {
     assert_eq!(next, (step.tokens.len(), step.page_table.len()), "chunks do not cover the step");
     assert!(step.pooled.iter().all(|&chunk| chunk < step.chunks.len()), "pooled chunks {:?}", step.pooled);
     check_outputs(step);
-    check_pages(step, limits);
+    check_pages(step, limits, layout);
 }
 
 fn check_outputs(step: &Step) {
@@ -410,14 +426,18 @@ fn check_outputs(step: &Step) {
     }
 }
 
-/// A page that one chunk writes is in no other chunk's table, and copies can be made in any order.
-fn check_pages(step: &Step, limits: &Limits) {
+/// A page that one chunk writes is in no other chunk's table, pages that no row sees are given back, and copies can be
+/// made in any order.
+fn check_pages(step: &Step, limits: &Limits, layout: &KvLayout) {
     for (group, &count) in limits.pages.iter().enumerate() {
         let known = |p: &PageId| p.0 > 0 && (p.0 as usize) < count;
         let mut written = HashSet::new();
         let mut read = HashSet::new();
         for chunk in &step.chunks {
             let (before, from) = chunk.table(step, group).split_at(chunk.position / PAGE_TOKENS);
+            let (unseen, before) =
+                before.split_at(oldest_page(layout.groups[group].window, chunk.position).min(before.len()));
+            assert!(unseen.iter().all(|p| p.0 == 0), "{chunk:?} keeps pages that it does not see");
             assert!(before.iter().chain(from).all(known), "{chunk:?} names page 0 or one past {count}");
             from.iter().for_each(|p| assert!(written.insert(*p), "two chunks write {p:?}"));
             read.extend(before);
@@ -535,6 +555,38 @@ mod tests {
     }
 
     #[test]
+    fn a_window_hides_what_is_older_and_shows_the_rest() {
+        let tokens: Vec<u32> = (0..100).map(|i| i * 7 % 50).collect();
+        let windows = [Some(40), Some(20)];
+        let mut echo = EchoExecutor::new(VOCAB, limits()).windowed(&windows);
+        for (at, pages) in [(0, &[1, 2][..]), (64, &[0, 2, 3, 4])] {
+            let mut step = one_chunk(&tokens[..(at + 64).min(100)], at, pages);
+            if at == 64 {
+                // The token at 64 sees back to 25, and to 45.
+                step.page_table = [1, 2, 3, 4, 0, 2, 3, 4].map(PageId).to_vec();
+            }
+            let want = expected_of(
+                (VOCAB, Some(40)),
+                &tokens[..(at + 64).min(100)],
+                (&Sampling::greedy(), None),
+                &[],
+            );
+            assert_eq!(run(&mut echo, &step).unwrap(), want, "from {at}");
+        }
+        assert_ne!(
+            expected_logprob((VOCAB, Some(40)), &tokens, 3).to_bits(),
+            expected_logprob((VOCAB, None), &tokens, 3).to_bits()
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "keeps pages that it does not see")]
+    fn pages_that_no_row_sees_are_refused() {
+        let mut echo = EchoExecutor::new(VOCAB, limits()).windowed(&[None, Some(20)]);
+        run(&mut echo, &one_chunk(&[1; 65], 64, &[1, 2, 3])).unwrap();
+    }
+
+    #[test]
     fn failures_come_when_asked_for() {
         let mut echo = EchoExecutor::new(VOCAB, limits()).failing_every(2);
         let step = one_chunk(&[1, 2, 3], 0, &[1]);
@@ -546,7 +598,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "page 0")]
     fn page_0_is_refused() {
-        check(&one_chunk(&[1], 0, &[0]), &limits(), VOCAB);
+        run(&mut EchoExecutor::new(VOCAB, limits()), &one_chunk(&[1], 0, &[0])).unwrap();
     }
 
     #[test]
@@ -563,6 +615,6 @@ mod tests {
             adapter: None,
         });
         step.page_table.extend([PageId(1), PageId(1)]);
-        check(&step, &limits(), VOCAB);
+        run(&mut EchoExecutor::new(VOCAB, limits()), &step).unwrap();
     }
 }

@@ -97,8 +97,25 @@ pub struct Part {
 pub struct Group {
     /// Layer indices, ascending.
     pub layers: Vec<usize>,
+    /// How many positions back a token sees in these layers, itself included; `None` where it sees all.
+    pub window: Option<usize>,
     /// What each layer keeps; equal for all layers of a group.
     pub parts: Vec<Part>,
+}
+
+/// Index of the oldest page that the token at a position sees through a window. No later token sees one before it.
+pub fn oldest_page(window: Option<usize>, position: usize) -> usize {
+    window.map_or(0, |window| (position + 1).saturating_sub(window) / PAGE_TOKENS)
+}
+
+/// The most pages of a group that a sequence of at most `context` tokens needs at a time, where it computes at most
+/// `tokens_per_step` in a step.
+pub fn pages_max(window: Option<usize>, context: usize, tokens_per_step: usize) -> usize {
+    let whole = context.div_ceil(PAGE_TOKENS);
+    let Some(window) = window else { return whole };
+    // What the first token of a step sees, and all tokens of the step; where the oldest is the last of its page.
+    let seen = window.saturating_add(tokens_per_step) - 1;
+    whole.min((seen - 1).div_ceil(PAGE_TOKENS) + 1)
 }
 
 impl Group {
@@ -158,8 +175,9 @@ impl CopyDone {
 }
 
 impl KvLayout {
-    /// The layout of a graph: layers of equal [`mainstay_models::graph::KvSpec`] shape share a group. Windows do
-    /// not split groups yet: a page keeps all its layers until the sequence lets it go.
+    /// The layout of a graph: layers that keep the same and see as far share a group. Groups that see all of a
+    /// sequence come first, then those of narrower windows before those of wider ones. A window that is no narrower
+    /// than the graph's context hides nothing.
     pub fn of(graph: &Graph, dtype: KvDType) -> Self {
         let mut groups: Vec<Group> = Vec::new();
         for (layer, spec) in graph.kv.iter().enumerate() {
@@ -169,11 +187,77 @@ impl KvLayout {
                 KvRows::Latent { latent, key } => [part("latent", 1, latent), part("key", 1, key)],
             };
             let parts = Vec::from(parts);
-            match groups.iter_mut().find(|g| g.parts == parts) {
+            let window = spec.window.filter(|&window| window < graph.context);
+            match groups.iter_mut().find(|g| g.parts == parts && g.window == window) {
                 Some(group) => group.layers.push(layer),
-                None => groups.push(Group { layers: vec![layer], parts }),
+                None => groups.push(Group { layers: vec![layer], window, parts }),
             }
         }
+        groups.sort_by_key(|group| group.window);
         Self { groups, rope_switch: graph.rope_switch }
+    }
+
+    /// The windows of the groups.
+    pub fn windows(&self) -> Vec<Option<usize>> {
+        self.groups.iter().map(|group| group.window).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mainstay_models::graph::{Block, KvSpec};
+
+    use super::*;
+
+    #[test]
+    fn a_token_sees_its_window_and_no_more() {
+        // Positions of page 0 are 0 to 31.
+        for (window, position, oldest) in [
+            (None, 1000, 0),
+            (Some(1), 31, 0),
+            (Some(1), 32, 1),
+            (Some(12), 42, 0),
+            (Some(12), 43, 1),
+            (Some(32), 62, 0),
+            (Some(32), 63, 1),
+            (Some(100), 130, 0),
+            (Some(100), 131, 1),
+        ] {
+            assert_eq!(oldest_page(window, position), oldest, "{window:?} at {position}");
+        }
+    }
+
+    #[test]
+    fn no_step_needs_more_pages_than_are_counted_and_some_step_needs_them_all() {
+        for window in 1..100 {
+            for step in [1, 2, 31, 32, 33, 64] {
+                let needed = |at: usize| (at + step).div_ceil(PAGE_TOKENS) - oldest_page(Some(window), at);
+                let most = (0..400).map(needed).max().unwrap();
+                assert_eq!(pages_max(Some(window), 1000, step), most, "window {window}, step {step}");
+            }
+        }
+        assert_eq!((pages_max(None, 65, 8), pages_max(Some(500), 65, 8)), (3, 3));
+    }
+
+    #[test]
+    fn layers_of_one_window_share_a_group_and_full_ones_come_first() {
+        let spec = |window| KvSpec { rows: KvRows::Heads { heads: 2, head_dim: 8 }, window };
+        let kv = [Some(20), None, Some(64), Some(20), None, Some(4096)].map(spec).to_vec();
+        let graph = Graph {
+            family: "test",
+            prologue: Block::default(),
+            blocks: vec![],
+            layers: vec![],
+            epilogue: Block::default(),
+            pooled: None,
+            kv,
+            hidden: 16,
+            vocab: 10,
+            context: 4096,
+            rope_switch: RopeSwitch::default(),
+        };
+        let groups = KvLayout::of(&graph, KvDType::F32).groups;
+        let found: Vec<_> = groups.iter().map(|group| (group.window, &group.layers[..])).collect();
+        assert_eq!(found, [(None, &[1, 4, 5][..]), (Some(20), &[0, 3]), (Some(64), &[2])]);
     }
 }

@@ -9,7 +9,7 @@ use mainstay_models::{AdapterWeights, LoadError, Weights, graph::Graph};
 
 pub use kv::{
     CopyDone, KvDType, KvLayout, PAGE_TOKENS, PageBytes, PageDigest, PageId, PageRead, PageRef, StoredPage,
-    Ticket,
+    Ticket, oldest_page, pages_max,
 };
 pub use step::{AdapterId, Chunk, OutputRow, Sampling, Step, StepOutput, Want};
 

@@ -1,5 +1,7 @@
 //! Keys and values in the host's memory, in the payload order of [`Group`], so that copying a page is copying bytes.
 
+use std::ops::Range;
+
 use half::bf16;
 use mainstay_backend_api::kv::{Group, KvDType, KvLayout, PAGE_TOKENS};
 use mainstay_backend_api::{Limits, PageId, PageRef};
@@ -94,16 +96,17 @@ impl Pages {
         }
     }
 
-    /// The first `len` tokens of one part, widened to f32: `[heads, len, width]`.
-    pub(crate) fn gather(&self, slot: &Slot, len: usize) -> Vec<f32> {
+    /// The tokens of one part at these positions, from the first of a page on, widened to f32: `[heads, tokens, width]`.
+    pub(crate) fn gather(&self, slot: &Slot, positions: Range<usize>) -> Vec<f32> {
+        assert_eq!(positions.start % PAGE_TOKENS, 0, "{positions:?} begins inside a page");
         let (group, place) = self.homes[slot.layer];
         let group = &self.groups[group];
         let part = &group.layout.parts[slot.part as usize];
-        let mut out = Vec::with_capacity(part.rows * len * part.width);
+        let mut out = Vec::with_capacity(part.rows * positions.len() * part.width);
         for head in 0..part.rows {
-            for (i, &page) in slot.table[..len.div_ceil(PAGE_TOKENS)].iter().enumerate() {
-                let tokens = (len - i * PAGE_TOKENS).min(PAGE_TOKENS);
-                let start = group.head(page, place, slot.part, head);
+            for first in positions.clone().step_by(PAGE_TOKENS) {
+                let tokens = (positions.end - first).min(PAGE_TOKENS);
+                let start = group.head(slot.table[first / PAGE_TOKENS], place, slot.part, head);
                 let bytes = &group.bytes[start..][..tokens * part.width * part.dtype.size_bytes()];
                 decode(bytes, part.dtype, &mut out);
             }
@@ -167,8 +170,8 @@ mod tests {
         let layout = KvLayout {
             rope_switch: Default::default(),
             groups: vec![
-                Group { layers: vec![0, 2], parts: vec![part("k"), part("v")] },
-                Group { layers: vec![1], parts: vec![part("k"), part("v")] },
+                Group { layers: vec![0, 2], window: None, parts: vec![part("k"), part("v")] },
+                Group { layers: vec![1], window: None, parts: vec![part("k"), part("v")] },
             ],
         };
         let limits = Limits {
@@ -193,15 +196,15 @@ mod tests {
         let expected: Vec<f32> = (0..2)
             .flat_map(|head| (0..70).flat_map(move |t| (0..3).map(move |i| (t * 6 + head * 3 + i) as f32)))
             .collect();
-        assert_eq!(pages.gather(&slot(&table), 70), expected);
+        assert_eq!(pages.gather(&slot(&table), 0..70), expected);
         let page = |p| PageRef { group: 0, page: PageId(p) };
         pages.copy_page(page(1), page(4));
         let bytes = pages.page(page(3)).to_vec();
         pages.write_page(page(1), &bytes);
         let moved = [PageId(1), PageId(4), PageId(2)];
-        assert_eq!(pages.gather(&slot(&moved), 70), expected);
+        assert_eq!(pages.gather(&slot(&moved), 0..70), expected);
         let other = Slot { layer: 1, part: PartIndex::Second, table: &table };
-        assert!(pages.gather(&other, 70).iter().all(|&v| v == 0.0));
+        assert!(pages.gather(&other, 0..70).iter().all(|&v| v == 0.0));
     }
 
     #[test]
@@ -223,6 +226,6 @@ mod tests {
         let tie = f32::from_bits(0x3f80_8000);
         pages.append(&slot, 0, &[1.0, tie, f32::from_bits(0x3f80_8001), -2.5, 0.0, 3.0]);
         let next = f32::from_bits(0x3f81_0000);
-        assert_eq!(pages.gather(&slot, 1), [1.0, 1.0, next, -2.5, 0.0, 3.0]);
+        assert_eq!(pages.gather(&slot, 0..1), [1.0, 1.0, next, -2.5, 0.0, 3.0]);
     }
 }

@@ -8,8 +8,8 @@ use candle_nn::ops;
 use mainstay_backend_api::sample::{SampleScratch, sample_rows};
 use mainstay_backend_api::step::{Chunk, Step, StepOutput};
 use mainstay_backend_api::{
-    AdapterId, CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PageRead, PageRef, StepError,
-    StoredPage, Ticket,
+    AdapterId, CopyDone, Executor, Invariance, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead,
+    PageRef, StepError, StoredPage, Ticket, oldest_page,
 };
 use mainstay_models::graph::{
     Activation, Attend, AttendLatent, Gate, Ids, Mask, Op, PoolKind, Rope, RopeLayout,
@@ -320,15 +320,17 @@ fn attend_fully((a, sinks): Sunk<'_>, values: &[Tensor], step: &Step) -> Result<
 fn attend_causally((a, sinks): Sunk<'_>, values: &[Tensor], scope: &mut Scope) -> Result<Tensor> {
     let rows = [&values[a.k], &values[a.v]];
     let mut outputs = Vec::with_capacity(scope.step.chunks.len());
-    for (chunk, kept) in scope.step.chunks.iter().zip(keep(rows, scope)?) {
+    let window = if let Mask::Causal { window } = a.mask { window } else { None };
+    for (chunk, kept) in scope.step.chunks.iter().zip(keep(rows, window, scope)?) {
         outputs.push(attend_chunk((a, sinks), chunk, &values[a.q], &kept.into())?);
     }
     Tensor::cat(&outputs, 0)
 }
 
-/// Appends rows of this step to both parts of the layer's pages, and returns all of each chunk's sequence,
-/// `[heads, end, width]`. What was appended is read back too, so that it is rounded to the stored type.
-fn keep(rows: [&Tensor; 2], scope: &mut Scope) -> Result<Vec<[Tensor; 2]>> {
+/// Appends rows of this step to both parts of the layer's pages, and returns what each chunk's rows see of its sequence,
+/// `[heads, seen, width]`, in whole pages. What was appended is read back too, so that it is rounded to the stored type.
+/// Pages that no row sees are gone.
+fn keep(rows: [&Tensor; 2], window: Option<usize>, scope: &mut Scope) -> Result<Vec<[Tensor; 2]>> {
     let (group, step) = (scope.pages.group_of(scope.layer), scope.step);
     let mut kept = Vec::with_capacity(step.chunks.len());
     let flat = [rows[0].flatten_all()?.to_vec1::<f32>()?, rows[1].flatten_all()?.to_vec1::<f32>()?];
@@ -339,9 +341,10 @@ fn keep(rows: [&Tensor; 2], scope: &mut Scope) -> Result<Vec<[Tensor; 2]>> {
             let (slot, width) = (Slot { layer: scope.layer, part, table }, rows.dim(1)?);
             let own = &flat[chunk.tokens.start * width..chunk.tokens.end * width];
             scope.pages.append(&slot, chunk.position, own);
-            let end = chunk.position + chunk.tokens.len();
+            let seen = oldest_page(window, chunk.position) * PAGE_TOKENS..chunk.position + chunk.tokens.len();
             let heads = scope.pages.heads(&slot);
-            Tensor::from_vec(scope.pages.gather(&slot, end), (heads, end, width / heads), rows.device())
+            let shape = (heads, seen.len(), width / heads);
+            Tensor::from_vec(scope.pages.gather(&slot, seen), shape, rows.device())
         };
         kept.push([read(PartIndex::First)?, read(PartIndex::Second)?]);
     }
@@ -364,7 +367,7 @@ fn attend_latent(a: &AttendLatent, expand: &Tensor, values: &[Tensor], scope: &m
     };
     let mut outputs = Vec::with_capacity(scope.step.chunks.len());
     for (chunk, [latents, keys]) in
-        scope.step.chunks.iter().zip(keep([&values[a.latent], &values[a.key]], scope)?)
+        scope.step.chunks.iter().zip(keep([&values[a.latent], &values[a.key]], None, scope)?)
     {
         let end = latents.dim(1)?;
         let made = linear(&latents.squeeze(0)?, expand, None)?;
@@ -377,14 +380,15 @@ fn attend_latent(a: &AttendLatent, expand: &Tensor, values: &[Tensor], scope: &m
     Tensor::cat(&outputs, 0)
 }
 
-/// The rows `[tokens, heads * value width]` of one sequence, from its keys and values `[kv_heads, end, width]`.
+/// The rows `[tokens, heads * value width]` of one sequence, from its keys and values `[kv_heads, seen, width]`, the
+/// newest of which is the chunk's last token.
 fn attend_chunk(
     (a, sinks): Sunk<'_>,
     chunk: &Chunk,
     q: &Tensor,
     (k, v): &(Tensor, Tensor),
 ) -> Result<Tensor> {
-    let (per_kv, end, width) = (a.heads / a.kv_heads, k.dim(1)?, v.dim(2)?);
+    let (per_kv, seen, width) = (a.heads / a.kv_heads, k.dim(1)?, v.dim(2)?);
     let k = k.t()?;
     let mut outputs = Vec::new();
     for first in chunk.tokens.clone().step_by(ATTEND_ROWS) {
@@ -395,29 +399,29 @@ fn attend_chunk(
         if let Some(cap) = a.softcap {
             scores = softcap(&scores, cap)?;
         }
-        let mut scores = scores.reshape((a.heads, rows, end))?;
+        let mut scores = scores.reshape((a.heads, rows, seen))?;
         if let Mask::Causal { window } = a.mask {
-            let mask = mask(chunk.position + first - chunk.tokens.start, rows, end, window);
-            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, end), scores.device())?)?;
+            let row = seen - (chunk.tokens.end - first);
+            let mask = mask(row..row + rows, seen, window);
+            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, seen), scores.device())?)?;
         }
         let weights = match sinks {
             None => ops::softmax_last_dim(&scores)?,
             Some(sinks) => {
                 let sinks = sinks.reshape((a.heads, 1, 1))?.broadcast_as((a.heads, rows, 1))?;
                 let weights = ops::softmax_last_dim(&Tensor::cat(&[&scores, &sinks.contiguous()?], 2)?)?;
-                weights.narrow(2, 0, end)?.contiguous()?
+                weights.narrow(2, 0, seen)?.contiguous()?
             }
         };
-        let weights = weights.reshape((a.kv_heads, per_kv * rows, end))?;
+        let weights = weights.reshape((a.kv_heads, per_kv * rows, seen))?;
         let mixed = weights.matmul(v)?.reshape((a.heads, rows, width))?;
         outputs.push(mixed.transpose(0, 1)?.contiguous()?.reshape((rows, a.heads * width))?);
     }
     Tensor::cat(&outputs, 0)
 }
 
-/// 0 where a row sees a position and -inf elsewhere, `[rows, end]`; the first row stands at `position`.
-fn mask(position: usize, rows: usize, end: usize, window: Option<usize>) -> Vec<f32> {
+/// 0 where a row sees a column and -inf elsewhere, `[rows, columns]`; rows and columns are numbered alike.
+fn mask(rows: Range<usize>, columns: usize, window: Option<usize>) -> Vec<f32> {
     let sees = |row: usize, column: usize| column <= row && window.is_none_or(|w| row < column + w);
-    let rows = position..position + rows;
-    rows.flat_map(|r| (0..end).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
+    rows.flat_map(|r| (0..columns).map(move |c| if sees(r, c) { 0.0 } else { f32::NEG_INFINITY })).collect()
 }

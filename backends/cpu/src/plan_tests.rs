@@ -1,7 +1,10 @@
 //! What is fused, and that values that live together lie apart.
 
 use mainstay_backend_api::KvDType;
-use mainstay_models::graph::{Attend, KvSpec, Layer, Pooled, PooledKind, RopeSwitch};
+use mainstay_models::graph::{
+    Attend, AttendLatent, Expert, Experts, KvRows, KvSpec, Layer, Pooled, PooledKind, RopeSwitch, Routing,
+    RoutingOrder, Score,
+};
 
 use super::*;
 use crate::plan::Access;
@@ -325,6 +328,128 @@ fn a_bert_layer_adds_into_its_products_and_normalizes_behind_them() {
     assert!(plan.epilogue.calls.is_empty());
     assert_eq!((plan.whole_heads, plan.pooled_rows.rows, plan.pooled_rows.width), (2, 2, HIDDEN));
     [&plan.blocks[0], &plan.pooled].into_iter().for_each(check_places);
+}
+
+/// A layer of `count` experts with `inner` elements between their products, beside a shared MLP.
+fn sparse(count: usize, inner: usize) -> Block {
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let n = b.push(norm(x, HIDDEN));
+    let scores = b.push(linear(n, count, HIDDEN));
+    let expert = Expert {
+        up: Matrix::one("up", 2 * inner, HIDDEN),
+        up_bias: Some(Vector::one("ub", 2 * inner)),
+        down: Matrix::one("down", HIDDEN, inner),
+        down_bias: None,
+    };
+    let routing = Routing {
+        score: Score::Sigmoid,
+        order: RoutingOrder::ScoreFirst,
+        bias: None,
+        groups: None,
+        top_k: 3,
+        renormalise: true,
+        scale: 1.0,
+    };
+    let f = Gate::By(Activation::Silu);
+    let e = b.push(Op::Experts(Experts { input: n, scores, routing, experts: vec![expert; count], f }));
+    let g = b.push(linear(n, 64, HIDDEN));
+    let g = b.push(Op::GatedActivate { input: g, f });
+    let d = b.push(linear(g, HIDDEN, 32));
+    let both = b.push(Op::Add { a: e, b: d });
+    b.push(Op::Add { a: x, b: both });
+    b
+}
+
+#[test]
+fn experts_are_four_calls_and_a_shared_one_is_added_to_their_sum() {
+    let plan = Plan::new(&graph(sparse(5, 48)), &limits(), Fusing::All).unwrap();
+    let wanted = [
+        "norm",
+        "linear",
+        "route",
+        "expert up",
+        "expert down",
+        "expert sum",
+        "linear+gate",
+        "linear+add",
+        "add",
+        "copy",
+    ];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    check_places(&plan.blocks[0]);
+    assert_eq!((plan.experts, plan.top_k, plan.products), (5, 3, 5));
+    let halves = plan.blocks[0].matrices.iter().filter(|m| m.order == RowOrder::Halves).count();
+    assert_eq!(halves, 6, "of every expert and of the shared one");
+    // Three experts of each of ten rows, as wide as what lies between their products.
+    assert!(plan.packed.width >= 10 * 3 * 48, "{:?}", plan.packed);
+    let error = Plan::new(&graph(sparse(5, 40)), &limits(), Fusing::All).unwrap_err().to_string();
+    assert!(error.contains("experts with 40 elements between their products"), "{error}");
+}
+
+/// A layer of two heads that keeps latent rows.
+fn latent(width: usize) -> Block {
+    let (heads, plain_dim, key_dim, value_dim) = (2, 8, 4, 16);
+    let mut b = Block::default();
+    let x = b.push(Op::Input);
+    let table = |head_dim, first| {
+        let tables = vec![vec![1.0; key_dim / 2].into()];
+        Rope { tables, head_dim, first, dim: key_dim, layout: RopeLayout::Interleaved, scale: 1.0 }
+    };
+    let q = b.push(linear(x, heads * (plain_dim + key_dim), HIDDEN));
+    let q = b.push(Op::Rope { input: q, rope: table(plain_dim + key_dim, plain_dim) });
+    let both = b.push(linear(x, width + key_dim, HIDDEN));
+    let rows = b.push(Op::Slice { input: both, start: 0, width });
+    let rows = b.push(norm(rows, width));
+    let key = b.push(Op::Slice { input: both, start: width, width: key_dim });
+    let key = b.push(Op::Rope { input: key, rope: table(key_dim, 0) });
+    let expand = Matrix::one("expand", heads * (plain_dim + value_dim), width);
+    let a = b.push(Op::AttendLatent(AttendLatent {
+        q,
+        latent: rows,
+        key,
+        expand,
+        heads,
+        plain_dim,
+        key_dim,
+        value_dim,
+        scale: 0.3,
+    }));
+    let o = b.push(linear(a, HIDDEN, heads * value_dim));
+    b.push(Op::Add { a: x, b: o });
+    b
+}
+
+#[test]
+fn attention_to_latent_rows_makes_no_keys_and_no_values() {
+    let of = |width| {
+        let rows = KvRows::Latent { latent: width, key: 4 };
+        Graph { kv: vec![KvSpec { rows, window: None }], ..graph(latent(width)) }
+    };
+    let plan = Plan::new(&of(32), &limits(), Fusing::All).unwrap();
+    let wanted = [
+        "linear",
+        "linear",
+        "norm",
+        "head products",
+        "append latent",
+        "attend latent",
+        "head products",
+        "linear+add",
+    ];
+    assert_eq!(kinds(&plan.blocks[0]), wanted);
+    check_places(&plan.blocks[0]);
+    assert_eq!((plan.latent, plan.products), ((32, 4), 2));
+    let Call::AppendLatent { q, key, .. } = plan.blocks[0].calls[4] else {
+        panic!("{:?}", plan.blocks[0].calls)
+    };
+    assert!(q.rope.is_some() && key.rope.is_some(), "rotations are part of the call");
+    let orders: Vec<_> = plan.blocks[0].matrices.iter().map(|m| m.order).collect();
+    let columns = |first| RowOrder::Columns { first, count: 8 };
+    let some = |first| RowOrder::Some { first, count: 16 };
+    assert_eq!(orders[2..6], [columns(0), columns(24), some(8), some(32)], "of head 0, of head 1");
+    let error = Plan::new(&of(20), &limits(), Fusing::All).unwrap_err().to_string();
+    assert!(error.contains("latent rows of 20"), "{error}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
-use mainstay_backend_api::{AdapterId, Limits, Step};
+use mainstay_backend_api::{AdapterId, Limits, Step, oldest_page};
 use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
 use mainstay_kernels_cpu::kv::BlockShape;
 use mainstay_kernels_cpu::{
@@ -484,10 +484,9 @@ impl Runner<'_> {
 fn sight(mask: Mask, task: &Piece, step: &Step) -> (Sight, Range<usize>) {
     match mask {
         Mask::Causal { window } => {
-            let window = window.unwrap_or(usize::MAX);
-            let oldest = (task.position + 1).saturating_sub(window) / PAGE_TOKENS;
+            let oldest = oldest_page(window, task.position);
             let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
-            (Sight::Window(window), oldest..newest + 1)
+            (Sight::Window(window.unwrap_or(usize::MAX)), oldest..newest + 1)
         }
         Mask::Full => {
             let len = step.chunks[task.chunk].tokens.len();

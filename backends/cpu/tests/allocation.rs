@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mainstay_backend_api::{KvDType, Step, StepOutput};
 use mainstay_models::weights::DType;
-use tiny::{BLOCKS, Feed, SMALL, Shape, load, tokens};
+use tiny::{BLOCKS, Feed, SMALL, SPARSE, Shape, load, tokens};
 
 struct Counting;
 
@@ -34,7 +34,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn steps_allocate_nothing() {
-    for shape in [SMALL, Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }] {
+    for shape in [SMALL, SPARSE, Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }] {
         steps_of_a_model_allocate_nothing(&shape);
     }
 }

@@ -5,7 +5,9 @@ mod tiny;
 use mainstay_backend_api::{KvDType, Step};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::weights::DType;
-use tiny::{BLOCKS, Feed, PAGE, Random, SMALL, Shape, bits, feed_alone, load, page_bytes, run, tokens};
+use tiny::{
+    BLOCKS, Feed, PAGE, Random, SMALL, SPARSE, Shape, bits, feed_alone, load, page_bytes, run, tokens,
+};
 
 /// Models that use every path of attention and of products.
 fn shapes() -> Vec<(Shape, KvDType)> {
@@ -15,6 +17,8 @@ fn shapes() -> Vec<(Shape, KvDType)> {
         (Shape { window: Some(40), softcap: Some(5.0), bias: true, heads: 6, ..SMALL }, KvDType::BF16),
         (Shape { window: Some(7), kv_heads: 4, inner: 75, ..SMALL }, KvDType::F32),
         (Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }, KvDType::BF16),
+        (SPARSE, KvDType::F32),
+        (Shape { latent: 16, heads: 17, experts: 3, dtypes: [DType::BF16; 2], ..SPARSE }, KvDType::BF16),
         (Shape { dtypes: [DType::Q8_0, DType::Q5_1], bias: true, ..BLOCKS }, KvDType::F32),
     ]
 }

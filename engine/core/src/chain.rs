@@ -6,6 +6,7 @@ use mainstay_store::{ClassId, ContentId, Kind, PageHeader, PageKey, PageName, Ro
 
 use crate::Adapter;
 use crate::identity::Identity;
+use crate::prefix;
 use crate::request::Reuse;
 
 /// The tokens of one full page.
@@ -32,7 +33,8 @@ pub(crate) struct Chain {
     class: ClassId,
 }
 
-/// How much of a sequence's tokens the store has, from the first on.
+/// How much of a sequence's tokens the store has, from the first on: every page of groups that see all, and of those
+/// with a window the pages that the next token sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Stored {
     /// Full pages.
@@ -110,11 +112,11 @@ impl Chain {
         Stored { pages: 0, tail: 0, class: self.class, lack: None }
     }
 
-    /// How much of these tokens the store has in every group, and the keys of all full pages.
+    /// How much of these tokens the store has, where these are the windows of the groups, and the keys of all full pages.
     pub(crate) fn look_up(
         &self,
         store: &Store,
-        groups: usize,
+        windows: &[Option<usize>],
         tokens: &[u32],
         reuse: Reuse,
     ) -> (Stored, Vec<PageKey>) {
@@ -127,15 +129,15 @@ impl Chain {
             keys
         };
         let mut keys = named(table);
-        let own = self.find(store, (self.class, groups), tokens, &keys);
+        let own = self.find(store, (self.class, windows), tokens, &keys);
         let others = || {
             let classes = store.classes().into_iter().filter(|class| *class != self.class);
-            let found = classes.map(|class| self.find(store, (class, groups), tokens, &keys));
+            let found = classes.map(|class| self.find(store, (class, windows), tokens, &keys));
             found.max_by_key(Stored::tokens).filter(|found| found.tokens() > own.tokens())
         };
         // What it had when it was shorter.
         let shorter = || {
-            let found = (table > 0).then(|| self.find(store, (self.class, groups), tokens, &named(0)));
+            let found = (table > 0).then(|| self.find(store, (self.class, windows), tokens, &named(0)));
             found.filter(|found| found.tokens() > 0)
         };
         let lack = || match (others(), shorter()) {
@@ -156,18 +158,40 @@ impl Chain {
     fn find(
         &self,
         store: &Store,
-        (class, groups): (ClassId, usize),
+        (class, windows): (ClassId, &[Option<usize>]),
         tokens: &[u32],
         keys: &[PageKey],
     ) -> Stored {
-        let (root, name) = (keys[0], |group, key| self.name(class, group, key));
-        let run = |group| store.chain_len(&name(group, root), &keys[1..]);
-        let pages = (0..groups).map(run).min().unwrap_or(0);
-        let parent = keys[pages];
-        let rest = &tokens[pages * PAGE_TOKENS..];
+        let like = |group| self.name(class, group, keys[0]);
+        let (windowed, full): (Vec<usize>, Vec<usize>) =
+            (0..windows.len()).partition(|&group| windows[group].is_some());
+        let run = |&group: &usize| store.chain_len(&like(group), &keys[1..]);
+        let run = full.iter().map(run).min().unwrap_or(if windowed.is_empty() { 0 } else { keys.len() - 1 });
+        let mut held = vec![Vec::new(); windows.len()];
+        windowed.iter().for_each(|&group| held[group] = store.held(&like(group), &keys[1..=run]));
+        let has = |group: usize, page: usize| held[group][page];
+        // Without a group that sees all, the last page that is there tells how far to look.
+        let last = |&group: &usize| held[group].iter().rposition(|&held| held).map_or(0, |last| last + 1);
+        let most = if full.is_empty() { windowed.iter().map(last).min().unwrap_or(0) } else { run };
+        let stored = |pages: usize| {
+            let rest = &tokens[pages * PAGE_TOKENS..];
+            let tail = self.tail(store, (class, windows.len()), keys[pages], rest);
+            Stored { pages, tail, class, lack: None }
+        };
+        // A tail may be of use where the page before it is not: its next token sees less of what lies before.
+        let found = stored(most);
+        match prefix::missing(found.tokens(), windows, has) {
+            None => found,
+            Some(_) => stored(prefix::usable(most, windows, has)),
+        }
+    }
+
+    /// Tokens of the longest tail that all groups have after a page, or the root.
+    fn tail(&self, store: &Store, (class, groups): (ClassId, usize), parent: PageKey, rest: &[u32]) -> usize {
+        let name = |group, key| self.name(class, group, key);
         let rest = &rest[..rest.len().min(PAGE_TOKENS)];
-        let tail = store.find_tail(&name(0, root), parent, rest);
+        let tail = store.find_tail(&name(0, parent), parent, rest);
         let tail = tail.filter(|(found, _)| (1..groups).all(|group| store.contains(&name(group, found.key))));
-        Stored { pages, tail: tail.map_or(0, |(_, len)| len), class, lack: None }
+        tail.map_or(0, |(_, len)| len)
     }
 }

@@ -38,7 +38,7 @@ enum Copy {
     Restore {
         load: LoadId,
         pages: Vec<PageRef>,
-        tokens: usize,
+        bytes: usize,
     },
 }
 
@@ -46,16 +46,14 @@ enum Copy {
 struct Reading {
     /// Batches not yet asked for.
     unasked: VecDeque<Vec<PageHeader>>,
-    /// Tokens of the pages of each batch, from the first on.
-    tokens: Vec<Vec<usize>>,
+    batches: usize,
     asked: usize,
     /// The batch that comes next, and those that came too early.
     next: usize,
     early: BTreeMap<usize, Loaded>,
     /// Copies to the device under way.
     restoring: usize,
-    restored_tokens: usize,
-    restored_pages: usize,
+    restored_bytes: usize,
     begun: Instant,
     /// No more is taken, for this reason.
     failed: Option<&'static str>,
@@ -97,19 +95,27 @@ impl Engine {
     }
 
     fn begin_load(&mut self, load: Load) {
-        let layout = self.executor.kv_layout();
-        let page_bytes: usize = layout.groups.iter().map(|group| group.page_bytes()).sum();
-        let pages = (BATCH_BYTES / page_bytes.max(1)).max(1);
-        let batches = load.headers.chunks(pages * layout.groups.len());
+        let mut batches: VecDeque<Vec<PageHeader>> = VecDeque::new();
+        let mut bytes = 0;
+        for header in load.headers {
+            let page_bytes = self.executor.kv_layout().groups[header.name.group as usize].page_bytes();
+            match batches.back_mut().filter(|_| bytes + page_bytes <= BATCH_BYTES) {
+                Some(batch) => batch.push(header),
+                None => {
+                    batches.push_back(vec![header]);
+                    bytes = 0;
+                }
+            }
+            bytes += page_bytes;
+        }
         let reading = Reading {
-            tokens: batches.clone().map(|batch| batch.iter().map(|h| h.tokens.len()).collect()).collect(),
-            unasked: batches.map(<[PageHeader]>::to_vec).collect(),
+            batches: batches.len(),
+            unasked: batches,
             asked: 0,
             next: 0,
             early: BTreeMap::new(),
             restoring: 0,
-            restored_tokens: 0,
-            restored_pages: 0,
+            restored_bytes: 0,
             begun: Instant::now(),
             failed: None,
         };
@@ -167,27 +173,26 @@ impl Engine {
         Some(batch)
     }
 
-    /// Copies a batch to the device: the whole pages of it, in all groups.
+    /// Copies a batch to the device.
     fn restore(&mut self, batch: Loaded) {
-        let groups = self.executor.kv_layout().groups.len();
-        let count = batch.pages.len() / groups;
+        let count = batch.pages.len();
         let Some(sequence) = self.scheduler.loading(batch.load) else { return };
-        // Pages of this load that are still being copied come first.
-        let reading = self.copies.readings.get_mut(&batch.load).expect("a batch belongs to a load");
-        let ahead = self.copies.in_flight.values().map(|copy| match copy {
-            Copy::Restore { load, pages, .. } if *load == batch.load => pages.len() / groups,
-            _ => 0,
-        });
-        let ahead: usize = ahead.sum();
-        let targets: Vec<PageRef> = sequence.targets(ahead + count).split_off(ahead * groups);
         if count == 0 {
             return;
         }
+        // Pages of this load that are still being copied come first.
+        let ahead = self.copies.in_flight.values().map(|copy| match copy {
+            Copy::Restore { load, pages, .. } if *load == batch.load => pages.len(),
+            _ => 0,
+        });
+        let ahead: usize = ahead.sum();
+        let targets: Vec<PageRef> = sequence.targets(ahead + count).split_off(ahead);
         targets.iter().for_each(|page| self.pool.share(page.group as usize, page.page));
+        let reading = self.copies.readings.get_mut(&batch.load).expect("a batch belongs to a load");
         reading.restoring += 1;
-        let tokens = reading.tokens[batch.batch].iter().step_by(groups).take(count).sum();
+        let bytes = batch.pages.iter().map(|page| (**page).as_ref().len()).sum();
         let pages = targets.iter().copied().zip(batch.pages).collect();
-        let ticket = self.copies.ticket(Copy::Restore { load: batch.load, pages: targets, tokens });
+        let ticket = self.copies.ticket(Copy::Restore { load: batch.load, pages: targets, bytes });
         self.executor.start_write(pages, ticket);
         self.take_copies();
     }
@@ -199,7 +204,7 @@ impl Engine {
         for copy in done.drain(..) {
             match self.copies.in_flight.remove(&copy.ticket) {
                 Some(Copy::Spill(spill)) => self.spilled(spill, copy),
-                Some(Copy::Restore { load, pages, tokens }) => self.restored(load, &pages, tokens, &copy),
+                Some(Copy::Restore { load, pages, bytes }) => self.restored(load, &pages, bytes, &copy),
                 None => {}
             }
         }
@@ -222,16 +227,14 @@ impl Engine {
         }
     }
 
-    fn restored(&mut self, load: LoadId, pages: &[PageRef], tokens: usize, copy: &CopyDone) {
-        let count = pages.len() / self.executor.kv_layout().groups.len();
+    fn restored(&mut self, load: LoadId, pages: &[PageRef], bytes: usize, copy: &CopyDone) {
         let sequence = self.scheduler.loading(load);
         let reading = self.copies.readings.get_mut(&load);
         if let (Some(sequence), Some(reading)) = (sequence, reading) {
             reading.restoring -= 1;
             if copy.result.is_ok() && reading.failed != Some("device") {
-                sequence.arrived(count, &mut self.pool);
-                reading.restored_tokens += tokens;
-                reading.restored_pages += count;
+                sequence.arrived(pages.len(), &mut self.pool);
+                reading.restored_bytes += bytes;
             } else {
                 // Pages after it would leave a gap: no more is taken.
                 reading.fail("device");
@@ -243,17 +246,16 @@ impl Engine {
 
     fn end_load_if_over(&mut self, load: LoadId) {
         let Some(reading) = self.copies.readings.get(&load) else { return };
-        let all = reading.next == reading.tokens.len();
+        let all = reading.next == reading.batches;
         if reading.restoring > 0 || !(all || reading.failed.is_some()) {
             return;
         }
-        let elapsed = reading.begun.elapsed();
-        let (tokens, reason) = (reading.restored_tokens, reading.failed);
-        if reading.restored_pages > 0 {
-            self.planner.has_read(reading.restored_pages, elapsed);
+        let (elapsed, reason) = (reading.begun.elapsed(), reading.failed);
+        if reading.restored_bytes > 0 {
+            self.planner.has_read(reading.restored_bytes, elapsed);
         }
         self.copies.readings.remove(&load);
-        self.scheduler.end_load(load, (tokens, elapsed.as_secs_f64() * 1e3), reason, &mut self.pool);
+        self.scheduler.end_load(load, elapsed.as_secs_f64() * 1e3, reason, &mut self.pool);
     }
 
     /// Answers when the pages of all sequences that have finished are with the system.

@@ -195,7 +195,7 @@ mod tests {
     fn alone(one: &Wanted<'_>) -> Vec<u32> {
         let mut tokens = one.tokens.to_vec();
         for _ in 0..one.len {
-            tokens.push(expected_of(VOCAB, &tokens, (&one.sampling, None), &[]));
+            tokens.push(expected_of((VOCAB, None), &tokens, (&one.sampling, None), &[]));
         }
         tokens.split_off(one.tokens.len())
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS};
+use mainstay_backend_api::{Executor, Invariance, Limits, NumericClass, PAGE_TOKENS, pages_max};
 use mainstay_store::{
     BundlePages, Durability, ExportPages, KeyChain, PageKey, Store, StoreError, Tenant, TenantId,
     TenantSecret,
@@ -88,7 +88,7 @@ pub(crate) struct Shared {
     bounds: Bounds,
     class: NumericClass,
     identity: Identity,
-    groups: usize,
+    windows: Vec<Option<usize>>,
     store: Option<Arc<Store>>,
 }
 
@@ -126,12 +126,12 @@ impl Handle {
         draft: Option<(Box<dyn Executor>, Limits)>,
         options: EngineOptions,
     ) -> std::io::Result<Self> {
-        let limits = usable(options.limits)?;
+        let limits = usable(options.limits, &executor.kv_layout().windows())?;
         let (sender, inbox) = unbounded_channel();
         let seat_count = options.waiting.min(Semaphore::MAX_PERMITS).min(u32::MAX as usize);
         let counters = Arc::new(Counters::default());
         let (class, layout) = (executor.numeric_class(), executor.kv_layout());
-        let page_bytes = layout.groups.iter().map(|group| group.page_bytes()).sum();
+        let page_bytes = layout.groups.iter().map(|group| group.page_bytes()).collect();
         let planner = Planner::new(options.restore, page_bytes);
         let tier = options.store.clone().map(|store| Tier::start(store, sender.downgrade())).transpose()?;
         let uses = TierUse { spills: tier.is_some(), is_invariant: class.invariance == Invariance::Full };
@@ -151,12 +151,12 @@ impl Handle {
                 pools: options.pooled_width.is_some(),
             },
             identity: Identity::of(&options.model, layout, &class),
-            groups: layout.groups.len(),
+            windows: layout.windows(),
             store: options.store,
             limits: Arc::new(limits.clone()),
             class,
         });
-        let pool = KvPool::new(&limits.pages);
+        let pool = KvPool::new(&limits.pages, &shared.windows);
         let (mut scheduler, copies) = (Scheduler::new(limits, uses), Copies::default());
         let guesses = options.draft == DraftPolicy::Auto && uses.is_invariant;
         scheduler.pace = guesses.then(Pace::default);
@@ -214,7 +214,7 @@ impl Handle {
         let keep = &request.keep;
         let chain = Chain::new(tenant, &shared.identity, (request.adapter.as_ref(), &keep.salt));
         let stored = match store {
-            Some(store) => chain.look_up(store, shared.groups, &tokens, keep.reuse),
+            Some(store) => chain.look_up(store, &shared.windows, &tokens, keep.reuse),
             None => (chain.nothing(), Vec::new()),
         };
         if store.is_none() {
@@ -277,7 +277,7 @@ impl Handle {
     ) -> (usize, Option<&'static str>) {
         let (tenant, Some(store)) = self.tenant(tenant) else { return (0, None) };
         let chain = Chain::new(tenant, &self.shared.identity, (adapter, &keep.salt));
-        let (stored, _) = chain.look_up(store, self.shared.groups, tokens, keep.reuse);
+        let (stored, _) = chain.look_up(store, &self.shared.windows, tokens, keep.reuse);
         (stored.tokens(), stored.lack)
     }
 
@@ -287,7 +287,7 @@ impl Handle {
         ExportPages {
             content: identity.contents[identity.rope_table(len)],
             class: identity.class,
-            groups: u16::try_from(self.shared.groups).unwrap_or(u16::MAX),
+            groups: u16::try_from(self.shared.windows.len()).unwrap_or(u16::MAX),
         }
     }
 
@@ -367,10 +367,13 @@ impl Handle {
 
 /// Lowers the context to what the pages hold, or, of a model that keeps nothing, to what a step holds, so that every
 /// sequence that is accepted fits alone.
-fn usable(mut limits: Limits) -> std::io::Result<Limits> {
-    let pages = limits.pages.iter().map(|n| n.saturating_sub(1)).min();
-    let most = pages.map_or(limits.tokens_per_step, |pages| pages * PAGE_TOKENS);
-    limits.context = limits.context.min(most);
+fn usable(mut limits: Limits, windows: &[Option<usize>]) -> std::io::Result<Limits> {
+    let holds = limits.pages.iter().zip(windows).map(|(&pages, &window)| {
+        let pages = pages.saturating_sub(1);
+        let is_enough = pages_max(window, limits.context, limits.tokens_per_step) <= pages;
+        if is_enough { limits.context } else { pages * PAGE_TOKENS }
+    });
+    limits.context = limits.context.min(holds.min().unwrap_or(limits.tokens_per_step));
     if limits.context == 0 || slots_max(&limits) == 0 {
         let what = format!("the limits leave no room for a token: {limits:?}");
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));

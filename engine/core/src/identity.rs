@@ -120,6 +120,9 @@ fn layout_bytes(layout: &KvLayout) -> Vec<u8> {
         group.layers.iter().for_each(|&l| number(l));
         number(group.parts.len());
         for part in &group.parts {
+            // What a row is: heads and latent rows may have the same sizes.
+            number(part.name.len());
+            part.name.bytes().for_each(|byte| number(usize::from(byte)));
             number(part.rows);
             number(part.width);
             number(match part.dtype {
@@ -190,7 +193,7 @@ mod tests {
 
     fn layout(dtype: KvDType) -> KvLayout {
         let part = |name| Part { name, rows: 2, width: 8, dtype };
-        let group = Group { layers: vec![0, 1], parts: vec![part("k"), part("v")] };
+        let group = Group { layers: vec![0, 1], window: None, parts: vec![part("k"), part("v")] };
         KvLayout { groups: vec![group], rope_switch: RopeSwitch::default() }
     }
 
@@ -203,12 +206,16 @@ mod tests {
         let model = ModelIdentity::default();
         let base = Identity::of(&model, &layout(KvDType::F32), &class("cpu/a", "1"));
         let of = |model: ModelIdentity| Identity::of(&model, &layout(KvDType::F32), &class("cpu/a", "1"));
+        let mut latent = layout(KvDType::F32);
+        let names = ["latent", "key"];
+        latent.groups[0].parts.iter_mut().zip(names).for_each(|(part, name)| part.name = name);
         let others = [
             ("weights", of(ModelIdentity { weights: [1; 32], ..model.clone() })),
             ("config", of(ModelIdentity { config: [1; 32], ..model.clone() })),
             ("tokenizer", of(ModelIdentity { tokenizer: [1; 32], ..model.clone() })),
             ("template", of(ModelIdentity { template: [1; 32], ..model.clone() })),
             ("kv_type", Identity::of(&model, &layout(KvDType::BF16), &class("cpu/a", "1"))),
+            ("layout", Identity::of(&model, &latent, &class("cpu/a", "1"))),
             ("numeric_class", of(ModelIdentity { probe: [1; 32], ..model.clone() })),
             ("numeric_class", Identity::of(&model, &layout(KvDType::F32), &class("cpu/b", "1"))),
             ("numeric_class", Identity::of(&model, &layout(KvDType::F32), &class("cpu/a", "2"))),

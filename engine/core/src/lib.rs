@@ -13,6 +13,7 @@ pub mod identity;
 mod mask;
 mod planner;
 mod pool;
+mod prefix;
 pub mod request;
 mod run;
 mod scheduler;

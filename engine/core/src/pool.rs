@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use mainstay_backend_api::PageId;
+use mainstay_backend_api::{PageId, oldest_page};
 
 use mainstay_store::PageKey;
 
@@ -15,6 +15,8 @@ use crate::chain::Header;
 /// The pages of all groups.
 #[derive(Debug)]
 pub(crate) struct KvPool {
+    /// How many positions back a token sees in each group, itself included.
+    windows: Vec<Option<usize>>,
     groups: Vec<Group>,
 }
 
@@ -40,9 +42,20 @@ struct Page {
 }
 
 impl KvPool {
-    /// Pools of this many pages each, page 0 of each included.
-    pub(crate) fn new(pages: &[usize]) -> Self {
-        Self { groups: pages.iter().map(|&n| Group::new(n)).collect() }
+    /// Pools of this many pages each, page 0 of each included, and the window of each.
+    pub(crate) fn new(pages: &[usize], windows: &[Option<usize>]) -> Self {
+        assert_eq!(pages.len(), windows.len(), "page counts and windows of the groups");
+        Self { windows: windows.to_vec(), groups: pages.iter().map(|&n| Group::new(n)).collect() }
+    }
+
+    /// The windows of the groups.
+    pub(crate) fn windows(&self) -> &[Option<usize>] {
+        &self.windows
+    }
+
+    /// Index of the oldest page of a group that a sequence needs to go on after this many tokens.
+    pub(crate) fn oldest(&self, group: usize, tokens: usize) -> usize {
+        oldest_page(self.windows[group], tokens)
     }
 
     pub(crate) fn group_count(&self) -> usize {
@@ -216,7 +229,7 @@ mod tests {
 
     #[test]
     fn all_pages_but_0_are_given_out() {
-        let mut pool = KvPool::new(&[4]);
+        let mut pool = KvPool::new(&[4], &[None]);
         let mut taken: Vec<u32> = std::iter::from_fn(|| pool.take(0)).map(|p| p.0).collect();
         taken.sort_unstable();
         assert_eq!(taken, [1, 2, 3]);
@@ -225,14 +238,14 @@ mod tests {
 
     #[test]
     fn groups_are_apart() {
-        let mut pool = KvPool::new(&[2, 3]);
+        let mut pool = KvPool::new(&[2, 3], &[None, None]);
         assert!(pool.take(0).is_some() && pool.take(0).is_none());
         assert!(pool.take(1).is_some() && pool.take(1).is_some() && pool.take(1).is_none());
     }
 
     #[test]
     fn a_freed_page_is_found_until_it_is_reused_and_the_oldest_goes_first() {
-        let mut pool = KvPool::new(&[4]);
+        let mut pool = KvPool::new(&[4], &[None]);
         let pages: Vec<PageId> = std::iter::from_fn(|| pool.take(0)).collect();
         for (i, &page) in pages.iter().enumerate() {
             pool.publish(0, page, &header(i as u32));
@@ -254,7 +267,7 @@ mod tests {
 
     #[test]
     fn pages_that_hold_nothing_go_before_cached_ones() {
-        let mut pool = KvPool::new(&[3]);
+        let mut pool = KvPool::new(&[3], &[None]);
         let (a, b) = (pool.take(0).unwrap(), pool.take(0).unwrap());
         pool.publish(0, a, &header(1));
         pool.release(0, a);
@@ -265,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_shared_page_is_freed_by_its_last_owner() {
-        let mut pool = KvPool::new(&[2]);
+        let mut pool = KvPool::new(&[2], &[None]);
         let page = pool.take(0).unwrap();
         pool.share(0, page);
         pool.release(0, page);
@@ -277,7 +290,7 @@ mod tests {
 
     #[test]
     fn the_first_page_of_a_key_stays() {
-        let mut pool = KvPool::new(&[3]);
+        let mut pool = KvPool::new(&[3], &[None]);
         let (a, b) = (pool.take(0).unwrap(), pool.take(0).unwrap());
         pool.publish(0, a, &header(1));
         pool.publish(0, b, &header(1));
@@ -290,7 +303,7 @@ mod tests {
 
     #[test]
     fn a_collision_is_a_miss() {
-        let mut pool = KvPool::new(&[2]);
+        let mut pool = KvPool::new(&[2], &[None]);
         let page = pool.take(0).unwrap();
         pool.publish(0, page, &header(1));
         let collides = Header { tokens: [9; 32], ..header(1) };

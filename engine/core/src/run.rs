@@ -197,8 +197,11 @@ impl Engine {
                 }
                 Message::Flush(patience, reply) => self.flush(patience, reply),
                 Message::LoadAdapter(id, weights, reply) => {
-                    // Whoever asked may have left; then it stays until the engine ends, and nobody can name it.
-                    let _ = reply.send(self.executor.set_adapter(id, Some(&weights)));
+                    let loaded = self.executor.set_adapter(id, Some(&weights));
+                    if let Err(Ok(())) = reply.send(loaded) {
+                        // Whoever asked has left, so that nobody can name it.
+                        let _ = self.executor.set_adapter(id, None);
+                    }
                 }
                 Message::DropAdapter(id) => {
                     // To let go of what is there needs nothing that may lack.

@@ -21,7 +21,8 @@ use crate::{Adapter, Event, FinishReason, RequestError, RequestId, Score, Stats}
 /// Turns sequences into steps and the results of steps into events. The order of their ranks decides everything.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
-    /// Sequences without pages, by rank: not yet started, preempted, or about to be computed anew by another rope table.
+    /// Sequences without pages, by rank: not yet started, preempted, about to be computed anew by another rope table, or
+    /// to start over since stored pages did not come.
     waiting: VecDeque<Sequence>,
     /// Sequences with pages, by rank.
     running: Vec<Sequence>,
@@ -55,14 +56,14 @@ pub(crate) struct TierUse {
 #[derive(Debug)]
 pub(crate) struct Load {
     pub(crate) id: LoadId,
-    /// Page by page, all groups of a page together.
+    /// In the order in which they are taken in.
     pub(crate) headers: Vec<PageHeader>,
 }
 
 /// A page to hand to the store. It holds a reference of each page until they are read.
 #[derive(Debug)]
 pub(crate) struct Spill {
-    /// One page of each group.
+    /// One page of each group that still has it.
     pub(crate) reads: Vec<PageRead>,
     pub(crate) headers: Vec<PageHeader>,
     /// It may not be left out for lack of room.
@@ -283,7 +284,7 @@ impl Scheduler {
         while at < self.running.len() {
             // One that sits the step out writes nothing, and a copy for it would be of no step.
             let sits_out = self.running[at].loading.is_none() && !self.running[at].may_run();
-            if sits_out || self.running[at].grow(pool, copies) {
+            if sits_out || self.running[at].grow(pool, self.limits.tokens_per_step, copies) {
                 at += 1;
                 continue;
             }
@@ -301,26 +302,31 @@ impl Scheduler {
 
     /// The sequence that waits for these pages; `None` once it is gone or waits for others.
     pub(crate) fn loading(&mut self, id: LoadId) -> Option<&mut Sequence> {
-        self.running.iter_mut().find(|s| s.loading.is_some_and(|loading| loading.id == id))
+        self.running.iter_mut().find(|s| s.is_waiting_for(id))
     }
 
     /// All pages of a load are on the device, or no more will come, for this reason.
     pub(crate) fn end_load(
         &mut self,
         id: LoadId,
-        (restored_tokens, restore_ms): (usize, f64),
+        restore_ms: f64,
         reason: Option<&'static str>,
         pool: &mut KvPool,
     ) {
-        let Some(at) = self.running.iter().position(|s| s.loading.is_some_and(|l| l.id == id)) else {
+        let Some(at) = self.running.iter().position(|s| s.is_waiting_for(id)) else {
             return;
         };
         self.totals.restores += 1;
-        self.totals.restored_tokens += restored_tokens as u64;
         self.totals.restore_ms += restore_ms as u64;
         let is_invariant = self.tier.is_invariant;
         let sequence = &mut self.running[at];
-        sequence.end_load(reason);
+        let Some(restored_tokens) = sequence.end_load(reason, pool) else {
+            let mut sequence = self.running.remove(at);
+            sequence.release(pool);
+            self.queue(sequence);
+            return;
+        };
+        self.totals.restored_tokens += restored_tokens as u64;
         sequence.note_reuse(restored_tokens, restore_ms, is_invariant);
         self.announce(at);
         self.spill(at, pool);
@@ -364,13 +370,13 @@ impl Scheduler {
                 passed += 1;
                 continue;
             }
-            if !sequence.start(pool, self.running.len()) {
+            let id = LoadId(self.next_load);
+            if !sequence.start(pool, (self.running.len(), self.limits.tokens_per_step), (id, planner)) {
                 self.waiting.insert(passed, sequence);
                 break;
             }
             sequence.seat = None;
-            let id = LoadId(self.next_load);
-            let load = sequence.load(id, planner);
+            let load = sequence.wanted_headers();
             if load.is_none() {
                 sequence.note_reuse(0, 0.0, self.tier.is_invariant);
                 self.planned.extend(plan_chunk(&sequence, step, room));
@@ -391,7 +397,7 @@ impl Scheduler {
         if !self.is_loading() {
             return false;
         }
-        let Some(missing) = sequence.first_missing(pool) else { return false };
+        let Some(missing) = sequence.first_wanted(pool) else { return false };
         let loading = self.running.iter_mut().filter(|s| s.loading.is_some());
         loading.into_iter().any(|s| s.is_loading_full(missing))
     }
@@ -417,6 +423,7 @@ impl Scheduler {
             sequence.advance(part.tokens, pool);
             self.spill(at, pool);
             let sequence = &mut self.running[at];
+            sequence.release_unseen(pool);
             if let Some(row) = part.pooled {
                 let width = out.pooled.len() / pooled;
                 let event = Event::Pooled(out.pooled[row * width..][..width].to_vec());
@@ -478,6 +485,7 @@ impl Scheduler {
         sequence.draft.clear();
         if kept > 0 {
             spill_full(self.tier, &mut sequence, &mut self.spills, pool);
+            sequence.release_unseen(pool);
         }
         self.settle(sequence, ends, pool);
     }
@@ -524,8 +532,7 @@ impl Scheduler {
         if self.tier.spills
             && let Some(tail) = sequence.unstored_tail()
         {
-            let spill = spill(&mut sequence, tail, pool);
-            self.spills.push(spill);
+            self.spills.extend(spill(&mut sequence, tail, pool));
         }
         sequence.release(pool);
         let event = Event::Finished { choice: sequence.id.choice, reason };
@@ -585,12 +592,12 @@ fn spill_full(tier: TierUse, sequence: &mut Sequence, spills: &mut Vec<Spill>, p
         return;
     }
     for page in sequence.take_unstored() {
-        spills.push(spill(sequence, (page, PAGE_TOKENS), pool));
+        spills.extend(spill(sequence, (page, PAGE_TOKENS), pool));
     }
 }
 
-/// A page of a sequence, of which this many tokens count, to hand to the store.
-fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvPool) -> Spill {
+/// A page of a sequence, of which this many tokens count, to hand to the store; `None` where no group has it any more.
+fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvPool) -> Option<Spill> {
     let parent = sequence.parent(page);
     let mut spill = Spill {
         reads: Vec::with_capacity(sequence.pages.len()),
@@ -599,12 +606,12 @@ fn spill(sequence: &mut Sequence, (page, tokens): (usize, usize), pool: &mut KvP
     };
     let chain = &sequence.submission.chain;
     let own = &sequence.tokens[page * PAGE_TOKENS..][..tokens];
-    for (group, pages) in sequence.pages.iter().enumerate() {
+    for (group, pages) in sequence.pages.iter().enumerate().filter(|(_, pages)| pages[page].0 != 0) {
         pool.share(group, pages[page]);
         spill.reads.push(PageRead { page: PageRef { group: group as u32, page: pages[page] }, tokens });
         spill.headers.push(chain.page((chain.class(), group), sequence.rope_table, parent, own));
     }
-    spill
+    Some(spill).filter(|spill| !spill.reads.is_empty())
 }
 
 /// Adds as many of a sequence's next tokens to the step as there is room for; all but the last one where that cannot

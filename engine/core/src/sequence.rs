@@ -15,6 +15,7 @@ use crate::draft::Luck;
 use crate::mask::Held;
 use crate::planner::Planner;
 use crate::pool::KvPool;
+use crate::prefix;
 use crate::request::{Goal, KvReport, KvState};
 use crate::{Event, Request, RequestId, Score};
 
@@ -30,26 +31,42 @@ pub(crate) struct Submission {
     pub(crate) events: UnboundedSender<Event>,
 }
 
-/// Pages that are on their way from the store to a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Loading {
-    /// Names this attempt.
-    pub(crate) id: LoadId,
-    /// The page that comes next.
-    pub(crate) next: usize,
+/// Stored pages that a sequence can go on after, together with those that are on the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Wanted {
+    /// Groups and indices of the pages that are not on the device, page by page.
+    pages: Vec<(usize, usize)>,
     /// One past the last full page, and the tokens of a tail page there.
     full: usize,
     tail: usize,
+    /// Tokens that it can go on after without.
+    begin: usize,
+}
+
+/// Pages that are on their way from the store to a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Loading {
+    /// Names this attempt.
+    pub(crate) id: LoadId,
+    wanted: Wanted,
+    /// How many of them have come.
+    came: usize,
 }
 
 /// Names one attempt to read a sequence's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct LoadId(pub(crate) u64);
 
+impl Wanted {
+    /// Tokens that it can go on after when all have come.
+    fn tokens(&self) -> usize {
+        self.full * PAGE_TOKENS + self.tail
+    }
+}
+
 impl Loading {
-    /// One past the last page.
-    pub(crate) fn end(&self) -> usize {
-        self.full + usize::from(self.tail > 0)
+    fn is_whole(&self) -> bool {
+        self.came == self.wanted.pages.len()
     }
 }
 
@@ -75,7 +92,8 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     /// Tokens that have keys and values in `pages`; less than all of them whenever it runs.
     pub(crate) computed: usize,
-    /// Page tables `[group][position / PAGE_TOKENS]`.
+    /// Page tables `[group][position / PAGE_TOKENS]`. Of a windowed group, pages that no later token sees are 0, and those
+    /// of tokens behind the next step are not taken yet.
     pub(crate) pages: Vec<Vec<PageId>>,
     /// By which of the model's rope tables its keys are turned: that of its length when it began, until it grows beyond.
     pub(crate) rope_table: usize,
@@ -138,7 +156,7 @@ impl Sequence {
     /// Another choice, which shares all pages, the last one too: whoever writes to it first copies it.
     pub(crate) fn fork(&self, choice: u32, pool: &mut KvPool) -> Self {
         for (group, pages) in self.pages.iter().enumerate() {
-            pages.iter().for_each(|&page| pool.share(group, page));
+            pages.iter().filter(|page| page.0 != 0).for_each(|&page| pool.share(group, page));
         }
         Self {
             id: SequenceId { choice, ..self.id },
@@ -214,7 +232,7 @@ impl Sequence {
 
     /// Positions in the next `len` tokens whose successors in the prompt are to be scored.
     pub(crate) fn scored(&self, len: usize) -> Range<usize> {
-        if self.request().prompt_logprobs.is_none() || self.generated() > 0 {
+        if !self.is_scoring() {
             return 0..0;
         }
         let start = self.computed.max(self.scores.len());
@@ -242,34 +260,61 @@ impl Sequence {
         Header { key: self.keys[page], parent, tokens: tokens(page) }
     }
 
-    /// Takes pages for all its tokens, as many as possible of them already computed, if that leaves `spare` free
-    /// pages in every group. `false` changes nothing.
-    pub(crate) fn start(&mut self, pool: &mut KvPool, spare: usize) -> bool {
-        let groups = pool.group_count();
-        let mut pages = self.find_computed(pool);
-        let found = pages.first().map_or(0, Vec::len);
-        let new = self.tokens.len().div_ceil(PAGE_TOKENS) - found;
-        let fits = (0..groups).all(|group| {
-            let freed = pages[group].iter().filter(|&&page| pool.refs(group, page) == 0).count();
-            pool.free_len(group) >= freed + new + spare
-        });
-        if !fits {
-            return false;
+    /// Takes pages for what it is to compute, as many as possible of them already computed, if that leaves `spare` free
+    /// pages in every group; and decides whether to wait for stored ones. `false` changes nothing.
+    pub(crate) fn start(
+        &mut self,
+        pool: &mut KvPool,
+        (spare, tokens_per_step): (usize, usize),
+        (id, planner): (LoadId, &mut Planner),
+    ) -> bool {
+        let (known, begin) = self.find_computed(pool);
+        let stored = self.find_stored((&known, begin), pool);
+        let wins = |wanted: &Wanted| {
+            planner.restores(wanted.pages.iter().map(|&(group, _)| group), wanted.tokens() - begin)
+        };
+        let is_declined = stored.as_ref().is_some_and(|wanted| !wins(wanted));
+        let wanted = stored.filter(|_| !is_declined);
+        let (tokens, shared) =
+            wanted.as_ref().map_or((begin, begin / PAGE_TOKENS), |wanted| (wanted.tokens(), wanted.full));
+        let mut pages = Vec::with_capacity(known.len());
+        for (group, known) in known.iter().enumerate() {
+            let window = pool.windows()[group];
+            let first = pool.oldest(group, tokens);
+            let known = |i: usize| known.get(i).copied().filter(|_| (first..shared).contains(&i));
+            let end = end(self.tokens.len(), tokens + tokens_per_step, window);
+            let mut table: Vec<PageId> = (0..end).map(|i| known(i).unwrap_or_default()).collect();
+            let held = || table.iter().filter(|page| page.0 != 0);
+            let freed = held().filter(|&&page| pool.refs(group, page) == 0).count();
+            if pool.free_len(group) < freed + end.saturating_sub(first) - held().count() + spare {
+                return false;
+            }
+            if wanted.is_some() && window.is_some() {
+                // Those of the first step are taken before it.
+                table.truncate(tokens.div_ceil(PAGE_TOKENS));
+            }
+            pages.push(table);
         }
-        for (group, pages) in pages.iter_mut().enumerate() {
-            pages.iter().for_each(|&page| pool.share(group, page));
-            pages.extend((0..new).map(|_| pool.take(group).expect("free pages were counted")));
+        for (group, table) in pages.iter_mut().enumerate() {
+            let first = pool.oldest(group, tokens).min(table.len());
+            table.iter().filter(|page| page.0 != 0).for_each(|&page| pool.share(group, page));
+            for page in table[first..].iter_mut().filter(|page| page.0 == 0) {
+                *page = pool.take(group).expect("free pages were counted");
+            }
         }
         self.pages = pages;
-        self.computed = found * PAGE_TOKENS;
+        self.computed = if self.goes_on_after(begin, pool) { begin } else { 0 };
+        self.loading = wanted.map(|wanted| Loading { id, wanted, came: 0 });
+        if is_declined {
+            planner.has_refused();
+            self.declined("planner");
+        }
         true
     }
 
-    /// Decides whether to wait for stored pages behind those that were found; their headers, page by page, all groups
-    /// of a page together. The pages that they go to are taken already.
-    pub(crate) fn load(&mut self, id: LoadId, planner: &mut Planner) -> Option<Vec<PageHeader>> {
-        let found = self.computed / PAGE_TOKENS;
-        if self.request().prompt_logprobs.is_some() && self.generated() == 0 {
+    /// The stored pages that it could wait for, where they reach further than what is on the device.
+    fn find_stored(&self, (known, begin): (&[Vec<PageId>], usize), pool: &KvPool) -> Option<Wanted> {
+        if self.is_scoring() {
             return None;
         }
         // A token is left to compute, since a page holds no logits.
@@ -277,24 +322,41 @@ impl Sequence {
         let full = self.stored.pages.min(most / PAGE_TOKENS);
         let fits = full == self.stored.pages && self.stored.tokens() <= most;
         let tail = if fits { self.stored.tail } else { 0 };
-        let loading = Loading { id, next: found, full, tail };
-        let pages = loading.end().checked_sub(found).filter(|&pages| pages > 0)?;
-        if !planner.restores(pages, full * PAGE_TOKENS + tail - self.computed) {
-            self.declined("planner");
+        let mut wanted = Wanted { pages: Vec::new(), full, tail, begin };
+        let tokens = wanted.tokens();
+        if tokens <= begin {
             return None;
         }
-        self.loading = Some(loading);
-        let (class, groups) = (self.stored.class, self.pages.len());
-        let mut headers = Vec::with_capacity(pages * groups);
-        for i in found..loading.end() {
-            let parent = self.parent(i);
-            let tokens = if i < full { PAGE_TOKENS } else { tail };
-            let tokens = &self.tokens[i * PAGE_TOKENS..][..tokens];
-            let chain = &self.submission.chain;
-            let page = |group| chain.page((class, group), self.rope_table, parent, tokens);
-            headers.extend((0..groups).map(page));
+        for page in 0..tokens.div_ceil(PAGE_TOKENS) {
+            for (group, known) in known.iter().enumerate() {
+                let is_known = page < full && known.get(page).is_some_and(|page| page.0 != 0);
+                if page >= pool.oldest(group, tokens) && !is_known {
+                    wanted.pages.push((group, page));
+                }
+            }
         }
-        Some(headers)
+        Some(wanted)
+    }
+
+    /// What the pages are that it waits for, in the order in which they are to come.
+    pub(crate) fn wanted_headers(&mut self) -> Option<Vec<PageHeader>> {
+        let Loading { wanted, .. } = self.loading.clone()?;
+        let class = self.stored.class;
+        let header = |&(group, page): &(usize, usize)| {
+            let parent = self.parent(page);
+            let len = if page < wanted.full { PAGE_TOKENS } else { wanted.tail };
+            let tokens = &self.tokens[page * PAGE_TOKENS..][..len];
+            self.submission.chain.page((class, group), self.rope_table, parent, tokens)
+        };
+        Some(wanted.pages.iter().map(header).collect())
+    }
+
+    /// Whether it holds all that the token after these sees.
+    fn goes_on_after(&self, tokens: usize, pool: &KvPool) -> bool {
+        self.pages.iter().enumerate().all(|(group, pages)| {
+            let needed = pages.get(pool.oldest(group, tokens)..tokens.div_ceil(PAGE_TOKENS));
+            needed.is_some_and(|pages| pages.iter().all(|page| page.0 != 0))
+        })
     }
 
     /// Stored pages were known and are computed again.
@@ -307,42 +369,45 @@ impl Sequence {
         }
     }
 
-    /// Where the next `count` pages of a load belong, all groups of a page together.
+    /// Where the next `count` pages of a load belong.
     pub(crate) fn targets(&self, count: usize) -> Vec<PageRef> {
-        let next = self.loading.map_or(0, |loading| loading.next);
-        let page = |i: usize| {
-            let groups = self.pages.iter().enumerate();
-            groups.map(move |(group, pages)| PageRef { group: group as u32, page: pages[i] })
-        };
-        (next..next + count).flat_map(page).collect()
+        let Some(Loading { wanted, came, .. }) = &self.loading else { return Vec::new() };
+        let targets = wanted.pages[*came..][..count].iter();
+        targets.map(|&(group, page)| PageRef { group: group as u32, page: self.pages[group][page] }).collect()
     }
 
     /// The next `count` pages of a load are on the device.
     pub(crate) fn arrived(&mut self, count: usize, pool: &mut KvPool) {
-        let Some(mut loading) = self.loading else { return };
+        let Some(mut loading) = self.loading.take() else { return };
         self.is_mixed |= self.stored.class != self.submission.chain.class();
-        for i in loading.next..loading.next + count {
-            if i < loading.full {
-                self.computed = (i + 1) * PAGE_TOKENS;
-                self.publish(i, pool);
-            } else {
-                self.computed += loading.tail;
-            }
+        let (wanted, came) = (&loading.wanted, loading.came + count);
+        for &(group, page) in wanted.pages[loading.came..came].iter().filter(|(_, page)| *page < wanted.full)
+        {
+            self.publish(group, page, pool);
         }
-        loading.next += count;
+        loading.came = came;
+        let wanted = &loading.wanted;
+        let next = wanted.pages.get(came).map(|&(_, page)| page * PAGE_TOKENS);
+        let tokens = next.map_or(wanted.tokens(), |next| next.min(wanted.full * PAGE_TOKENS));
+        if tokens > self.computed && self.goes_on_after(tokens, pool) {
+            self.computed = tokens;
+        }
         self.loading = Some(loading);
     }
 
-    /// The load is over; what it brought stays.
-    pub(crate) fn end_load(&mut self, reason: Option<&'static str>) {
-        if self.loading.take().is_some()
-            && let Some(reason) = reason
-        {
+    /// The load is over, and spared the computing of so many tokens. `None` where the sequence has to start over, since
+    /// pages came without others that they are of no use without; what came can be found.
+    pub(crate) fn end_load(&mut self, reason: Option<&'static str>, pool: &KvPool) -> Option<usize> {
+        let loading = self.loading.take()?;
+        if let Some(reason) = reason {
             self.declined(reason);
             // The store has let go of what it could not prove; what is computed in its place is handed over again.
             self.stored.pages = self.stored.pages.min(self.computed / PAGE_TOKENS);
             self.stored.tail = 0;
         }
+        // In a single group that keeps all, whatever came continues what was there.
+        let goes_on = loading.is_whole() || matches!(pool.windows(), [None]);
+        goes_on.then(|| self.computed - loading.wanted.begin)
     }
 
     /// Notes what was reused, when all of it is there. `is_invariant` tells whether this backend gives equal bits
@@ -386,55 +451,88 @@ impl Sequence {
         page.checked_sub(1).map_or(root, |before| self.header(before).key)
     }
 
-    /// The key of the first page that it has to compute or to load.
-    pub(crate) fn first_missing(&mut self, pool: &KvPool) -> Option<PageKey> {
-        let found = self.find_computed(pool).first().map_or(0, Vec::len);
-        (found < self.stored.pages).then(|| self.header(found).key)
+    /// Group and key of the first full page that it would load.
+    pub(crate) fn first_wanted(&mut self, pool: &KvPool) -> Option<(usize, PageKey)> {
+        let (known, begin) = self.find_computed(pool);
+        let wanted = self.find_stored((&known, begin), pool)?;
+        let &(group, page) = wanted.pages.first().filter(|(_, page)| *page < wanted.full)?;
+        Some((group, self.header(page).key))
     }
 
-    /// Whether this full page is one of those that it still waits for.
-    pub(crate) fn is_loading_full(&mut self, key: PageKey) -> bool {
-        self.loading.is_some_and(|loading| (loading.next..loading.full).any(|i| self.header(i).key == key))
+    /// Whether it waits for the pages of this load.
+    pub(crate) fn is_waiting_for(&self, id: LoadId) -> bool {
+        self.loading.as_ref().is_some_and(|loading| loading.id == id)
     }
 
-    /// The longest run of pages from the start that are known in every group, `[group][page]`. At least one token
-    /// is left, since a page holds no logits; and no token whose successor is still to be scored is passed over.
-    fn find_computed(&mut self, pool: &KvPool) -> Vec<Vec<PageId>> {
-        let scoring = self.request().prompt_logprobs.is_some() && self.generated() == 0;
-        let most = if scoring { self.scores.len() } else { usize::MAX };
-        let most = most.min(self.tokens.len() - 1) / PAGE_TOKENS;
-        let mut pages = vec![Vec::new(); pool.group_count()];
-        if pages.is_empty() {
-            return pages;
-        }
-        for i in 0..most {
-            let header = self.header(i);
-            let found: Option<Vec<PageId>> =
-                (0..pages.len()).map(|group| pool.find(group, &header)).collect();
-            let Some(found) = found else { break };
-            pages.iter_mut().zip(found).for_each(|(pages, page)| pages.push(page));
-        }
-        pages
-    }
-
-    /// Makes sure that all its tokens, guesses too, have pages that it may write to. `false` if pages are short; nothing
-    /// has changed then. A page shared with a fork is copied before it is written.
-    pub(crate) fn grow(&mut self, pool: &mut KvPool, copies: &mut Vec<(PageRef, PageRef)>) -> bool {
-        let len = self.tokens.len() + self.draft.len();
-        let (first, end) = (self.computed / PAGE_TOKENS, len.div_ceil(PAGE_TOKENS));
-        let shared = |group: usize, pages: &[PageId], pool: &KvPool| {
-            pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1)
+    /// Whether this full page of a group is one of those that it still waits for.
+    pub(crate) fn is_loading_full(&mut self, (group, key): (usize, PageKey)) -> bool {
+        let Some(loading) = self.loading.take() else { return false };
+        let mut waits = loading.wanted.pages[loading.came..].iter();
+        let is_it = |&(of, page): &(usize, usize)| {
+            of == group && page < loading.wanted.full && self.header(page).key == key
         };
-        let fits = self.pages.iter().enumerate().all(|(group, pages)| {
-            let new = end.saturating_sub(pages.len()) + usize::from(shared(group, pages, pool));
-            pool.free_len(group) >= new
+        let is_among = waits.any(is_it);
+        self.loading = Some(loading);
+        is_among
+    }
+
+    /// Whether log-probabilities of its prompt are still to come.
+    fn is_scoring(&self) -> bool {
+        self.request().prompt_logprobs.is_some() && self.generated() == 0
+    }
+
+    /// The pages from the start that are known in every group that keeps all, and those at the same places in other
+    /// groups, `[group][page]`; and how many tokens it can go on after with them. At least one token is left, since a
+    /// page holds no logits; and no token whose successor is still to be scored is passed over.
+    fn find_computed(&mut self, pool: &KvPool) -> (Vec<Vec<PageId>>, usize) {
+        let most = if self.is_scoring() { self.scores.len() } else { usize::MAX };
+        let most = most.min(self.tokens.len() - 1) / PAGE_TOKENS;
+        let (windows, groups) = (pool.windows(), 0..pool.group_count());
+        let mut known = vec![Vec::new(); groups.len()];
+        let run = (0..most).take_while(|&page| {
+            let header = self.header(page);
+            let found: Vec<_> = groups.clone().map(|group| pool.find(group, &header)).collect();
+            let is_run = groups.clone().all(|group| windows[group].is_some() || found[group].is_some());
+            if is_run {
+                known.iter_mut().zip(found).for_each(|(known, page)| known.push(page.unwrap_or_default()));
+            }
+            is_run && !groups.is_empty()
         });
-        if !fits {
+        let run = run.count();
+        // Pages that a window has passed over would never reach the store.
+        let must = self.request().keep.durability == Durability::Full && windows.iter().any(Option::is_some);
+        let most = if must { run.min(self.stored.pages) } else { run };
+        let pages = prefix::usable(most, windows, |group, page| known[group][page].0 != 0);
+        (known, pages * PAGE_TOKENS)
+    }
+
+    /// Makes sure that what it can compute next, guesses too, has pages that it may write to. `false` if pages are short;
+    /// nothing has changed then. A page shared with a fork is copied before it is written.
+    pub(crate) fn grow(
+        &mut self,
+        pool: &mut KvPool,
+        tokens_per_step: usize,
+        copies: &mut Vec<(PageRef, PageRef)>,
+    ) -> bool {
+        if self.loading.is_some() {
+            return true;
+        }
+        let len = self.tokens.len() + self.draft.len();
+        let (first, next) = (self.computed / PAGE_TOKENS, self.computed + tokens_per_step);
+        let new = |group: usize, pages: &[PageId], pool: &KvPool| {
+            end(len, next, pool.windows()[group]).saturating_sub(pages.len())
+        };
+        let is_short = |(group, pages): (usize, &Vec<PageId>)| {
+            let is_shared = pages.get(first).is_some_and(|&page| pool.refs(group, page) > 1);
+            pool.free_len(group) < new(group, pages, pool) + usize::from(is_shared)
+        };
+        if self.pages.iter().enumerate().any(is_short) {
             return false;
         }
         for (group, pages) in self.pages.iter_mut().enumerate() {
-            let mut take = || pool.take(group).expect("free pages were counted");
-            pages.resize_with(end.max(pages.len()), &mut take);
+            for _ in 0..new(group, pages, pool) {
+                pages.push(pool.take(group).expect("free pages were counted"));
+            }
             let old = pages[first];
             if pool.refs(group, old) > 1 {
                 pages[first] = pool.take(group).expect("free pages were counted");
@@ -451,17 +549,26 @@ impl Sequence {
         let sealed = self.computed / PAGE_TOKENS;
         self.computed += len;
         assert!(self.computed <= self.tokens.len(), "{} computed of {}", self.computed, self.tokens.len());
-        (sealed..self.computed / PAGE_TOKENS).for_each(|i| self.publish(i, pool));
+        for page in sealed..self.computed / PAGE_TOKENS {
+            (0..self.pages.len()).for_each(|group| self.publish(group, page, pool));
+        }
     }
 
     /// Makes a sealed page findable.
-    fn publish(&mut self, page: usize, pool: &mut KvPool) {
-        if self.is_mixed || self.pages.is_empty() {
-            return;
+    fn publish(&mut self, group: usize, page: usize, pool: &mut KvPool) {
+        if !self.is_mixed {
+            let header = self.header(page);
+            pool.publish(group, self.pages[group][page], &header);
         }
-        let header = self.header(page);
-        for (group, pages) in self.pages.iter().enumerate() {
-            pool.publish(group, pages[page], &header);
+    }
+
+    /// Gives back the pages that no later token sees. They can be found until they are reused.
+    pub(crate) fn release_unseen(&mut self, pool: &mut KvPool) {
+        for (group, pages) in self.pages.iter_mut().enumerate() {
+            let seen = pool.oldest(group, self.computed).min(pages.len());
+            for page in pages[..seen].iter_mut().rev().take_while(|page| page.0 != 0) {
+                pool.release(group, std::mem::take(page));
+            }
         }
     }
 
@@ -482,7 +589,8 @@ impl Sequence {
     pub(crate) fn release(&mut self, pool: &mut KvPool) {
         for (group, pages) in self.pages.iter_mut().enumerate() {
             // The end of a prefix is of no use without its beginning, so it is freed, and reused, first.
-            pages.drain(..).rev().for_each(|page| pool.release(group, page));
+            let pages = pages.drain(..).rev().filter(|page| page.0 != 0);
+            pages.for_each(|page| pool.release(group, page));
         }
         self.pages.clear();
         self.computed = 0;
@@ -490,4 +598,10 @@ impl Sequence {
         self.loading = None;
         self.is_mixed = false;
     }
+}
+
+/// One past the last page of a group that a sequence of `len` tokens needs to compute up to `next` of them: where there is
+/// a window, pages are taken step by step, since as many are given back.
+fn end(len: usize, next: usize, window: Option<usize>) -> usize {
+    if window.is_some() { len.min(next).div_ceil(PAGE_TOKENS) } else { len.div_ceil(PAGE_TOKENS) }
 }

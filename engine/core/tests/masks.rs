@@ -128,7 +128,7 @@ fn under_masks(prompt: &[u32], choice: u32, len: usize) -> Vec<u32> {
     let sampling = Sampling { temperature: 1.0, seed: 5, choice, ..Sampling::greedy() };
     let mut tokens = prompt.to_vec();
     for drawn in 0..len {
-        tokens.push(expected_of(VOCAB, &tokens, (&sampling, Some(&allowed(drawn))), &[]));
+        tokens.push(expected_of((VOCAB, None), &tokens, (&sampling, Some(&allowed(drawn))), &[]));
     }
     tokens.split_off(prompt.len())
 }

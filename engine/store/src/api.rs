@@ -459,6 +459,11 @@ impl Store {
         self.inner.pages.chain_len(like, keys)
     }
 
+    /// Of each of `keys`, whether there is a page of `like`'s tenant, class, group and kind.
+    pub fn held(&self, like: &PageName, keys: &[PageKey]) -> Vec<bool> {
+        self.inner.pages.held(like, keys)
+    }
+
     /// Who computed the pages of this store: for callers that take another class's pages as equivalent.
     pub fn classes(&self) -> Vec<ClassId> {
         self.inner.pages.classes()

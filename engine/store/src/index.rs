@@ -46,23 +46,23 @@ impl Index {
         self.entries.contains_key(name)
     }
 
-    /// Whether a page of this key stands here, computed by anyone.
-    pub(crate) fn contains_key(&self, tenant: TenantId, key: PageKey) -> bool {
-        self.classes
-            .iter()
-            .any(|&class| self.contains(&PageName { tenant, key, class, group: 0, kind: Kind::Attention }))
+    /// The pages of this key: of all groups, whoever computed them.
+    fn of_key(&self, tenant: TenantId, key: PageKey) -> impl Iterator<Item = &Entry> {
+        let (class, group, kind) = (ClassId([0; 32]), 0, Kind::Attention);
+        let entries = self.entries.range(PageName { tenant, key, class, group, kind }..);
+        let of_key = entries.take_while(move |(name, _)| (name.tenant, name.key) == (tenant, key));
+        of_key.map(|(_, entry)| entry)
     }
 
-    /// Bytes on disk of the pages of this key, whoever computed them.
+    /// Whether a page of this key stands here, of any group: which of them a session needs at this place depends on
+    /// windows, of which a store knows nothing.
+    pub(crate) fn contains_key(&self, tenant: TenantId, key: PageKey) -> bool {
+        self.of_key(tenant, key).next().is_some()
+    }
+
+    /// Bytes on disk of the pages of this key.
     pub(crate) fn key_bytes(&self, tenant: TenantId, key: PageKey) -> u64 {
-        let names = self.classes.iter().map(|&class| PageName {
-            tenant,
-            key,
-            class,
-            group: 0,
-            kind: Kind::Attention,
-        });
-        names.filter_map(|name| self.entries.get(&name)).map(|entry| entry.slot.disk_bytes()).sum()
+        self.of_key(tenant, key).map(|entry| entry.slot.disk_bytes()).sum()
     }
 
     /// Classes of the pages of this store.
@@ -208,5 +208,28 @@ pub(crate) mod tests {
         let slot = Slot { name, parent, serial, offset, payload_bytes: 1, token_count: 32, tail: vec![] };
         segment.add(slot.disk_bytes());
         index.insert(segment, slot, &[]);
+    }
+
+    #[test]
+    fn a_key_has_the_pages_of_all_groups_and_classes() {
+        let tenant = TenantId([1; 16]);
+        let (mut index, segment) = (Index::default(), Arc::new(Segment::new(tenant, 1)));
+        let name = |key: u8, class: u8, group| PageName {
+            tenant,
+            key: PageKey([key; 32]),
+            class: ClassId([class; 32]),
+            group,
+            kind: Kind::Attention,
+        };
+        for name in [name(1, 5, 0), name(1, 5, 1), name(1, 9, 1), name(2, 5, 1), name(4, 5, 0)] {
+            insert(&mut index, &segment, name, PageKey([0; 32]));
+        }
+        // A page is a block of header and one of payload.
+        for (key, pages) in [(1, 3), (2, 1), (3, 0), (4, 1)] {
+            let key = PageKey([key; 32]);
+            assert_eq!(index.key_bytes(tenant, key), pages * 8192);
+            assert_eq!(index.contains_key(tenant, key), pages > 0);
+        }
+        assert!(!index.contains_key(TenantId([0; 16]), PageKey([1; 32])));
     }
 }

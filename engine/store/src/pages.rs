@@ -247,6 +247,12 @@ impl Pages {
         keys.iter().take_while(|&&key| index.contains(&PageName { key, ..*like })).count()
     }
 
+    /// Of each of `keys`, whether there is a page like `like`.
+    pub(crate) fn held(&self, like: &PageName, keys: &[PageKey]) -> Vec<bool> {
+        let index = lock(&self.index);
+        keys.iter().map(|&key| index.contains(&PageName { key, ..*like })).collect()
+    }
+
     pub(crate) fn classes(&self) -> Vec<ClassId> {
         lock(&self.index).classes().collect()
     }

@@ -7,12 +7,13 @@ use half::bf16;
 use mainstay_kernels_cpu::attend::{AttendShape, Attention, Queries, Sight};
 use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, BlockShape, KvBlock};
 use mainstay_kernels_cpu::{
-    After, Isa, Kernels, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm, scratch_len,
+    After, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm,
+    scratch_len,
 };
 
 /// One product on one thread, in parts as a backend would cut it.
 fn product(kernels: &Kernels, weight: &PackedMatrix, rows: usize, out: &mut [f32], scratch: &mut [f32]) {
-    let input = vec![0.5; rows * weight.cols()];
+    let input = vec![0.5; weight.form().input_len(rows, weight.cols())];
     let product = Product { weight, bias: None, input: &input, rows, after: After::Store };
     let stride = weight.panels() * LANES;
     let part_rows = 192 / kernels.tile_rows() * kernels.tile_rows();
@@ -32,9 +33,10 @@ fn product(kernels: &Kernels, weight: &PackedMatrix, rows: usize, out: &mut [f32
 fn products(c: &mut Criterion) {
     for isa in Isa::supported().filter(|isa| *isa != Isa::Scalar) {
         let kernels = Kernels::new(isa).expect("supported");
-        for dtype in [WeightType::F32, WeightType::BF16] {
+        let integers = [Kind::Eight, Kind::Four, Kind::NestedFourMin, Kind::NestedSix].map(WeightType::Codes);
+        for dtype in [WeightType::F32, WeightType::BF16].into_iter().chain(integers) {
             // Larger than the caches: 1024 inputs, 128 MiB of weights.
-            let (n, k) = ((128 << 20) / (dtype.panel_bytes(1) / LANES) / 1024, 1024);
+            let (n, k) = ((128 << 20) / (dtype.panel_bytes(1024) / LANES), 1024);
             let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
             let mut group = c.benchmark_group(format!("few rows/{}/{dtype:?}", isa.name()));
             group.sample_size(10).throughput(Throughput::Bytes(weight.size_bytes() as u64));

@@ -475,7 +475,7 @@ mod tests {
         let rows_of_queries = Mat::new(&queries, tokens, group * dim, group * dim);
         // Every other shape has sinks, low ones and ones that take most of the softmax.
         let sinks: Vec<f32> = (0..group).map(|head| noise(head + 3) * 6.0).collect();
-        let sinks = (tokens % 2 == 0).then_some(&sinks[..]);
+        let sinks = tokens.is_multiple_of(2).then_some(&sinks[..]);
         kernels.attend_start(&mut state, shape, Queries { rows: rows_of_queries, position, sinks });
         for i in 0..floats.len() {
             let block = if narrow { KvBlock::BF16(&halves[i]) } else { KvBlock::F32(&floats[i]) };

@@ -140,8 +140,12 @@ pub(crate) trait Bytes: Copy {
     /// Four bytes of activations, for each of sixteen lanes.
     type Four: Copy;
 
-    /// Whether dot products of wide codes take them for numbers less 128.
+    /// Whether dot products take wide bytes for themselves less 128; else a sum has to begin with -128 times that of
+    /// the activations.
     const SIGNED: bool;
+
+    /// Whether codes are best unpacked to wide bytes, though they have fewer bits.
+    const WIDENS: bool;
 
     /// Register tiles of integer and f32 sums that do not spill: vectors of each.
     const SUMS: usize;
@@ -161,20 +165,26 @@ pub(crate) trait Bytes: Copy {
     /// Each byte's bits `shift` places up (down where negative, 6 at most), then `& mask`, which holds no bit that a
     /// neighbour's bits come to.
     fn shift_and_mask(self, a: Self::B, shift: i32, mask: u8) -> Self::B;
+    /// `a + b`, without carries between bytes.
+    fn add_bytes(self, a: Self::B, b: u8) -> Self::B;
     /// `a | b`
     fn or(self, a: Self::B, b: Self::B) -> Self::B;
     /// Each byte `a`, below 16, becomes entry `a`.
     fn look_up(self, a: Self::B, table: &[u8; 16]) -> Self::B;
     /// Sixteen zeros.
     fn no_sum(self) -> Self::I;
+    /// One number for all lanes.
+    ///
+    /// # Safety
+    /// `from` is readable.
+    unsafe fn sum_from(self, from: *const i32) -> Self::I;
     /// Reads four bytes for all lanes.
     ///
     /// # Safety
     /// `from` is readable for 4 bytes.
     unsafe fn read_four(self, from: *const u8) -> Self::Four;
     /// Lane i of the sum grows by the products of bytes 4 i to 4 i + 3 with the four signed numbers, none of them
-    /// -128. The bytes are below 128; or, if `WIDE`, any, and stand for themselves or, if [`Bytes::SIGNED`], for
-    /// themselves less 128.
+    /// -128. The bytes are below 128; or, if `WIDE`, any: see [`Bytes::SIGNED`].
     fn dot<const WIDE: bool>(self, sum: Self::I, bytes: Self::B, four: Self::Four) -> Self::I;
     /// Exact below 2^24.
     fn to_f32(self, a: Self::I) -> <Self::Floats as Simd>::V;

@@ -10,7 +10,7 @@ use crate::quantized::kind::Kind;
 use crate::quantized::tile::{CodeTileFn, MODES, Operands as CodeOperands};
 use crate::quantized::unpack::{Packed, UnpackFn, Unpacked};
 use crate::quantized::{input, tile as code_tile, unpack};
-use crate::simd::{Simd, scalar::Scalar};
+use crate::simd::{Bytes, Simd, scalar::Scalar};
 use crate::tile::{self, Operands, TileFn};
 
 /// The functions that differ by instruction set. All are unsafe to call on a machine without it.
@@ -119,14 +119,17 @@ pub(crate) struct CodeTable {
     pub(crate) quantize: unsafe fn(&[f32], *mut u8, usize, usize),
     /// By kind.
     pub(crate) unpack: [UnpackFn; Kind::ALL.len()],
-    /// By mode.
-    pub(crate) tiles: [CodeTileFn; MODES.len()],
+    /// By kind.
+    pub(crate) tiles: [CodeTileFn; Kind::ALL.len()],
 }
 
 macro_rules! code_table {
-    ($module:ident, $witness:expr $(, #[$features:meta])?) => {
+    ($module:ident, $set:ty, $witness:expr $(, #[$features:meta])?) => {
         mod $module {
             use super::*;
+
+            const MODE_TILES: [CodeTileFn; MODES.len()] =
+                [tile::<0>, tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>];
 
             pub(super) static TABLE: CodeTable = CodeTable {
                 quantize,
@@ -134,7 +137,7 @@ macro_rules! code_table {
                     unpack::<0>, unpack::<1>, unpack::<2>, unpack::<3>, unpack::<4>, unpack::<5>, unpack::<6>,
                     unpack::<7>, unpack::<8>, unpack::<9>, unpack::<10>, unpack::<11>, unpack::<12>, unpack::<13>,
                 ],
-                tiles: [tile::<0>, tile::<1>, tile::<2>, tile::<3>, tile::<4>],
+                tiles: code_tile::of_kinds(MODE_TILES, <$set>::WIDENS),
             };
 
             /// # Safety
@@ -164,11 +167,12 @@ macro_rules! code_table {
     };
 }
 
-code_table!(scalar_codes, Scalar);
+code_table!(scalar_codes, Scalar, Scalar);
 
 #[cfg(target_arch = "x86_64")]
 code_table!(
     avx2_codes,
+    crate::simd::avx2::Avx2,
     crate::simd::avx2::Avx2::new(),
     #[target_feature(enable = "avx2,fma,f16c")]
 );
@@ -176,6 +180,7 @@ code_table!(
 #[cfg(target_arch = "x86_64")]
 code_table!(
     vnni_codes,
+    crate::simd::vnni::Vnni,
     crate::simd::vnni::Vnni::new(),
     #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 );
@@ -183,6 +188,7 @@ code_table!(
 #[cfg(target_arch = "aarch64")]
 code_table!(
     neon_codes,
+    crate::simd::neon::Neon,
     crate::simd::neon::Neon::new(),
     #[target_feature(enable = "neon")]
 );

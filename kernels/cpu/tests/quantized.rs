@@ -3,7 +3,7 @@
 
 use half::f16;
 use mainstay_kernels_cpu::{
-    After, BLOCK, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
+    After, BLOCK, Form, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
     Product, WeightType, scratch_len,
 };
 
@@ -156,7 +156,7 @@ fn plainly(m: &Matrix, row: &[Integers], x: &[([i32; BLOCK], f32)], start: f32) 
 }
 
 fn quantize(kernels: &Kernels, input: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let per_row = mainstay_kernels_cpu::Form::Integers.input_len(1, cols);
+    let per_row = Form::Integers.input_len(1, cols);
     let mut packed = vec![f32::NAN; rows * per_row];
     let tile = kernels.tile_rows();
     for (place, rows) in packed.chunks_mut(tile * per_row).zip(input.chunks(tile * cols)) {

@@ -398,7 +398,7 @@ impl Decoder {
 fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize, LoadError> {
     let head_dim = match config.count("head_dim", 1..=HEAD_DIM_MAX)? {
         Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             return Err(config.wrong("hidden_size", &format!("a multiple of {heads} attention heads")));
         }

@@ -28,7 +28,7 @@ pub(super) fn rope(config: &Config, head_dim: usize) -> Result<Rope, LoadError> 
     };
     // Cut off, as Python's int() does.
     let dim = (head_dim as f64 * part) as usize;
-    if dim == 0 || dim % 2 != 0 {
+    if dim == 0 || !dim.is_multiple_of(2) {
         let expected = format!("an even number of the head's {head_dim} elements, not {dim}");
         return Err(config.wrong("partial_rotary_factor", &expected));
     }

@@ -71,7 +71,7 @@ async fn echo_and_logprobs_score_the_prompt_for_evaluators() {
                 let best = top.values().map(|v| v.as_f64().unwrap()).fold(f64::MIN, f64::max);
                 assert!(best >= logprob.as_f64().unwrap());
                 if at < ids.len() {
-                    let expected = expected_logprob(vocab, &ids[..at], ids[at]);
+                    let expected = expected_logprob((vocab, None), &ids[..at], ids[at]);
                     assert_eq!(logprob.as_f64().map(|x| x as f32), Some(expected), "token {at}");
                 } else {
                     assert_eq!(logprob.as_f64(), Some(best), "the greedy token is the most probable");
@@ -143,7 +143,7 @@ async fn tokenize_and_detokenize_undo_each_other() {
 async fn models_are_listed_and_found_by_names_with_slashes() {
     let server = start(Setup::default()).await;
     let model = json!({"id": MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "mainstay",
-                       "max_model_len": CONTEXT, "tasks": ["generate", "embed"]});
+                       "max_model_len": CONTEXT, "tasks": ["generate", "embed"], "state": "loaded"});
     assert_eq!(server.get("/v1/models").await.ok(), json!({"object": "list", "data": [model]}));
     assert_eq!(server.get("/v1/models/org/echo").await.ok(), model);
     assert_eq!(server.get("/v1/models/org%2Fecho").await.ok(), model);

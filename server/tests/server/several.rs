@@ -117,7 +117,7 @@ async fn several(fakes: &Arc<Fakes>, waiting_max: usize) -> (Server, Registry) {
 }
 
 fn ask(model: &str, more: Value) -> Value {
-    let mut body = chat(json!({"max_tokens": 3}));
+    let mut body = chat(json!({"max_tokens": 3, "temperature": 0}));
     body["model"] = json!(model);
     for (key, value) in more.as_object().unwrap() {
         body[key] = value.clone();
@@ -262,7 +262,8 @@ async fn a_session_is_of_one_model_and_finds_its_pages_after_it_came_back() {
     assert_eq!((made.status.as_u16(), &made.json()["model"]), (201, &json!("a")));
     let long = "a long story of many words that fills more than a page of tokens ".repeat(4);
     let turn = |model: &str, text: &str| {
-        ask(model, json!({"session_id": "s", "messages": [{"role": "user", "content": text}]}))
+        let messages = json!([{"role": "user", "content": text}]);
+        ask(model, json!({"session_id": "s", "session_mode": "append", "messages": messages}))
     };
     server.post(CHAT, &turn("a", &long)).await.ok();
     let error = server.post(CHAT, &turn("b", "and then?")).await.error(409);
@@ -385,7 +386,10 @@ async fn sessions_are_restored_under_the_same_content_only() {
     let long = "a long story of many words that fills more than a page of tokens ".repeat(4);
     let turn = async |text: &str| {
         let messages = json!([{"role": "user", "content": text}]);
-        server.post(CHAT, &ask("l", json!({"session_id": "s", "messages": messages}))).await.ok()
+        server
+            .post(CHAT, &ask("l", json!({"session_id": "s", "session_mode": "append", "messages": messages})))
+            .await
+            .ok()
     };
     turn(&long).await;
     // The model goes, and comes back with its adapter.

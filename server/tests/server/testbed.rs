@@ -18,7 +18,7 @@ use mainstay_backend_api::{
     StepError, StepOutput, StoredPage, Ticket,
 };
 use mainstay_engine::store::{self, SessionId, Settings, Store, TenantId};
-use mainstay_engine::{EngineOptions, Handle, ModelIdentity, RestorePolicy, Reuse};
+use mainstay_engine::{DraftPolicy, EngineOptions, Handle, ModelIdentity, RestorePolicy, Reuse};
 use mainstay_models::graph::PooledKind;
 use mainstay_models::template::ChatTemplate;
 use mainstay_models::tokenizer::{AddSpecial, Tokenizer};
@@ -239,6 +239,8 @@ pub(crate) fn load(id: &str, setup: Setup) -> ServedModel {
     options.pooled_width = setup.pooled.map(|pooled| pooled.width);
     options.store = setup.store;
     options.restore = RestorePolicy::Always;
+    // What it is told to say is for tokens that are drawn, not for such as are guessed ahead.
+    options.draft = DraftPolicy::Off;
     let template_hash = blake3::hash(setup.template.as_deref().unwrap_or_default().as_bytes());
     options.model = ModelIdentity {
         weights: [setup.weights; 32],

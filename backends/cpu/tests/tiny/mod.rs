@@ -10,8 +10,8 @@ use mainstay_backend_cpu::{CpuBackend, CpuOptions};
 use mainstay_kernels_cpu::Isa;
 use mainstay_models::Weights;
 use mainstay_models::graph::{
-    Activation, Attend, Block, Gate, Graph, Ids, KvSpec, Layer, Mask, Matrix, Op, Rope, RopeLayout,
-    RopeSwitch, Vector,
+    Activation, Attend, AttendLatent, Block, Expert, Experts, Gate, Graph, Ids, KvRows, KvSpec, Layer, Mask,
+    Matrix, Op, Rope, RopeLayout, RopeSwitch, Routing, RoutingOrder, Score, Vector,
 };
 use mainstay_models::quant::seeded_blocks;
 use mainstay_models::weights::{DType, MemoryTensor};
@@ -32,6 +32,10 @@ pub(crate) struct Shape {
     pub(crate) softcap: Option<f32>,
     pub(crate) head_norm: bool,
     pub(crate) bias: bool,
+    /// In place of the MLP, each with an MLP's sizes; a row has two of them.
+    pub(crate) experts: usize,
+    /// Width of the latent rows that keys and values are made of; 0 where they are kept themselves.
+    pub(crate) latent: usize,
     /// What weights are stored as; the second type is that of `v`, `up` and `embed`, so that products meet both.
     pub(crate) dtypes: [DType; 2],
 }
@@ -48,8 +52,14 @@ pub(crate) const SMALL: Shape = Shape {
     softcap: None,
     head_norm: false,
     bias: false,
+    experts: 0,
+    latent: 0,
     dtypes: [DType::F32; 2],
 };
+
+/// Experts, and one latent row in place of all heads' keys and values.
+pub(crate) const SPARSE: Shape =
+    Shape { experts: 5, latent: 32, heads: 5, head_dim: 16, inner: 32, bias: true, ..SMALL };
 
 /// Widths that every type's blocks divide.
 pub(crate) const BLOCKS: Shape = Shape { hidden: 256, heads: 8, head_dim: 32, inner: 256, ..SMALL };
@@ -116,16 +126,16 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         softcap: s.softcap,
         sinks: None,
     };
-    let a = block.push(Op::Attend(attend));
+    let a = if s.latent > 0 { latent(&mut block, (n, qr), s, &rope) } else { block.push(Op::Attend(attend)) };
     let o = block.push(Op::Linear { input: a, weight: Matrix::one("o", s.hidden, q), bias: None });
     let r = block.push(Op::Add { a: x, b: o });
     let n = block.push(norm(r, "norm2", s.hidden));
-    let weight = Matrix::stacked(&[("gate", s.inner), ("up", s.inner)], s.hidden);
-    let bias = s.bias.then(|| Vector::stacked(&[("gateb", s.inner), ("upb", s.inner)]));
-    let g = block.push(Op::Linear { input: n, weight, bias });
-    let g = block.push(Op::GatedActivate { input: g, f: Gate::By(Activation::Silu) });
-    let d = block.push(Op::Linear { input: g, weight: Matrix::one("down", s.hidden, s.inner), bias: None });
+    let d = if s.experts > 0 { experts(&mut block, n, s) } else { mlp(&mut block, n, s) };
     block.push(Op::Add { a: r, b: d });
+    let rows = match s.latent {
+        0 => KvRows::Heads { heads: s.kv_heads, head_dim: s.head_dim },
+        latent => KvRows::Latent { latent, key: KEY },
+    };
 
     let mut epilogue = Block::default();
     let x = epilogue.push(Op::Input);
@@ -141,12 +151,68 @@ pub(crate) fn graph(s: &Shape) -> Graph {
         layers: (0..s.layers).map(|i| Layer { block: 0, prefix: format!("{i}.") }).collect(),
         epilogue,
         pooled: None,
-        kv: vec![KvSpec::heads(s.kv_heads, s.head_dim, s.window); s.layers],
+        kv: vec![KvSpec { rows, window: s.window }; s.layers],
         hidden: s.hidden,
         vocab: s.vocab,
         context: 4096,
         rope_switch: RopeSwitch::default(),
     }
+}
+
+fn mlp(block: &mut Block, input: usize, s: &Shape) -> usize {
+    let weight = Matrix::stacked(&[("gate", s.inner), ("up", s.inner)], s.hidden);
+    let bias = s.bias.then(|| Vector::stacked(&[("gateb", s.inner), ("upb", s.inner)]));
+    let input = block.push(Op::Linear { input, weight, bias });
+    let input = block.push(Op::GatedActivate { input, f: Gate::By(Activation::Silu) });
+    block.push(Op::Linear { input, weight: Matrix::one("down", s.hidden, s.inner), bias: None })
+}
+
+fn experts(block: &mut Block, input: usize, s: &Shape) -> usize {
+    let weight = Matrix::one("router", s.experts, s.hidden);
+    let scores = block.push(Op::Linear { input, weight, bias: None });
+    let expert = |id: usize| {
+        let [gate, up, down] = ["gate", "up", "down"].map(|part| format!("{id}.{part}"));
+        let parts = vec![(gate, s.inner), (up, s.inner)];
+        let biases = parts.iter().map(|(name, rows)| (format!("{name}b"), *rows)).collect();
+        Expert {
+            up: Matrix { parts, cols: s.hidden },
+            up_bias: s.bias.then(|| Vector::named(biases)),
+            down: Matrix::one(down, s.hidden, s.inner),
+            down_bias: None,
+        }
+    };
+    let routing = Routing {
+        score: Score::Softmax,
+        order: RoutingOrder::ScoreFirst,
+        bias: None,
+        groups: None,
+        top_k: 2,
+        renormalise: true,
+        scale: 1.0,
+    };
+    let f = Gate::Clamped { alpha: 1.702, limit: 1.0 };
+    let experts = (0..s.experts).map(expert).collect();
+    block.push(Op::Experts(Experts { input, scores, routing, experts, f }))
+}
+
+/// Width of the key part that all heads share.
+const KEY: usize = 4;
+
+/// Of the rotated queries, the last elements of a head meet the shared key.
+fn latent(block: &mut Block, (input, q): (usize, usize), s: &Shape, rope: &Rope) -> usize {
+    let weight = Matrix::one("kv", s.latent + KEY, s.hidden);
+    let both = block.push(Op::Linear { input, weight, bias: None });
+    let rows = block.push(Op::Slice { input: both, start: 0, width: s.latent });
+    let key = block.push(Op::Slice { input: both, start: s.latent, width: KEY });
+    let tables = rope.tables.iter().map(|table| table[..KEY / 2].into()).collect();
+    let key =
+        block.push(Op::Rope { input: key, rope: Rope { tables, head_dim: KEY, dim: KEY, ..rope.clone() } });
+    let (heads, plain_dim, value_dim) = (s.heads, s.head_dim - KEY, s.head_dim);
+    let expand = Matrix::one("expand", heads * (plain_dim + value_dim), s.latent);
+    let scale = (s.head_dim as f32).powf(-0.5);
+    let attend =
+        AttendLatent { q, latent: rows, key, expand, heads, plain_dim, key_dim: KEY, value_dim, scale };
+    block.push(Op::AttendLatent(attend))
 }
 
 /// Seeded weights.
@@ -161,6 +227,17 @@ pub(crate) fn weights(s: &Shape, seed: u64) -> Weights {
         let matrices = [("q", q, s.hidden), ("k", kv, s.hidden), ("v", kv, s.hidden), ("o", s.hidden, q)];
         let mlp = [("gate", s.inner, s.hidden), ("up", s.inner, s.hidden), ("down", s.hidden, s.inner)];
         names.extend(matrices.iter().chain(&mlp).map(|(n, r, c)| (format!("{i}.{n}"), vec![*r, *c])));
+        for id in 0..s.experts {
+            names.extend(mlp.iter().map(|(n, r, c)| (format!("{i}.{id}.{n}"), vec![*r, *c])));
+            names.extend(["gateb", "upb"].map(|n| (format!("{i}.{id}.{n}"), vec![s.inner])));
+        }
+        if s.experts > 0 {
+            names.push((format!("{i}.router"), vec![s.experts, s.hidden]));
+        }
+        if s.latent > 0 {
+            names.push((format!("{i}.kv"), vec![s.latent + KEY, s.hidden]));
+            names.push((format!("{i}.expand"), vec![s.heads * (2 * s.head_dim - KEY), s.latent]));
+        }
     }
     let mut random = Random::new(seed);
     let tensors = names.into_iter().map(|(name, shape)| tensor(s, name, shape, &mut random));
@@ -257,7 +334,7 @@ pub(crate) fn feed_alone(executor: &mut dyn Executor, feed: &mut Feed, pieces: &
     logits
 }
 
-/// The payload of a sequence's pages, without the slots of tokens that were not computed.
+/// The payload of a sequence's pages, zeros in the slots of tokens that were not computed.
 pub(crate) fn page_bytes(executor: &mut dyn Executor, feed: &Feed) -> Vec<u8> {
     let read = |&page: &PageId| PageRead { page: PageRef { group: 0, page }, tokens: PAGE_TOKENS };
     let pages: Vec<PageRead> = feed.pages.iter().map(read).collect();
@@ -266,16 +343,13 @@ pub(crate) fn page_bytes(executor: &mut dyn Executor, feed: &Feed) -> Vec<u8> {
     executor.poll(&mut done);
     assert_eq!(done.len(), 1);
     let group = &executor.kv_layout().groups[0];
-    let row = group.parts[0].width * group.parts[0].dtype.size_bytes();
-    let mut bytes = Vec::new();
-    for (i, page) in done[0].bytes.iter().enumerate() {
+    let pages = done[0].bytes.iter().enumerate().map(|(i, page)| {
         assert_eq!(page.len(), group.page_bytes());
-        for rows in page.chunks(row * PAGE) {
-            let valid = feed.done.saturating_sub(i * PAGE).min(PAGE);
-            bytes.extend(&rows[..valid * row]);
-        }
-    }
-    bytes
+        let mut page = page.to_vec();
+        group.clear_from(feed.done.saturating_sub(i * PAGE), &mut page);
+        page
+    });
+    pages.flatten().collect()
 }
 
 pub(crate) fn tokens(count: usize, seed: u64) -> Vec<u32> {

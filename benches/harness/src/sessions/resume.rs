@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use mainstay_backend_api::PAGE_TOKENS;
+use mainstay_backend_api::{PAGE_TOKENS, oldest_page};
 use mainstay_engine::store::{Durability, ImportAs, Kind, PageHeader, PageName, SessionId};
 use mainstay_engine::{KvState, RestorePolicy};
 
@@ -257,10 +257,9 @@ impl Length<'_, '_> {
     }
 
     fn restore(&self, resume: &Resume, read_ms: f64) -> Result<Restore, SessionsError> {
-        let pages = resume.restored_tokens.div_ceil(PAGE_TOKENS);
         Ok(Restore {
             context: self.context,
-            bytes: (pages * self.bench.subject.page_bytes()) as u64,
+            bytes: self.bench.subject.bytes_after(resume.restored_tokens),
             restore_ms: resume.restore_ms,
             copy_ms: resume.copy_ms,
             read_ms,
@@ -311,9 +310,9 @@ fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsErr
     Ok((imported.session.id, ms(begun)))
 }
 
-/// Reads all pages of a session through the store's own threads, and does nothing with them.
+/// Reads the pages that a session needs to go on through the store's own threads, and does nothing with them.
 fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f64, SessionsError> {
-    let wanted = headers(world, history)?;
+    let wanted = headers(subject, world, history)?;
     let groups = usize::from(world.handle.export_pages(history.len()).groups);
     let batch = (BATCH_BYTES / subject.page_bytes().max(1)).max(1) * groups;
     let (done, all) = mpsc::channel();
@@ -333,16 +332,18 @@ fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f
     Ok(ms(begun))
 }
 
-/// What names the pages of a session, its tail included: its last token has no keys and values yet.
-fn headers(world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
+/// What names the pages that a session needs, its tail included: its last token has no keys and values yet.
+fn headers(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
     let export = world.handle.export_pages(history.len());
     let tenant = &world.tenant;
     let root = world.handle.root(TENANT, (None, b""), history.len())?;
     let mut parent = root.ok_or_else(|| SessionsError::Broken("the engine has no store".into()))?;
-    let mut headers = Vec::new();
-    for tokens in history[..history.len().saturating_sub(1)].chunks(PAGE_TOKENS) {
+    let (mut headers, windows) = (Vec::new(), subject.windows());
+    let computed = &history[..history.len().saturating_sub(1)];
+    for (page, tokens) in computed.chunks(PAGE_TOKENS).enumerate() {
         let key = tenant.chain.next(parent, tokens, &[]);
-        for group in 0..export.groups {
+        let needs = |&group: &u16| page >= oldest_page(windows[usize::from(group)], computed.len());
+        for group in (0..export.groups).filter(needs) {
             let name = PageName { tenant: tenant.id, key, class: export.class, group, kind: Kind::Attention };
             headers.push(PageHeader { name, content: export.content, parent, tokens: tokens.to_vec() });
         }

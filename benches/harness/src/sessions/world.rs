@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use mainstay_backend_api::kv::Group;
 use mainstay_backend_api::{
     Backend, CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead, PageRef,
-    Step, StepError, StepOutput, StoredPage, Ticket,
+    Step, StepError, StepOutput, StoredPage, Ticket, oldest_page,
 };
 use mainstay_engine::store::{Append, Durability, Options, SessionId, Settings, Store, Tenant};
 use mainstay_engine::{
@@ -57,6 +58,20 @@ impl<'a> Subject<'a> {
     /// Bytes of a page in all groups.
     pub(crate) fn page_bytes(&self) -> usize {
         KvLayout::of(self.graph, self.kv_dtype).groups.iter().map(|group| group.page_bytes()).sum()
+    }
+
+    /// The windows of the groups of pages.
+    pub(crate) fn windows(&self) -> Vec<Option<usize>> {
+        KvLayout::of(self.graph, self.kv_dtype).windows()
+    }
+
+    /// Bytes of the pages that a sequence needs to go on after so many tokens.
+    pub(crate) fn bytes_after(&self, tokens: usize) -> u64 {
+        let bytes = |group: &Group| {
+            let pages = tokens.div_ceil(PAGE_TOKENS) - oldest_page(group.window, tokens);
+            (pages * group.page_bytes()) as u64
+        };
+        KvLayout::of(self.graph, self.kv_dtype).groups.iter().map(bytes).sum()
     }
 
     /// Made-up tokens; equal salts give equal tokens.

@@ -3,6 +3,7 @@
 mod fuzz;
 mod rig;
 mod rope;
+mod windows;
 
 use super::*;
 use crate::{KvReport, KvState};

@@ -5,20 +5,22 @@
 //! infinity has a NaN as its size.
 
 use super::BLOCK;
+use super::kind::WIDE_BIAS;
 use crate::simd::{Bytes, LANES, Simd};
 
-/// Bytes of one row of a block: the numbers, their size, and the sums of all of them and of each half.
+/// Bytes of one row of a block: the numbers, their size, and the sums of all of them and of each half; what sums of
+/// products with wide bytes begin with, for all and each half.
 pub(crate) const ROW_BYTES: usize = BLOCK + 4 * PLANES;
 
 /// f32 of one row of a block.
-const PLANES: usize = 4;
+const PLANES: usize = 7;
 
 /// Floats that the rows of an input take.
 pub(crate) fn len(rows: usize, cols: usize) -> usize {
     rows * cols / BLOCK * ROW_BYTES / 4
 }
 
-/// A block of a tile of `rows` rows: `[rows][32]` numbers, then planes `[rows]` of f32.
+/// A block of a tile of `rows` rows: `[rows][32]` numbers, then planes `[rows]` of f32 or i32.
 #[derive(Clone, Copy)]
 pub(crate) struct Record {
     start: *const u8,
@@ -53,6 +55,12 @@ impl Record {
     #[inline(always)]
     pub(crate) fn sum(self, row: usize, sub: usize, subs: usize) -> *const f32 {
         self.plane(if subs == 1 { 1 } else { 2 + sub }, row)
+    }
+
+    /// What a sum of products with wide bytes begins with: -[`WIDE_BIAS`] times the sum of the row's numbers.
+    #[inline(always)]
+    pub(crate) fn start(self, row: usize, sub: usize, subs: usize) -> *const i32 {
+        self.plane(if subs == 1 { 4 } else { 5 + sub }, row).cast()
     }
 
     /// The same rows' next block.
@@ -91,8 +99,12 @@ pub(crate) unsafe fn quantize<C: Bytes>(c: C, values: &[f32], tile: *mut u8, row
             for (half, x) in rounded.into_iter().enumerate() {
                 c.write_low_bytes(record.numbers(row, half * LANES).cast_mut(), x);
             }
-            for (plane, x) in [size + flaw, sums[0] + sums[1], sums[0], sums[1]].into_iter().enumerate() {
-                record.plane(plane, row).cast_mut().write(x);
+            let sums = [sums[0] + sums[1], sums[0], sums[1]];
+            record.size(row).cast_mut().write(size + flaw);
+            for (plane, sum) in sums.into_iter().enumerate() {
+                record.plane(1 + plane, row).cast_mut().write(sum);
+                let start = -i32::from(WIDE_BIAS) * sum as i32;
+                record.plane(4 + plane, row).cast::<i32>().cast_mut().write(start);
             }
         }
         record = record.next();

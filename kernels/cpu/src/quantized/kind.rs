@@ -1,5 +1,6 @@
 //! The kinds of packed integer weights: one line of description each, from which packing and kernels follow.
 
+use super::tile::Mode;
 use super::{BLOCK, GROUP_BYTES, SUPER};
 use crate::simd::LANES;
 
@@ -58,6 +59,9 @@ pub(crate) struct Table {
 }
 
 const NO_CODE: u8 = u8::MAX;
+
+/// What wide bytes exceed their integers by.
+pub(crate) const WIDE_BIAS: u8 = 128;
 
 /// Where scales come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,8 +137,8 @@ impl Kind {
         use Scales::{F16, F32, Nested};
         use Values::{Less, Minimum, Table, Zero};
         let (bits, values, scales, sub_len) = match self {
-            Kind::Eight => (8, Less(128), F16, 32),
-            Kind::EightF32 => (8, Less(128), F32, 32),
+            Kind::Eight => (8, Less(WIDE_BIAS), F16, 32),
+            Kind::EightF32 => (8, Less(WIDE_BIAS), F32, 32),
             Kind::Four => (4, Less(8), F16, 32),
             Kind::FourMin => (4, Minimum, F16, 32),
             Kind::FourZero => (4, Zero, F32, 32),
@@ -228,14 +232,22 @@ impl Layout {
         match self.values {
             Values::Minimum | Values::Zero => 0,
             Values::Less(bias) => bias,
-            // Integers that need more than 7 bits have the one bias that signed dot products can undo.
-            Values::Table(table) if table.least() < -64 => 128,
+            // Integers that need more than 7 bits have the bias of wide bytes.
+            Values::Table(table) if table.least() < -64 => WIDE_BIAS,
             Values::Table(table) => table.least().unsigned_abs(),
         }
     }
 
-    /// Whether integers with their bias need 8 bits.
-    pub(crate) const fn is_wide(&self) -> bool {
-        self.bias() == 128
+    /// Whether integers are unpacked to wide bytes: where they need 8 bits, or, if so asked for, all that may be.
+    pub(crate) const fn is_wide(&self, widens: bool) -> bool {
+        match self.values {
+            Values::Minimum | Values::Zero => false,
+            Values::Less(_) | Values::Table(_) => widens || self.bias() == WIDE_BIAS,
+        }
+    }
+
+    /// The tile that takes its unpacked blocks.
+    pub(crate) const fn mode(&self, widens: bool) -> Mode {
+        Mode { subs: self.subs(), minima: self.has_minima(), wide: self.is_wide(widens) }
     }
 }

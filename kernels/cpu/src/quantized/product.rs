@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::input::{self, ROW_BYTES};
-use super::kind::{Kind, Layout};
-use super::tile::{MODES, Mode, Operands};
+use super::kind::Kind;
+use super::tile::Operands;
 use super::unpack::{Packed, Unpacked};
 use super::{BLOCK, GROUP_BYTES, GROUPS, SUPER};
 use crate::matmul::Product;
@@ -25,14 +25,6 @@ pub(crate) const PANEL_LEN: usize = CODES_LEN + 2 * SCALES_LEN;
 
 /// Panels in flight for few rows, each one a stream from memory.
 pub(crate) const STREAMS: usize = 4;
-
-impl Layout {
-    fn mode(&self) -> usize {
-        let mode = Mode { subs: self.subs(), minima: self.has_minima(), wide: self.is_wide() };
-        let known = MODES.iter().position(|m| *m == mode);
-        known.unwrap_or_else(|| panic!("no tile for {self:?}"))
-    }
-}
 
 /// Panels of one kind, side by side.
 struct Run {
@@ -108,7 +100,7 @@ impl Kernels {
         operands.ask_panel = layout.runs(weight.cols()).end;
         operands.ask_block = layout.code_bytes();
         operands.sums_row = sums_row;
-        let tile_fn = self.codes().tiles[layout.mode()];
+        let tile_fn = self.codes().tiles[run.kind as usize];
         let mut row = rows.start;
         while row < rows.end {
             let tile = self.tile_rows().min(rows.end - row);

@@ -1,6 +1,7 @@
 //! The register tile of quantized products: panels of unpacked weights times rows of quantized activations.
 
 use super::input::Record;
+use super::kind::Kind;
 use super::{GROUP_BYTES, GROUPS};
 use crate::simd::{Bytes, LANES, Simd};
 
@@ -35,24 +36,50 @@ pub(crate) struct Operands {
 pub(crate) type CodeTileFn = unsafe fn(&Operands, usize, usize);
 
 /// What distinguishes tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Mode {
     /// Scales in a block, 1 or 2.
     pub(crate) subs: usize,
     /// Whether shifts are minima; else they belong to the integers.
     pub(crate) minima: bool,
-    /// Whether bytes are of 8 bits; see [`Bytes::dot`].
+    /// Whether bytes are wide: they exceed their integers by 128, and there are no shifts.
     pub(crate) wide: bool,
 }
 
 /// All modes that a kind has, in the order of the kernels' tables.
-pub(crate) const MODES: [Mode; 5] = [
+pub(crate) const MODES: [Mode; 6] = [
     Mode { subs: 1, minima: false, wide: true },
+    Mode { subs: 2, minima: false, wide: true },
     Mode { subs: 1, minima: false, wide: false },
     Mode { subs: 1, minima: true, wide: false },
     Mode { subs: 2, minima: false, wide: false },
     Mode { subs: 2, minima: true, wide: false },
 ];
+
+/// The tile of each kind, from those of each mode.
+pub(crate) const fn of_kinds(
+    modes: [CodeTileFn; MODES.len()],
+    widens: bool,
+) -> [CodeTileFn; Kind::ALL.len()] {
+    let mut tiles = [modes[0]; Kind::ALL.len()];
+    let mut kind = 0;
+    while kind < tiles.len() {
+        let wanted = Kind::ALL[kind].layout().mode(widens);
+        let mut mode = 0;
+        while !wanted.equals(MODES[mode]) {
+            mode += 1;
+        }
+        tiles[kind] = modes[mode];
+        kind += 1;
+    }
+    tiles
+}
+
+impl Mode {
+    const fn equals(self, other: Self) -> bool {
+        self.subs == other.subs && self.minima == other.minima && self.wide == other.wide
+    }
+}
 
 /// All rows of a part of a tile, in mode number `MODE`.
 ///
@@ -154,10 +181,10 @@ unsafe fn tile<C: Bytes, const MODE: usize, const P: usize, const T: usize>(
                 for t in 0..T {
                     let total = s.splat(*input.sum(row + t, sub, mode.subs));
                     for p in 0..P {
-                        let scale = s.read(o.scales.add(at + p * o.scales_panel + sub * LANES));
-                        let shift = s.read(o.shifts.add(at + p * o.scales_panel + sub * LANES));
+                        let own = at + p * o.scales_panel + sub * LANES;
+                        let (scale, shift) = (s.read(o.scales.add(own)), s.read(o.shifts.add(own)));
                         let mut dot = c.to_f32(dots[t][p]);
-                        if !mode.minima {
+                        if !mode.minima && !mode.wide {
                             // Exact: all numbers are integers below 2^24.
                             dot = s.fma(shift, total, dot);
                         }
@@ -200,6 +227,12 @@ unsafe fn dots<C: Bytes, const MODE: usize, const P: usize, const T: usize>(
 ) -> [[C::I; P]; T] {
     let mode = const { MODES[MODE] };
     let mut dots = [[c.no_sum(); P]; T];
+    if mode.wide && !C::SIGNED {
+        for t in 0..T {
+            // SAFETY: inside the block, which the caller vouches for.
+            dots[t] = [unsafe { c.sum_from(input.start(row + t, sub, mode.subs)) }; P];
+        }
+    }
     let groups = GROUPS / mode.subs;
     for group in sub * groups..(sub + 1) * groups {
         // SAFETY: inside the block, which the caller vouches for.

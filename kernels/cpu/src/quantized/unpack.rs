@@ -1,6 +1,6 @@
 //! From packed codes to what register tiles take: unsigned bytes, group by group, and f32 scales.
 
-use super::kind::{Kind, Layout, Scales, Values};
+use super::kind::{Kind, Layout, Scales, Values, WIDE_BIAS};
 use super::panel::planes;
 use super::{GROUP_BYTES, GROUPS, SUPER};
 use crate::simd::{Bytes, LANES, Simd};
@@ -23,8 +23,7 @@ pub(crate) struct Unpacked {
     pub(crate) codes: *mut u8,
     /// `[blocks][sub-blocks][16]`
     pub(crate) scales: *mut f32,
-    /// Like the scales: what is added to a minimum's or a zero point's multiple, so less the minimum, or less what
-    /// the codes exceed their integers by.
+    /// Like the scales: less the minimum, or less what bytes exceed their integers by, if they are not wide.
     pub(crate) shifts: *mut f32,
 }
 
@@ -87,10 +86,8 @@ unsafe fn scale_and_shift<C: Bytes>(
             }
             Values::Minimum => less(s.read_f16(rest.cast())),
             Values::Zero => less(c.read_u8(rest)),
-            Values::Less(_) | Values::Table(_) => {
-                let undone = layout.is_wide() && C::SIGNED;
-                s.splat(if undone { 0.0 } else { -f32::from(layout.bias()) })
-            }
+            // Not read where bytes are wide.
+            Values::Less(_) | Values::Table(_) => s.splat(-f32::from(layout.bias())),
         };
         (scale, shift)
     }
@@ -133,19 +130,21 @@ unsafe fn group<C: Bytes, const KIND: usize, const GROUP: usize>(c: C, from: *co
         }
     };
     match layout.values {
-        Values::Table(_) => c.look_up(code, const { &biased(KIND) }),
+        Values::Table(_) => c.look_up(code, const { &biased(KIND, C::WIDENS) }),
+        Values::Less(bias) if C::WIDENS => c.add_bytes(code, WIDE_BIAS - bias),
         _ => code,
     }
 }
 
 /// A table's entries as unsigned bytes.
-const fn biased(kind: usize) -> [u8; 16] {
+const fn biased(kind: usize, widens: bool) -> [u8; 16] {
     let layout = Kind::ALL[kind].layout();
+    let bias = if layout.is_wide(widens) { WIDE_BIAS } else { layout.bias() };
     let mut out = [0; 16];
     if let Values::Table(table) = layout.values {
         let mut i = 0;
         while i < 16 {
-            out[i] = (table.integers[i] as i16 + layout.bias() as i16) as u8;
+            out[i] = (table.integers[i] as i16 + bias as i16) as u8;
             i += 1;
         }
     }

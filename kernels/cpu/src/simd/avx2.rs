@@ -168,6 +168,7 @@ impl Bytes for Avx2 {
     type I = [__m256i; 2];
     type Four = __m256i;
     const SIGNED: bool = true;
+    const WIDENS: bool = false;
     const SUMS: usize = 3;
 
     #[inline(always)]
@@ -208,6 +209,11 @@ impl Bytes for Avx2 {
         }
     }
     #[inline(always)]
+    fn add_bytes(self, a: [__m256i; 2], b: u8) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features.
+        unsafe { a.map(|x| _mm256_add_epi8(x, _mm256_set1_epi8(b as i8))) }
+    }
+    #[inline(always)]
     fn or(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: self witnesses the features.
         unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
@@ -224,6 +230,11 @@ impl Bytes for Avx2 {
     fn no_sum(self) -> [__m256i; 2] {
         // SAFETY: self witnesses the features.
         unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn sum_from(self, from: *const i32) -> [__m256i; 2] {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { [_mm256_set1_epi32(from.read_unaligned()); 2] }
     }
     #[inline(always)]
     unsafe fn read_four(self, from: *const u8) -> __m256i {

@@ -165,6 +165,7 @@ impl Bytes for Neon {
     type I = [int32x4_t; 4];
     type Four = int8x16_t;
     const SIGNED: bool = true;
+    const WIDENS: bool = false;
     const SUMS: usize = 3;
 
     #[inline(always)]
@@ -194,6 +195,11 @@ impl Bytes for Neon {
         }
     }
     #[inline(always)]
+    fn add_bytes(self, a: Self::B, b: u8) -> Self::B {
+        // SAFETY: self witnesses the features.
+        unsafe { a.map(|x| vaddq_u8(x, vdupq_n_u8(b))) }
+    }
+    #[inline(always)]
     fn or(self, a: Self::B, b: Self::B) -> Self::B {
         // SAFETY: self witnesses the features.
         unsafe { [vorrq_u8(a[0], b[0]), vorrq_u8(a[1], b[1]), vorrq_u8(a[2], b[2]), vorrq_u8(a[3], b[3])] }
@@ -210,6 +216,11 @@ impl Bytes for Neon {
     fn no_sum(self) -> Self::I {
         // SAFETY: self witnesses the features.
         unsafe { [vdupq_n_s32(0); 4] }
+    }
+    #[inline(always)]
+    unsafe fn sum_from(self, from: *const i32) -> Self::I {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { [vdupq_n_s32(from.read_unaligned()); 4] }
     }
     #[inline(always)]
     unsafe fn read_four(self, from: *const u8) -> int8x16_t {

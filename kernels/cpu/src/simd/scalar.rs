@@ -97,6 +97,7 @@ impl Bytes for Scalar {
     type I = [i32; LANES];
     type Four = [i8; 4];
     const SIGNED: bool = false;
+    const WIDENS: bool = true;
     const SUMS: usize = 4;
 
     fn floats(self) -> Self {
@@ -113,6 +114,9 @@ impl Bytes for Scalar {
     fn shift_and_mask(self, a: [u8; 64], shift: i32, mask: u8) -> [u8; 64] {
         a.map(|x| mask & if shift < 0 { x >> -shift } else { x << shift })
     }
+    fn add_bytes(self, a: [u8; 64], b: u8) -> [u8; 64] {
+        a.map(|x| x.wrapping_add(b))
+    }
     fn or(self, a: [u8; 64], b: [u8; 64]) -> [u8; 64] {
         std::array::from_fn(|i| a[i] | b[i])
     }
@@ -121,6 +125,10 @@ impl Bytes for Scalar {
     }
     fn no_sum(self) -> [i32; LANES] {
         [0; LANES]
+    }
+    unsafe fn sum_from(self, from: *const i32) -> [i32; LANES] {
+        // SAFETY: the caller's promise.
+        [unsafe { from.read_unaligned() }; LANES]
     }
     unsafe fn read_four(self, from: *const u8) -> [i8; 4] {
         // SAFETY: the caller's promise.

@@ -24,6 +24,7 @@ impl Bytes for Vnni {
     type I = __m512i;
     type Four = __m512i;
     const SIGNED: bool = false;
+    const WIDENS: bool = true;
     const SUMS: usize = 12;
 
     #[inline(always)]
@@ -58,6 +59,11 @@ impl Bytes for Vnni {
         }
     }
     #[inline(always)]
+    fn add_bytes(self, a: __m512i, b: u8) -> __m512i {
+        // SAFETY: self witnesses the features.
+        unsafe { _mm512_add_epi8(a, _mm512_set1_epi8(b as i8)) }
+    }
+    #[inline(always)]
     fn or(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: self witnesses the features.
         unsafe { _mm512_or_si512(a, b) }
@@ -74,6 +80,11 @@ impl Bytes for Vnni {
     fn no_sum(self) -> __m512i {
         // SAFETY: self witnesses the features.
         unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn sum_from(self, from: *const i32) -> __m512i {
+        // SAFETY: self witnesses the features; the pointer is the caller's promise.
+        unsafe { _mm512_set1_epi32(from.read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn read_four(self, from: *const u8) -> __m512i {

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use mainstay_backend_api::KvDType;
 use mainstay_backend_api::echo::{EchoExecutor, expected_logprob};
+use mainstay_backend_api::{KvDType, pages_max};
 
 use super::super::*;
-use super::rig::{Client, Hashed, Rig, VOCAB, alone, request};
+use super::rig::{Client, Hashed, Rig, VOCAB, alone_within, request};
 use crate::{Request, StopRule};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
@@ -41,11 +41,13 @@ struct Watched {
     stopped: Vec<bool>,
     failed: bool,
     stores: bool,
+    /// The widest window of all groups.
+    window: Option<usize>,
     completed: usize,
 }
 
 impl Watched {
-    fn new(client: Client, request: Request, stores: bool) -> Self {
+    fn new(client: Client, request: Request, (stores, window): (bool, Option<usize>)) -> Self {
         let n = request.choices as usize;
         Self {
             client,
@@ -57,6 +59,7 @@ impl Watched {
             stopped: vec![false; n],
             failed: false,
             stores,
+            window,
             completed: 0,
         }
     }
@@ -115,14 +118,14 @@ impl Watched {
 
     fn check_score(&self, score: &Score, before: &[u32], token: u32) {
         assert_eq!(score.token, token);
-        assert_eq!(score.logprob.to_bits(), expected_logprob(VOCAB, before, token).to_bits());
+        assert_eq!(score.logprob.to_bits(), expected_logprob((VOCAB, self.window), before, token).to_bits());
     }
 
     /// What was heard of every choice is a beginning of the lone run, and all of it if the choice ran to its end.
     fn check(&self, context: usize) {
         for choice in 0..self.request.choices {
             let i = choice as usize;
-            let (tokens, reason) = alone(&self.request, choice, context);
+            let (tokens, reason) = alone_within(self.window, &self.request, choice, context);
             assert!(tokens.starts_with(&self.tokens[i]), "{:?} of {tokens:?}", self.tokens[i]);
             match self.reasons[i] {
                 Some(FinishReason::Stopped) => assert!(self.stopped[i]),
@@ -139,6 +142,7 @@ struct World {
     watched: Vec<Watched>,
     bases: Vec<Vec<u32>>,
     context: usize,
+    window: Option<usize>,
     choices_max: usize,
     /// The last that started of each priority.
     started: BTreeMap<i32, RequestId>,
@@ -153,14 +157,16 @@ struct World {
 
 impl World {
     /// Every fourth seed gives a model with two rope tables.
-    fn new(seed: u64, limits: Limits, fail_every: Option<u64>, stored_pages: Option<u64>) -> Self {
+    fn new(seed: u64, shape: &Shape, fail_every: Option<u64>, stored_pages: Option<u64>) -> Self {
+        let (limits, windows) = shape.clone();
         let mut random = Random(seed);
         let bases = (0..3).map(|_| (0..90).map(|_| random.below(VOCAB) as u32).collect()).collect();
-        let echo = EchoExecutor::new(VOCAB, limits.clone());
+        let echo = EchoExecutor::new(VOCAB, limits.clone()).windowed(&windows);
         let echo = fail_every.into_iter().fold(echo, EchoExecutor::failing_every);
         let echo = if seed % 4 == 3 { echo.switching_at(75) } else { echo };
         Self {
             context: limits.context,
+            window: windows.iter().copied().reduce(|a, b| a.zip(b).map(|(a, b)| a.max(b))).flatten(),
             choices_max: slots_max(&limits).min(4),
             rig: stored_pages.into_iter().fold(Rig::over(echo, limits), Rig::storing),
             random,
@@ -217,7 +223,8 @@ impl World {
         if self.watched.len() < self.crowd && self.random.one_in(3) {
             let request = self.request();
             let client = self.rig.submit(request.clone());
-            self.watched.push(Watched::new(client, request, self.rig.store.is_some()));
+            let kind = (self.rig.store.is_some(), self.window);
+            self.watched.push(Watched::new(client, request, kind));
         }
         if !self.rig.pending.is_empty() && self.random.one_in(2) {
             let (at, pages) = (self.random.below(self.rig.pending.len()), 1 + self.random.below(3));
@@ -239,6 +246,7 @@ impl World {
             let id = SequenceId { request: watched.client.id, choice: choice as u32 };
             watched.stopped[choice] = true;
             self.rig.scheduler.stop(id, &mut self.rig.pool);
+            self.rig.transfer();
         }
     }
 
@@ -272,55 +280,105 @@ impl World {
     }
 }
 
-fn tiny(pages: &[usize], tokens_per_step: usize, chunks: usize, output_rows: usize) -> Limits {
-    let context = 200.min((pages.iter().min().unwrap() - 1) * 32);
-    Limits { context, tokens_per_step, chunks, output_rows, pages: pages.to_vec(), kv_dtype: KvDType::F32 }
+/// Limits, and the window of each group.
+type Shape = (Limits, Vec<Option<usize>>);
+
+fn tiny<const N: usize>(groups: [(usize, Option<usize>); N], step: (usize, usize, usize)) -> Shape {
+    let (tokens_per_step, chunks, output_rows) = step;
+    let holds = |(pages, window): (usize, Option<usize>)| {
+        let is_enough = pages_max(window, 200, tokens_per_step) < pages;
+        if is_enough { 200 } else { (pages - 1) * 32 }
+    };
+    let context = groups.map(holds).into_iter().min().unwrap();
+    let (pages, windows) = groups.into_iter().unzip();
+    let limits = Limits { context, tokens_per_step, chunks, output_rows, pages, kv_dtype: KvDType::F32 };
+    (limits, windows)
 }
 
 #[test]
 fn a_hundred_thousand_steps_keep_the_books() {
     let shapes = [
-        tiny(&[5], 7, 3, 3),
-        tiny(&[6, 9], 16, 4, 5),
-        tiny(&[13], 40, 6, 6),
-        tiny(&[9], 1, 4, 4),
-        tiny(&[30, 14], 100, 5, 12),
+        tiny([(5, None)], (7, 3, 3)),
+        tiny([(6, None), (9, None)], (16, 4, 5)),
+        tiny([(13, None)], (40, 6, 6)),
+        tiny([(9, None)], (1, 4, 4)),
+        tiny([(30, None), (14, None)], (100, 5, 12)),
     ];
-    let (mut steps, mut finished, mut preemptions, mut cached, mut copies) = (0, 0, 0, 0, 0);
-    let (mut restored, mut completed, mut crossed, mut drafted, mut kept) = (0, 0, 0, 0, 0);
-    for seed in 0..20 {
-        let limits = shapes[seed as usize % shapes.len()].clone();
-        let fail_every = (seed % 3 == 2).then_some(23 + seed);
+    let reached = live(&shapes, 0..20, 6000);
+    // The seeds must reach what they are there for.
+    assert!(reached.steps >= 100_000 && reached.finished > 2000, "{reached:?}");
+    assert!(reached.preemptions > 400 && reached.cached > 10_000, "{reached:?}");
+    assert!(reached.copies > 500 && reached.restored > 5000, "{reached:?}");
+    assert!(reached.completed > 300 && reached.crossed > 300, "{reached:?}");
+    assert!(reached.kept > 500 && reached.drafted > reached.kept + 500, "{reached:?}");
+}
+
+#[test]
+fn windows_keep_the_books() {
+    // Windows shorter than a page, as long, and longer; with groups that keep all, and without.
+    let shapes = [
+        tiny([(9, None), (5, Some(20))], (7, 4, 4)),
+        tiny([(13, None), (7, Some(32))], (40, 6, 6)),
+        tiny([(9, None), (4, Some(1)), (12, Some(70))], (16, 4, 5)),
+        tiny([(6, Some(40))], (16, 3, 3)),
+        tiny([(5, Some(12)), (9, Some(70))], (33, 4, 5)),
+        tiny([(30, None), (5, Some(33))], (1, 4, 4)),
+        tiny([(14, Some(33)), (9, None)], (100, 5, 12)),
+    ];
+    let reached = live(&shapes, 100..128, 4000);
+    assert!(reached.steps >= 90_000 && reached.finished > 2000, "{reached:?}");
+    assert!(reached.preemptions > 400 && reached.cached > 10_000, "{reached:?}");
+    assert!(reached.copies > 500 && reached.restored > 5000, "{reached:?}");
+    assert!(reached.completed > 300 && reached.crossed > 300, "{reached:?}");
+    assert!(reached.kept > 500 && reached.drafted > reached.kept + 500, "{reached:?}");
+}
+
+/// What lives came to.
+#[derive(Debug, Default)]
+struct Reached {
+    steps: u64,
+    finished: usize,
+    preemptions: u64,
+    cached: u64,
+    copies: usize,
+    restored: u64,
+    completed: usize,
+    crossed: usize,
+    drafted: u64,
+    kept: u64,
+}
+
+fn live(shapes: &[Shape], seeds: std::ops::Range<u64>, steps: usize) -> Reached {
+    let mut reached = Reached::default();
+    for seed in seeds {
+        let shape = &shapes[seed as usize % shapes.len()];
+        let fail_every = (seed % 3 == 2).then_some(23 + seed % 100);
         // Every other life has a store, which holds less than what is handed over.
         let stored_pages = (seed % 2 == 1).then_some(40);
-        let mut world = World::new(seed, limits, fail_every, stored_pages);
+        let mut world = World::new(seed, shape, fail_every, stored_pages);
         if seed % 4 < 2 {
             (world.rig.scheduler.pace, world.crowd) = (Some(Pace::default()), 3);
         }
-        let stats = world.run(6000);
-        drafted += stats.drafted_tokens;
-        kept += stats.draft_kept_tokens;
-        restored += stats.restored_tokens;
-        copies += world.copies;
-        crossed += world.crossed;
-        finished += world.finished;
-        completed += world.completed;
-        steps += stats.steps;
-        preemptions += stats.preemptions;
-        cached += stats.cached_tokens;
+        let stats = world.run(steps);
+        reached.drafted += stats.drafted_tokens;
+        reached.kept += stats.draft_kept_tokens;
+        reached.restored += stats.restored_tokens;
+        reached.copies += world.copies;
+        reached.crossed += world.crossed;
+        reached.finished += world.finished;
+        reached.completed += world.completed;
+        reached.steps += stats.steps;
+        reached.preemptions += stats.preemptions;
+        reached.cached += stats.cached_tokens;
     }
-    // The seeds must reach what they are there for.
-    let reached = (steps, finished, preemptions, cached, copies, restored, completed, crossed);
-    assert!(steps >= 100_000 && finished > 2000, "{reached:?}");
-    assert!(preemptions > 400 && cached > 10_000 && copies > 500 && restored > 5000, "{reached:?}");
-    assert!(completed > 300 && crossed > 300, "{reached:?}");
-    assert!(kept > 500 && drafted > kept + 500, "{kept} of {drafted}");
+    reached
 }
 
 #[test]
 fn a_seed_decides_every_step() {
     let steps = || {
-        let mut world = World::new(5, tiny(&[6, 9], 16, 4, 5), Some(31), Some(40));
+        let shape = tiny([(6, None), (9, Some(50))], (16, 4, 5));
+        let mut world = World::new(5, &shape, Some(31), Some(40));
         let turn = |_| {
             world.act();
             world.rig.turn();

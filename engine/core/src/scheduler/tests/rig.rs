@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use mainstay_backend_api::echo::{EchoExecutor, expected_of};
-use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, StoredPage, Ticket};
+use mainstay_backend_api::{Executor, KvDType, PAGE_TOKENS, PageId, StoredPage, Ticket, pages_max};
 use mainstay_store::sim::{SimClock, SimDisk, SimEntropy};
 use mainstay_store::{KeyChain, Options, Quota, Store, Tenant, TenantId, TenantSecret};
 use tokio::sync::Semaphore;
@@ -53,9 +53,14 @@ impl Rig {
         Self::over(EchoExecutor::new(VOCAB, limits.clone()), limits)
     }
 
+    /// Where the groups have these windows.
+    pub(super) fn windowed(limits: Limits, windows: &[Option<usize>]) -> Self {
+        Self::over(EchoExecutor::new(VOCAB, limits.clone()).windowed(windows), limits)
+    }
+
     pub(super) fn over(executor: EchoExecutor, limits: Limits) -> Self {
         Self {
-            pool: KvPool::new(&limits.pages),
+            pool: KvPool::new(&limits.pages, &executor.kv_layout().windows()),
             scheduler: Scheduler::new(limits, TierUse::default()),
             step: Step::default(),
             identity: Identity::of(
@@ -68,7 +73,7 @@ impl Rig {
             seats: Arc::new(Semaphore::new(1 << 20)),
             submitted: 0,
             owners: HashMap::new(),
-            planner: Planner::new(RestorePolicy::Always, 1),
+            planner: Planner::new(RestorePolicy::Always, Vec::new()),
             store: None,
             asked: Vec::new(),
             pending: Vec::new(),
@@ -109,9 +114,8 @@ impl Rig {
             &self.identity,
             (request.adapter.as_ref(), &request.keep.salt),
         );
-        let groups = self.pool.group_count();
         let stored = match &self.store {
-            Some(store) => chain.look_up(store, groups, &tokens, request.keep.reuse),
+            Some(store) => chain.look_up(store, self.pool.windows(), &tokens, request.keep.reuse),
             None => (chain.nothing(), Vec::new()),
         };
         let submission = Submission { prompt_len, chain, request, goal: Goal::Tokens, events: sender };
@@ -168,20 +172,17 @@ impl Rig {
 
     /// Delivers up to `most` more pages of a load; `true` when it is over.
     pub(super) fn deliver(&mut self, at: usize, most: usize) -> bool {
-        let groups = self.pool.group_count();
         let (load, delivered) = &mut self.pending[at];
         let Some(sequence) = self.scheduler.loading(load.id) else {
             self.pending.swap_remove(at);
             return true;
         };
-        let (tenant, targets) = (sequence.request().tenant.clone(), load.headers.len() / groups - *delivered);
-        let wanted = &load.headers[*delivered * groups..][..most.min(targets) * groups];
+        let tenant = sequence.request().tenant.clone();
+        let wanted = &load.headers[*delivered..][..most.min(load.headers.len() - *delivered)];
         let store = self.store.as_ref().expect("a load is of a store");
         let read = wanted.iter().map_while(|header| store.read(header).ok());
-        let mut pages: Vec<StoredPage> = read.map(|page| Box::new(page) as StoredPage).collect();
-        let count = pages.len() / groups;
-        pages.truncate(count * groups);
-        let missed = count * groups < wanted.len();
+        let pages: Vec<StoredPage> = read.map(|page| Box::new(page) as StoredPage).collect();
+        let (count, missed) = (pages.len(), pages.len() < wanted.len());
         let to = sequence.targets(count);
         for page in &to {
             self.owners.insert((page.group as usize, page.page), tenant.clone());
@@ -192,12 +193,12 @@ impl Rig {
             sequence.arrived(count, &mut self.pool);
         }
         *delivered += count;
-        let over = missed || *delivered * groups == load.headers.len();
+        let over = missed || *delivered == load.headers.len();
         if over {
-            let (id, tokens) = (load.id, load.headers[..*delivered * groups].iter().map(|h| h.tokens.len()));
-            let tokens = tokens.sum::<usize>() / groups;
+            let id = load.id;
             self.pending.swap_remove(at);
-            self.scheduler.end_load(id, (tokens, 1.0), missed.then_some("absent"), &mut self.pool);
+            self.scheduler.end_load(id, 1.0, missed.then_some("absent"), &mut self.pool);
+            self.transfer();
         }
         over
     }
@@ -247,7 +248,11 @@ impl Rig {
             assert!(computed < len, "{:?} runs with {computed} of {len} tokens computed", sequence.id);
             for (group, pages) in sequence.pages.iter().enumerate() {
                 assert!(pages.len() * PAGE_TOKENS >= computed);
-                pages.iter().for_each(|&page| *held.entry((group, page)).or_default() += 1);
+                let held_pages = pages.iter().filter(|page| page.0 != 0);
+                held_pages.clone().for_each(|&page| *held.entry((group, page)).or_default() += 1);
+                let limits = &self.scheduler.limits;
+                let most = pages_max(self.pool.windows()[group], limits.context, limits.tokens_per_step);
+                assert!(held_pages.count() <= most, "{:?} holds more pages than it may need", sequence.id);
             }
         }
         for read in self.scheduler.spills.iter().flat_map(|spill| &spill.reads) {
@@ -266,7 +271,10 @@ impl Rig {
             let tenant = &sequence.request().tenant;
             for (group, pages) in sequence.pages.iter().enumerate() {
                 let (read, written) = pages.split_at(sequence.computed / PAGE_TOKENS);
-                read.iter().for_each(|&page| assert_eq!(owners.get(&(group, page)), Some(tenant)));
+                // Those that it waits for were entered when they came, or by who computed them.
+                let written = if sequence.loading.is_some() { &[] } else { written };
+                let read = read.iter().filter(|page| page.0 != 0);
+                read.for_each(|&page| assert_eq!(owners.get(&(group, page)), Some(tenant)));
                 owners.extend(written.iter().map(|&page| ((group, page), Arc::clone(tenant))));
             }
         }
@@ -337,6 +345,16 @@ impl Masker for HashedChoice {
 
 /// What a choice must give, whatever ran beside it.
 pub(super) fn alone(request: &Request, choice: u32, context: usize) -> (Vec<u32>, FinishReason) {
+    alone_within(None, request, choice, context)
+}
+
+/// As [`alone`], where the widest window of all groups is this.
+pub(super) fn alone_within(
+    window: Option<usize>,
+    request: &Request,
+    choice: u32,
+    context: usize,
+) -> (Vec<u32>, FinishReason) {
     let s = &request.sampling;
     let sampling = Sampling {
         temperature: s.temperature,
@@ -370,7 +388,8 @@ pub(super) fn alone(request: &Request, choice: u32, context: usize) -> (Vec<u32>
                 break FinishReason::Complete;
             }
         }
-        let token = expected_of(VOCAB, &tokens, (&sampling, masker.as_ref().map(|_| &mask[..])), &biases);
+        let allowed = masker.as_ref().map(|_| &mask[..]);
+        let token = expected_of((VOCAB, window), &tokens, (&sampling, allowed), &biases);
         tokens.push(token);
         if request.stop.tokens.contains(&token) {
             break FinishReason::Stop(token);

@@ -1,12 +1,15 @@
-//! LongRoPE through the engine: sequences that grow beyond the first of a model's two rope tables draw the tokens that
-//! transformers draws, and from the switch on the bits of a sequence that began beyond it.
+//! What only Phi 3 has: heads of which a part is rotated; and LongRoPE through the engine, where sequences that grow beyond
+//! the first of a model's two rope tables draw the tokens that transformers draws, and from the switch on the bits of a
+//! sequence that began beyond it.
 
 use mainstay_backend_api::{Backend, Invariance, KvDType, KvLayout, Limits, PAGE_TOKENS};
 use mainstay_engine::{EngineOptions, Event, Handle, Keep, Request, SamplingRequest, StopRule};
-use mainstay_models::Model;
+use mainstay_models::config::Config;
+use mainstay_models::{Model, families};
+use serde_json::Value;
 
-use crate::harness::{Named, backends};
-use crate::{fixture, open};
+use crate::harness::{Named, Rig, Rule, assert_same, backends};
+use crate::{F32, fixture, open};
 
 /// Drawn tokens with their log-probabilities as bits.
 type Drawn = Vec<(u32, u32)>;
@@ -60,15 +63,45 @@ fn draw(handle: &Handle, prompts: &[(&[u32], usize)]) -> Vec<Drawn> {
     drawn
 }
 
+/// What transformers computed, of a file beside the checkpoint.
+fn stored(name: &str) -> Vec<Value> {
+    let path = fixture("phi3_longrope").join(name);
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+#[test]
+fn heads_of_which_a_part_is_rotated_give_the_same_logits() {
+    let dir = fixture("phi3_longrope");
+    let model = open(&dir);
+    let whole: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+    for case in stored("partial.json") {
+        let mut config = whole.clone();
+        config["rope_parameters"] = case["rope_parameters"].clone();
+        let config = Config::from_bytes(&dir, config.to_string().as_bytes()).unwrap();
+        let graph = families::graph(&config).unwrap_or_else(|e| panic!("{e}"));
+        let expected: Vec<f32> = serde_json::from_value(case["last_logits"].clone()).unwrap();
+        let prompt = ids(&case["prompt"]);
+        for Named { name, backend } in backends() {
+            let mut rig = Rig::new(&*backend, &graph, &model.weights, KvDType::F32);
+            let mut sequence = rig.open_for(prompt.len());
+            let rows = rig.prefill(&mut sequence, &prompt, 50);
+            let what = format!("{} on {name}", case["rope_parameters"]["rope_type"]);
+            let last = &rows.logits[rows.logits.len() - 1..];
+            assert_same(last, std::slice::from_ref(&expected), Rule::Within(F32), &what);
+        }
+    }
+}
+
 #[test]
 fn a_sequence_that_outgrows_its_rope_table_goes_on_as_one_that_began_beyond_it() {
     let dir = fixture("phi3_longrope");
     let model = open(&dir);
-    let cases: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(dir.join("crossing.json")).unwrap()).unwrap();
-    let ids = |value: &serde_json::Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
     let cases: Vec<_> =
-        cases.as_array().unwrap().iter().map(|c| (ids(&c["prompt"]), ids(&c["greedy"]))).collect();
+        stored("crossing.json").iter().map(|c| (ids(&c["prompt"]), ids(&c["greedy"]))).collect();
     let switch = model.graph.rope_switch.0.expect("it has two tables");
     for Named { name, backend } in backends() {
         let handle = start(&*backend, &model);
