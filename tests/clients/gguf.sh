@@ -19,4 +19,4 @@ fi
 cp tests/fixtures/formats/blocks.py target/blocks.py
 $venv/bin/python target/blocks.py 2>/dev/null
 cmp target/blocks.safetensors tests/fixtures/formats/blocks.safetensors
-$venv/bin/python tests/clients/gguf.py "$binary"
+$venv/bin/python tests/clients/gguf_peer.py "$binary"
