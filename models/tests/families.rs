@@ -7,21 +7,7 @@ use mainstay_models::families;
 use mainstay_models::graph::{Activation, Attend, Block, Gate, Graph, KvRows, Layer, Mask, Op, Rope};
 use serde_json::{Value, json};
 
-const FAMILIES: [&str; 13] = [
-    "deepseek_v3",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "phi3_longrope",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-];
+const FAMILIES: [&str; 13] = include!("../../tests/fixtures/families.rs");
 
 fn fixture(family: &str, name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(family).join(name);

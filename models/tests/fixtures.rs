@@ -7,21 +7,7 @@ use mainstay_models::template::{ChatTemplate, Conversation};
 use mainstay_models::tokenizer::{AddSpecial, ShowSpecial, Tokenizer};
 use serde_json::{Map, Value};
 
-const FAMILIES: [&str; 13] = [
-    "deepseek_v3",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "phi3_longrope",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-];
+const FAMILIES: [&str; 13] = include!("../../tests/fixtures/families.rs");
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")

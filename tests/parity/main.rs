@@ -26,21 +26,7 @@ const BF16_MARGIN: f32 = 1.0;
 /// With activations in 8 bits they must where it leads by this much, 0.3 of the logits' standard deviation.
 const BLOCKS_MARGIN: f32 = 1.5;
 
-const FAMILIES: [&str; 13] = [
-    "deepseek_v3",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "phi3_longrope",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-];
+const FAMILIES: [&str; 13] = include!("../fixtures/families.rs");
 
 fn each(test: impl Fn(&dyn Backend, &str, &Model, &[Prompt])) {
     for family in FAMILIES {

@@ -268,10 +268,11 @@ impl Scheduler {
             let most = sequence.draft_room(self.limits.context).min(rows).min(DRAFT_LEN_MAX);
             sequence.draft.truncate(most);
             if sequence.draft.is_empty() {
-                let worth = pace.worth(sequence.luck, most, from);
-                draft::look_up(&sequence.tokens, worth, &mut sequence.draft);
-                if worth == 0 && most > 0 {
-                    sequence.luck.has_passed();
+                match pace.worth(sequence.luck, most, from) {
+                    0 if most > 0 => sequence.luck.has_passed(),
+                    // Not even looked for: that takes time with every sequence.
+                    0 => {}
+                    worth => draft::look_up(&sequence.tokens, worth, &mut sequence.draft),
                 }
             }
             rows -= sequence.draft.len();

@@ -65,7 +65,12 @@ pub(crate) fn settings(tenant: &Tenant, durability: Durability) -> Settings {
 
 /// The headers of all pages of a sequence, the tail included.
 pub(crate) fn headers(tenant: &Tenant, tokens: &[u32]) -> Vec<PageHeader> {
-    let mut parent = root(tenant);
+    headers_from(root(tenant), tenant, tokens)
+}
+
+/// The same, of a chain with this root.
+pub(crate) fn headers_from(root: PageKey, tenant: &Tenant, tokens: &[u32]) -> Vec<PageHeader> {
+    let mut parent = root;
     let page = |tokens: &[u32]| {
         let key = tenant.chain.next(parent, tokens, &[]);
         let name = PageName { tenant: tenant.id, key, class: class(), group: 0, kind: Kind::Attention };

@@ -3,11 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::rig::{
-    Rig, class, content, hand, headers, payload, read_pages, root, settings, tokens, turn, view, write_pages,
+    Rig, class, content, hand, headers, headers_from, payload, read_pages, root, settings, tokens, turn,
+    view, write_pages,
 };
 use mainstay_store::{
     Append, At, BundlePages, Durability, ExportPages, Handed, ImportAs, InFlight, Miss, Options, PageHeader,
-    PageName, Quota, Settings, Store, StoreError, sim::Ending,
+    PageName, Quota, Root, Settings, Store, StoreError, sim::Ending,
 };
 
 #[test]
@@ -242,6 +243,47 @@ fn a_bundle_carries_a_session_to_another_store() {
         );
     }
     assert_eq!(other.list(there.id, None, 99).len(), count, "a refused bundle leaves no session");
+}
+
+#[test]
+fn a_store_without_a_model_tells_and_takes_pages_of_plain_sessions() {
+    let rig = Rig::new(10);
+    let (store, _) = rig.open();
+    let tenant = store.tenant("t").unwrap();
+    let all = tokens(10, 70);
+    let salted = Root { content: content(), adapter: None, rope_table: 0, salt: b"s" };
+    let roots = [root(&tenant), tenant.chain.root(&salted)];
+    let bundles = roots.map(|root| {
+        let own = Settings { root: Some(root), ..settings(&tenant, Durability::Turn) };
+        let id = store.create(tenant.id, own).unwrap().id;
+        turn(&store, &tenant, id, &all).unwrap();
+        assert_eq!(store.stored_pages(tenant.id, id).unwrap().map(|_| ()), None, "nothing is stored yet");
+        for header in headers_from(root, &tenant, &all) {
+            assert_ne!(hand(&store, header), Handed::Dropped);
+        }
+        store.flush().unwrap();
+        let pages = store.stored_pages(tenant.id, id).unwrap().unwrap();
+        assert_eq!((pages.content, pages.class, pages.groups), (content(), class(), 1));
+        let mut bundle = Vec::new();
+        store.export(tenant.id, id, Some(pages), &mut bundle).unwrap();
+        bundle
+    });
+    let other_rig = Rig::new(11);
+    let (other, _) = other_rig.open();
+    let there = other.tenant("u").unwrap();
+    let [plain, salted] = bundles
+        .map(|bundle| other.import(&there, &mut &bundle[..], ImportAs::default(), BundlePages::Any).unwrap());
+    assert_eq!((plain.pages, plain.pages_refused, plain.session.settings.root), (3, 0, Some(root(&there))));
+    // The salt is in no bundle: under the plain root its pages would be another session's.
+    assert_eq!((salted.pages, salted.pages_refused), (0, 0));
+    other.flush().unwrap();
+    assert_eq!(read_pages(&other, &there, &all), 3);
+    // Less than a page has a name too.
+    let short = store.create(tenant.id, settings(&tenant, Durability::Turn)).unwrap().id;
+    turn(&store, &tenant, short, &[7; 5]).unwrap();
+    write_pages(&store, &tenant, &[7; 4]);
+    store.flush().unwrap();
+    assert!(store.stored_pages(tenant.id, short).unwrap().is_some(), "a tail of four tokens of five");
 }
 
 #[test]
