@@ -75,6 +75,12 @@ impl Chain {
         self.rope_switch.table(len)
     }
 
+    /// How many tokens more a sequence of this many may have and turn by the same rope table.
+    pub(crate) fn table_room(&self, len: usize) -> usize {
+        let switch = self.rope_switch.0.filter(|&most| len <= most);
+        switch.map_or(usize::MAX, |most| most - len)
+    }
+
     /// The parent of the first page of a sequence that turns by this rope table.
     pub(crate) fn root(&self, rope_table: usize) -> PageKey {
         self.roots[rope_table]

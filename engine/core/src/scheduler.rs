@@ -470,9 +470,7 @@ impl Scheduler {
         let mut kept = 0;
         let ends = loop {
             let ends = self.extend(&mut sequence, row + kept, out);
-            // Past the switch of a RoPE table the guesses' rows are not what a lone run computes.
-            let is_true = draft.get(kept) == Some(&out.tokens[row + kept]) && !sequence.outgrows_table();
-            if ends.is_some() || !is_true {
+            if ends.is_some() || draft.get(kept) != Some(&out.tokens[row + kept]) {
                 break ends;
             }
             kept += 1;

@@ -200,7 +200,11 @@ impl Sequence {
     pub(crate) fn draft_room(&self, context: usize) -> usize {
         let more = self.request().stop.max_tokens.saturating_sub(self.generated() + 1);
         let is_drawing = self.generated() > 0 && self.remaining() == 1 && matches!(self.held, Held::Free);
-        if is_drawing { more.min(context.saturating_sub(self.tokens.len() + 1)) } else { 0 }
+        if !is_drawing {
+            return 0;
+        }
+        let len = self.tokens.len();
+        more.min(context.saturating_sub(len + 1)).min(self.submission.chain.table_room(len))
     }
 
     /// Whether its next token can be drawn: that of a choice under a grammar cannot before its mask is there.

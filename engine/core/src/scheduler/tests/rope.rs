@@ -49,6 +49,26 @@ fn a_sequence_that_outgrows_its_table_is_computed_anew_by_the_other() {
 }
 
 #[test]
+fn guesses_end_where_the_table_does() {
+    for len in 55..63 {
+        let mut rig = switching(&[20]);
+        rig.scheduler.pace = Some(Pace::default());
+        let mut wanted = request(&prompt(len, 0), 40);
+        // Always the same word, which is guessed.
+        wanted.sampling.logit_bias = vec![(5, 100.0)];
+        let mut client = rig.submit(wanted.clone());
+        let seen = watch(&mut rig);
+        let guessed = |chunk: &&(usize, usize, usize)| chunk.1 >= len && chunk.2 - chunk.1 > 1;
+        assert!(seen.iter().filter(guessed).any(|chunk| chunk.0 == 0), "{seen:?}");
+        assert!(
+            seen.iter().all(|chunk| chunk.0 == usize::from(chunk.2 > SWITCH) || chunk.0 == 1),
+            "{seen:?}"
+        );
+        expect_alone(&rig, &mut client, &wanted);
+    }
+}
+
+#[test]
 fn a_prompt_in_chunks_turns_by_the_table_of_all_of_it() {
     for (len, table) in [(SWITCH, 0), (SWITCH + 1, 1), (200, 1)] {
         let mut rig = switching(&[20]);
