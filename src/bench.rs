@@ -89,13 +89,6 @@ impl SubjectArgs {
     }
 }
 
-fn kv_name(dtype: KvDType) -> &'static str {
-    match dtype {
-        KvDType::F32 => "f32",
-        KvDType::BF16 => "bf16",
-    }
-}
-
 /// Reads memory and multiplies for about a second.
 pub(crate) fn peaks(threads: usize) -> Peaks {
     Peaks {

@@ -51,6 +51,10 @@ pub(crate) enum KvType {
     F32,
     /// 2 bytes.
     Bf16,
+    /// 2 bytes, more digits and less range.
+    F16,
+    /// 1 byte, with a scale for each row of a head.
+    Q8,
 }
 
 /// Whether stored keys and values are read back.

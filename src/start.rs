@@ -207,6 +207,8 @@ pub(crate) fn kv_dtype(choice: KvType, weights: &Weights) -> KvDType {
     match choice {
         KvType::F32 => KvDType::F32,
         KvType::Bf16 => KvDType::BF16,
+        KvType::F16 => KvDType::F16,
+        KvType::Q8 => KvDType::Q8,
         KvType::Auto if bytes(true) > bytes(false) => KvDType::F32,
         KvType::Auto => KvDType::BF16,
     }

@@ -8,7 +8,7 @@ use clap::Args;
 use mainstay_bench::{LatencyError, Plan};
 use serde_json::json;
 
-use super::{SubjectArgs, describe, kv_name, peaks};
+use super::{SubjectArgs, describe, peaks};
 use crate::exit::Usage;
 use crate::start;
 
@@ -71,7 +71,7 @@ pub(super) fn run(args: &LatencyArgs) -> Result<()> {
         other => anyhow::Error::from(other),
     })?;
     let device = start::device_name(&*backend);
-    let kv = kv_name(plan.kv_dtype);
+    let kv = plan.kv_dtype.name();
     println!("{name} on {device}, prompt {}, {} decode steps, KV {kv}", plan.prompt, plan.gen_steps);
     println!("machine: {}\n", describe(&peaks));
     print!("{}", mainstay_bench::table(&measured, &peaks));

@@ -10,7 +10,7 @@ use clap::Args;
 use mainstay_bench::sessions::{CHILD_ENV, Plan, SessionsError, Subject, Task, child, json, sessions, table};
 use serde_json::json;
 
-use super::{SubjectArgs, describe, kv_name, peaks};
+use super::{SubjectArgs, describe, peaks};
 use crate::exit::Usage;
 use crate::{data_dir, start};
 
@@ -97,7 +97,7 @@ pub(super) fn run(args: &SessionsArgs) -> Result<()> {
         SessionsError::Plan(what) => Usage(what).into(),
         other => anyhow::Error::from(other),
     })?;
-    let (device, kv) = (start::device_name(&*backend), kv_name(kv_dtype));
+    let (device, kv) = (start::device_name(&*backend), kv_dtype.name());
     println!("{name} on {device}, KV {kv}, pages of {} bytes", figures.page_bytes);
     println!("machine: {}\n", describe(&peaks));
     print!("{}", table(&figures));

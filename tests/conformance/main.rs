@@ -19,8 +19,10 @@ use mainstay_models::weights::DType;
 use random::{Random, weights};
 
 /// How far results may lie from the expected ones, as a fraction of the expected logits' root mean square. Weights
-/// of every type are widened exactly and computed in f32; keys and values in bf16 keep 8 bits.
-const TOLERANCES: [(KvDType, f32); 2] = [(KvDType::F32, 5e-5), (KvDType::BF16, 4e-2)];
+/// of every type are widened exactly and computed in f32; keys and values in bf16 keep
+/// 8 bits, in f16 11, and in q8 1/127 of a row's largest.
+const TOLERANCES: [(KvDType, f32); 4] =
+    [(KvDType::F32, 5e-5), (KvDType::BF16, 4e-2), (KvDType::F16, 5e-3), (KvDType::Q8, 8e-2)];
 
 const MODELS: u64 = 24;
 
@@ -53,7 +55,7 @@ impl Case {
         let graph = tiny::model(&mut random);
         let dtype = random.pick(&[DType::F32, DType::BF16, DType::F16]);
         let weights = weights(&graph, dtype, &mut random);
-        let kv = random.pick(&[KvDType::F32, KvDType::F32, KvDType::BF16]);
+        let kv = random.pick(&[KvDType::F32, KvDType::F32, KvDType::BF16, KvDType::F16, KvDType::Q8]);
         // Where a rounding to bf16 falls on the other side, a row may go to another expert.
         let routed = graph.blocks.iter().flat_map(|b| &b.ops).any(|op| matches!(op, Op::Experts(_)));
         let kv = if routed { KvDType::F32 } else { kv };

@@ -201,12 +201,14 @@ fn tokens(model: &Model, len: usize, salt: u32) -> Vec<u32> {
 }
 
 fn cases<'a>(model: &'a Model, lengths: &[usize]) -> impl Iterator<Item = Case<'a>> {
-    lengths.iter().zip([KvDType::F32, KvDType::BF16].into_iter().cycle()).map(|(len, kv_dtype)| Case {
-        model,
-        first: tokens(model, len + 1 - ANSWERS.0, 3),
-        second: tokens(model, 5, 11),
-        shape: Shape { kv_dtype, ..TESTED },
-    })
+    lengths.iter().zip([KvDType::F32, KvDType::BF16, KvDType::Q8, KvDType::F16].into_iter().cycle()).map(
+        |(len, kv_dtype)| Case {
+            model,
+            first: tokens(model, len + 1 - ANSWERS.0, 3),
+            second: tokens(model, 5, 11),
+            shape: Shape { kv_dtype, ..TESTED },
+        },
+    )
 }
 
 #[track_caller]

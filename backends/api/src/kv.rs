@@ -66,6 +66,11 @@ pub enum KvDType {
     F32,
     /// 2 bytes, rounded to nearest even when stored.
     BF16,
+    /// 2 bytes, IEEE 754 half, rounded to nearest even when stored.
+    F16,
+    /// 1 byte: a code `c` of -127 to 127 for `c * scale`, where the scale is of the row, 1/127 of its largest magnitude.
+    /// Scales are parts of their own, in f32, behind the others.
+    Q8,
 }
 
 impl KvDType {
@@ -73,7 +78,18 @@ impl KvDType {
     pub fn size_bytes(self) -> usize {
         match self {
             KvDType::F32 => 4,
-            KvDType::BF16 => 2,
+            KvDType::BF16 | KvDType::F16 => 2,
+            KvDType::Q8 => 1,
+        }
+    }
+
+    /// Its name in options and identities.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDType::F32 => "f32",
+            KvDType::BF16 => "bf16",
+            KvDType::F16 => "f16",
+            KvDType::Q8 => "q8",
         }
     }
 }
@@ -81,7 +97,7 @@ impl KvDType {
 /// One kind of row that a layer keeps per token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// `k` and `v`, or `latent` and `key`.
+    /// `k` and `v`, or `latent` and `key`; their scales are called the same.
     pub name: &'static str,
     /// Heads.
     pub rows: usize,
@@ -186,7 +202,11 @@ impl KvLayout {
                 KvRows::Heads { heads, head_dim } => ["k", "v"].map(|name| part(name, heads, head_dim)),
                 KvRows::Latent { latent, key } => [part("latent", 1, latent), part("key", 1, key)],
             };
-            let parts = Vec::from(parts);
+            let mut parts = Vec::from(parts);
+            if dtype == KvDType::Q8 {
+                let scale = |part: &Part| Part { width: 1, dtype: KvDType::F32, ..part.clone() };
+                parts.extend(parts.iter().map(scale).collect::<Vec<_>>());
+            }
             let window = spec.window.filter(|&window| window < graph.context);
             match groups.iter_mut().find(|g| g.parts == parts && g.window == window) {
                 Some(group) => group.layers.push(layer),

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 use mainstay_backend_api::kv::{Group, KvDType, KvLayout, PAGE_TOKENS};
 use mainstay_backend_api::{Limits, PageId, PageRef};
 use mainstay_models::LoadError;
@@ -27,6 +27,13 @@ pub(crate) enum PartIndex {
     First = 0,
     /// Values, or shared keys.
     Second = 1,
+}
+
+impl PartIndex {
+    /// The part that holds the scales of this one's rows, where rows have scales.
+    fn scales(self) -> usize {
+        self as usize + 2
+    }
 }
 
 impl Pages {
@@ -90,8 +97,13 @@ impl Pages {
         for (i, row) in rows.chunks_exact(heads * width).enumerate() {
             let (page, token) = (slot.table[(position + i) / PAGE_TOKENS], (position + i) % PAGE_TOKENS);
             for (head, values) in row.chunks_exact(width).enumerate() {
-                let start = group.head(page, place, slot.part, head) + token * width * dtype.size_bytes();
-                encode(values, dtype, &mut group.bytes[start..][..width * dtype.size_bytes()]);
+                let start =
+                    group.head(page, place, slot.part as usize, head) + token * width * dtype.size_bytes();
+                let scale = encode(values, dtype, &mut group.bytes[start..][..width * dtype.size_bytes()]);
+                if dtype == KvDType::Q8 {
+                    let start = group.head(page, place, slot.part.scales(), head) + token * 4;
+                    group.bytes[start..][..4].copy_from_slice(&scale.to_le_bytes());
+                }
             }
         }
     }
@@ -106,9 +118,19 @@ impl Pages {
         for head in 0..part.rows {
             for first in positions.clone().step_by(PAGE_TOKENS) {
                 let tokens = (positions.end - first).min(PAGE_TOKENS);
-                let start = group.head(slot.table[first / PAGE_TOKENS], place, slot.part, head);
+                let page = slot.table[first / PAGE_TOKENS];
+                let start = group.head(page, place, slot.part as usize, head);
                 let bytes = &group.bytes[start..][..tokens * part.width * part.dtype.size_bytes()];
                 decode(bytes, part.dtype, &mut out);
+                if part.dtype == KvDType::Q8 {
+                    let start = group.head(page, place, slot.part.scales(), head);
+                    let scales = &group.bytes[start..][..tokens * 4];
+                    let first = out.len() - tokens * part.width;
+                    let rows = out[first..].chunks_exact_mut(part.width);
+                    for (row, scale) in rows.zip(scales.as_chunks::<4>().0) {
+                        row.iter_mut().for_each(|x| *x *= f32::from_le_bytes(*scale));
+                    }
+                }
             }
         }
         out
@@ -131,15 +153,16 @@ impl GroupPages {
     }
 
     /// Where the tokens of one head begin.
-    fn head(&self, page: PageId, place: usize, part: PartIndex, head: usize) -> usize {
+    fn head(&self, page: PageId, place: usize, part: usize, head: usize) -> usize {
         let bytes = |p: &mainstay_backend_api::kv::Part| p.width * p.dtype.size_bytes() * PAGE_TOKENS;
-        let before: usize = self.layout.parts[..part as usize].iter().map(|p| p.rows * bytes(p)).sum();
-        let head = head * bytes(&self.layout.parts[part as usize]);
+        let before: usize = self.layout.parts[..part].iter().map(|p| p.rows * bytes(p)).sum();
+        let head = head * bytes(&self.layout.parts[part]);
         self.range(page).start + place * self.layout.layer_bytes() + before + head
     }
 }
 
-fn encode(values: &[f32], dtype: KvDType, out: &mut [u8]) {
+/// Stores a row; what its elements are to be multiplied by.
+fn encode(values: &[f32], dtype: KvDType, out: &mut [u8]) -> f32 {
     match dtype {
         KvDType::F32 => {
             out.chunks_exact_mut(4).zip(values).for_each(|(b, v)| b.copy_from_slice(&v.to_le_bytes()));
@@ -148,7 +171,18 @@ fn encode(values: &[f32], dtype: KvDType, out: &mut [u8]) {
             let round = |v: &f32| bf16::from_f32(*v).to_le_bytes();
             out.chunks_exact_mut(2).zip(values).for_each(|(b, v)| b.copy_from_slice(&round(v)));
         }
+        KvDType::F16 => {
+            let round = |v: &f32| f16::from_f32(*v).to_le_bytes();
+            out.chunks_exact_mut(2).zip(values).for_each(|(b, v)| b.copy_from_slice(&round(v)));
+        }
+        KvDType::Q8 => {
+            let scale = values.iter().fold(0.0_f32, |most, v| most.max(v.abs())) / 127.0;
+            let code = |v: &f32| (v / scale).round_ties_even() as i8;
+            out.iter_mut().zip(values).for_each(|(b, v)| *b = code(v).cast_unsigned());
+            return scale;
+        }
     }
+    1.0
 }
 
 fn decode(bytes: &[u8], dtype: KvDType, out: &mut Vec<f32>) {
@@ -157,6 +191,10 @@ fn decode(bytes: &[u8], dtype: KvDType, out: &mut Vec<f32>) {
         KvDType::BF16 => {
             out.extend(bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()));
         }
+        KvDType::F16 => {
+            out.extend(bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()));
+        }
+        KvDType::Q8 => out.extend(bytes.iter().map(|b| f32::from(b.cast_signed()))),
     }
 }
 
@@ -165,24 +203,30 @@ mod tests {
     use super::*;
     use mainstay_backend_api::kv::Part;
 
-    fn pages(dtype: KvDType) -> Pages {
+    fn layout(dtype: KvDType) -> KvLayout {
         let part = |name| Part { name, rows: 2, width: 3, dtype };
-        let layout = KvLayout {
+        KvLayout {
             rope_switch: Default::default(),
             groups: vec![
                 Group { layers: vec![0, 2], window: None, parts: vec![part("k"), part("v")] },
                 Group { layers: vec![1], window: None, parts: vec![part("k"), part("v")] },
             ],
-        };
-        let limits = Limits {
+        }
+    }
+
+    fn limits(dtype: KvDType) -> Limits {
+        Limits {
             context: 96,
             tokens_per_step: 96,
             chunks: 1,
             output_rows: 1,
             pages: vec![5, 4],
             kv_dtype: dtype,
-        };
-        Pages::new(&layout, &limits).unwrap()
+        }
+    }
+
+    fn pages(dtype: KvDType) -> Pages {
+        Pages::new(&layout(dtype), &limits(dtype)).unwrap()
     }
 
     #[test]
@@ -217,6 +261,25 @@ mod tests {
         let index = (((2 + 1) * 2 + 1) * 32 + 5) * 3 + 2;
         assert_eq!(payload[index * 4..][..4], 6f32.to_le_bytes());
         assert_eq!(payload.iter().filter(|&&b| b != 0).count(), 11);
+    }
+
+    #[test]
+    fn codes_of_a_row_are_of_its_largest_magnitude() {
+        let mut layout = layout(KvDType::Q8);
+        for group in &mut layout.groups {
+            let scales = group.parts.clone().into_iter();
+            group.parts.extend(scales.map(|part| Part { width: 1, dtype: KvDType::F32, ..part }));
+        }
+        let mut pages = Pages::new(&layout, &limits(KvDType::Q8)).unwrap();
+        let slot = Slot { layer: 2, part: PartIndex::Second, table: &[PageId(1)] };
+        pages.append(&slot, 5, &[254.0, 3.0, -5.0, 0.0, 0.0, 0.0]);
+        let found = pages.gather(&slot, 6);
+        assert_eq!((&found[15..18], &found[33..36]), (&[254.0, 4.0, -4.0][..], &[0.0; 3][..]));
+        // [layer 1 of 2], behind k and v of both heads the scales of k, then of v: [head 0 of 2][token 5 of 32].
+        let layer_bytes = 2 * 2 * 32 * (3 + 4);
+        let payload = pages.page(PageRef { group: 0, page: PageId(1) });
+        let at = layer_bytes + 2 * 2 * 32 * 3 + 2 * 32 * 4 + 5 * 4;
+        assert_eq!((payload.len(), &payload[at..at + 4]), (2 * layer_bytes, &2f32.to_le_bytes()[..]));
     }
 
     #[test]

@@ -9,8 +9,8 @@
 
 use std::ops::Range;
 
-use half::bf16;
-use mainstay_kernels_cpu::kv::{KvBlock, KvBlockMut, KvType};
+use half::{bf16, f16};
+use mainstay_kernels_cpu::kv::{BlockShape, KvBlock, KvBlockMut, KvType};
 use mainstay_kernels_cpu::{Aligned, Mat, MatMut};
 
 use crate::pool::Job;
@@ -110,15 +110,18 @@ pub(crate) struct Blocks {
     dtype: KvType,
     /// Elements of a block.
     len: usize,
+    /// These and the scales of rows behind them.
+    block_bytes: usize,
     /// Blocks.
     count: usize,
 }
 
 impl Blocks {
-    /// `count` zeroed blocks of `len` elements, or `None` where memory is short.
-    pub(crate) fn new(dtype: KvType, len: usize, count: usize) -> Option<Self> {
-        let bytes = len.checked_mul(dtype.size_bytes())?.checked_mul(count)?;
-        Some(Self { memory: Aligned::zeroed(bytes)?, dtype, len, count })
+    /// `count` zeroed blocks of this shape, or `None` where memory is short.
+    pub(crate) fn new(dtype: KvType, shape: BlockShape, count: usize) -> Option<Self> {
+        let (len, block_bytes) = (shape.len(), dtype.block_bytes(shape));
+        let memory = Aligned::zeroed(block_bytes.checked_mul(count)?)?;
+        Some(Self { memory, dtype, len, block_bytes, count })
     }
 
     /// Element type.
@@ -129,8 +132,16 @@ impl Blocks {
     fn place<T>(&self, block: usize) -> *mut T {
         assert!(block < self.count, "block {block} of {}", self.count);
         assert_eq!(size_of::<T>(), self.dtype.size_bytes());
-        // SAFETY: inside the memory, as just checked.
-        unsafe { self.memory.as_ptr().cast::<T>().add(block * self.len) }
+        // SAFETY: inside the memory, as just checked; blocks are whole floats.
+        unsafe { self.memory.as_ptr().add(block * self.block_bytes).cast::<T>() }
+    }
+
+    /// Where the scales of a block's rows are, and how many.
+    fn scales(&self, block: usize) -> (*mut f32, usize) {
+        let elements = self.len * self.dtype.size_bytes();
+        // SAFETY: behind the block's elements, inside it; these are a multiple of 64 bytes, so that floats are aligned.
+        let place = unsafe { self.place::<i8>(block).add(elements).cast::<f32>() };
+        (place, (self.block_bytes - elements) / 4)
     }
 
     /// A block for reading.
@@ -141,6 +152,12 @@ impl Blocks {
                 KvType::F32 => KvBlock::F32(std::slice::from_raw_parts(self.place::<f32>(block), self.len)),
                 KvType::BF16 => {
                     KvBlock::BF16(std::slice::from_raw_parts(self.place::<bf16>(block), self.len))
+                }
+                KvType::F16 => KvBlock::F16(std::slice::from_raw_parts(self.place::<f16>(block), self.len)),
+                KvType::Q8 => {
+                    let (scales, count) = self.scales(block);
+                    let codes = std::slice::from_raw_parts(self.place::<i8>(block), self.len);
+                    KvBlock::Q8(codes, std::slice::from_raw_parts(scales, count))
                 }
             }
         }
@@ -157,13 +174,21 @@ impl Blocks {
                 KvType::BF16 => {
                     KvBlockMut::BF16(std::slice::from_raw_parts_mut(self.place::<bf16>(block), self.len))
                 }
+                KvType::F16 => {
+                    KvBlockMut::F16(std::slice::from_raw_parts_mut(self.place::<f16>(block), self.len))
+                }
+                KvType::Q8 => {
+                    let (scales, count) = self.scales(block);
+                    let codes = std::slice::from_raw_parts_mut(self.place::<i8>(block), self.len);
+                    KvBlockMut::Q8(codes, std::slice::from_raw_parts_mut(scales, count))
+                }
             }
         }
     }
 
     /// Copies `count` blocks from `from` to `to`.
     pub(crate) fn copy(&mut self, from: usize, to: usize, count: usize) {
-        let bytes = self.len * self.dtype.size_bytes();
+        let bytes = self.block_bytes;
         assert!(from.max(to) + count <= self.count, "{count} blocks from {from} to {to} of {}", self.count);
         self.memory.bytes_mut().copy_within(from * bytes..(from + count) * bytes, to * bytes);
     }

@@ -90,6 +90,14 @@ impl Pages {
                     rest = after;
                 }
             }
+            for part in group.shape.parts() {
+                for head in 0..group.heads {
+                    let (scales, after) = rest.split_at_mut(group.scale_bytes());
+                    let block = group.blocks.read(group.block(page.page.0 as usize, layer, head));
+                    block.read_scales(part, scales);
+                    rest = after;
+                }
+            }
         }
         out
     }
@@ -117,6 +125,14 @@ impl Pages {
                     rest = after;
                 }
             }
+            for part in group.shape.parts() {
+                for head in 0..group.heads {
+                    let (scales, after) = rest.split_at(group.scale_bytes());
+                    let block = group.block(page.page.0 as usize, layer, head);
+                    group.blocks.write(block, job).write_scales(part, scales);
+                    rest = after;
+                }
+            }
         };
         pool.run(&|worker| worker.each(group.layers, |job| write_layer(&job)));
         Ok(())
@@ -129,15 +145,22 @@ impl GroupPages {
         let dtype = match group.parts.first()?.dtype {
             KvDType::F32 => KvType::F32,
             KvDType::BF16 => KvType::BF16,
+            KvDType::F16 => KvType::F16,
+            KvDType::Q8 => KvType::Q8,
         };
         let count = pages.checked_mul(layers)?.checked_mul(heads)?;
-        let blocks = Blocks::new(dtype, shape.len(), count)?;
+        let blocks = Blocks::new(dtype, shape, count)?;
         Some(Self { blocks, layers, heads, shape, pages, page_bytes: group.page_bytes() })
     }
 
     /// Bytes of one head's part in a payload.
     fn part_bytes(&self, part: BlockPart) -> usize {
         BLOCK_TOKENS * part.width() * self.blocks.dtype().size_bytes()
+    }
+
+    /// Bytes of the scales of one head's part in a payload.
+    fn scale_bytes(&self) -> usize {
+        if self.blocks.dtype() == KvType::Q8 { BLOCK_TOKENS * 4 } else { 0 }
     }
 
     fn block(&self, page: usize, layer: usize, head: usize) -> usize {
@@ -149,10 +172,10 @@ impl GroupPages {
 /// What a block of a group holds.
 fn block_shape(group: &Group) -> BlockShape {
     match &group.parts[..] {
-        [latent, key] if (latent.name, key.name) == ("latent", "key") => {
+        [latent, key, ..] if (latent.name, key.name) == ("latent", "key") => {
             BlockShape::Latent { latent: latent.width, key: key.width }
         }
-        [k, v] if (k.name, v.name) == ("k", "v") && k == &(Part { name: "k", ..v.clone() }) => {
+        [k, v, ..] if (k.name, v.name) == ("k", "v") && k == &(Part { name: "k", ..v.clone() }) => {
             BlockShape::Heads { head_dim: k.width }
         }
         parts => unreachable!("no layer keeps {parts:?}"),

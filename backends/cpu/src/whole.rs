@@ -23,7 +23,7 @@ impl StepKv {
     /// [`LoadError::Resources`] where memory is short.
     pub(crate) fn new(limits: &Limits, heads: usize, head_dim: usize) -> Result<Self, LoadError> {
         let runs = limits.tokens_per_step / PAGE_TOKENS + limits.chunks;
-        let blocks = Blocks::new(KvType::F32, BlockShape::Heads { head_dim }.len(), runs * heads);
+        let blocks = Blocks::new(KvType::F32, BlockShape::Heads { head_dim }, runs * heads);
         let blocks = blocks.ok_or_else(|| LoadError::Resources {
             what: format!("no memory for keys and values of {} tokens a step", limits.tokens_per_step),
         })?;

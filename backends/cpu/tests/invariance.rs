@@ -14,11 +14,11 @@ fn shapes() -> Vec<(Shape, KvDType)> {
     vec![
         (SMALL, KvDType::F32),
         (Shape { dtypes: [DType::BF16; 2], head_norm: true, head_dim: 16, ..SMALL }, KvDType::BF16),
-        (Shape { window: Some(40), softcap: Some(5.0), bias: true, heads: 6, ..SMALL }, KvDType::BF16),
+        (Shape { window: Some(40), softcap: Some(5.0), bias: true, heads: 6, ..SMALL }, KvDType::Q8),
         (Shape { window: Some(7), kv_heads: 4, inner: 75, ..SMALL }, KvDType::F32),
-        (Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }, KvDType::BF16),
+        (Shape { dtypes: [DType::Q4K, DType::Q6K], ..BLOCKS }, KvDType::F16),
         (SPARSE, KvDType::F32),
-        (Shape { latent: 16, heads: 17, experts: 3, dtypes: [DType::BF16; 2], ..SPARSE }, KvDType::BF16),
+        (Shape { latent: 16, heads: 17, experts: 3, dtypes: [DType::BF16; 2], ..SPARSE }, KvDType::Q8),
         (Shape { dtypes: [DType::Q8_0, DType::Q5_1], bias: true, ..BLOCKS }, KvDType::F32),
     ]
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use half::bf16;
+use half::{bf16, f16};
 use mainstay_backend_api::{
     Backend, Chunk, Executor, KvDType, Limits, OutputRow, PAGE_TOKENS, PageBytes, PageId, PageRef, Sampling,
     Step, StepError, StepOutput, Ticket, Want,
@@ -232,7 +232,9 @@ impl<'a> Bed<'a> {
         while bytes.len() < len {
             let value = self.random.weight();
             match self.plan.kv_dtype {
-                KvDType::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
+                // Codes may be any bytes; their scales are floats.
+                KvDType::F32 | KvDType::Q8 => bytes.extend_from_slice(&value.to_le_bytes()),
+                KvDType::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
                 KvDType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
             }
         }

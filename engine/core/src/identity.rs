@@ -37,10 +37,8 @@ pub struct Identity {
 
 impl Identity {
     pub(crate) fn of(model: &ModelIdentity, layout: &KvLayout, class: &NumericClass) -> Self {
-        let kv_dtype = match layout.groups.first().and_then(|g| g.parts.first()).map(|p| p.dtype) {
-            Some(KvDType::BF16) => "bf16",
-            Some(KvDType::F32) | None => "f32",
-        };
+        let kv_dtype = layout.groups.first().and_then(|g| g.parts.first()).map(|p| p.dtype);
+        let kv_dtype = kv_dtype.unwrap_or(KvDType::F32).name();
         let payload_layout = layout_bytes(layout);
         let mut config = blake3::Hasher::new_derive_key("mainstay model 1");
         for part in [&model.config, &model.tokenizer, &model.template] {
@@ -128,6 +126,8 @@ fn layout_bytes(layout: &KvLayout) -> Vec<u8> {
             number(match part.dtype {
                 KvDType::F32 => 0,
                 KvDType::BF16 => 1,
+                KvDType::F16 => 2,
+                KvDType::Q8 => 3,
             });
         }
     }

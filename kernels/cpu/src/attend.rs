@@ -75,6 +75,8 @@ pub struct Attention {
     /// Visible tokens of the current block, by row.
     pub(crate) visible: Vec<(usize, usize)>,
     pub(crate) shape: AttendShape,
+    /// The current block in f32, where it is stored as codes.
+    wide: Vec<f32>,
     tokens: usize,
     /// Position of the first token.
     position: usize,
@@ -83,7 +85,8 @@ pub struct Attention {
 impl Attention {
     /// Memory for `rows` rows.
     pub fn new(rows: usize, head_dim: usize) -> Self {
-        Self::sized(rows, head_dim, rows * head_dim)
+        let wide = vec![0.0; BlockShape::Heads { head_dim }.len()];
+        Self { wide, ..Self::sized(rows, head_dim, rows * head_dim) }
     }
 
     /// Memory for `rows` rows whose results are `head_dim` wide, and so many floats for queries.
@@ -102,6 +105,7 @@ impl Attention {
                 sight: Sight::Window(usize::MAX),
                 softcap: None,
             },
+            wide: Vec::new(),
             tokens: 0,
             position: 0,
         }
@@ -224,6 +228,15 @@ impl Kernels {
         assert!(block.len() >= shape.len(), "a block of {}", block.len());
         state.look(first);
         let rows = state.rows();
+        if matches!(block, KvBlock::Q8(..)) {
+            if state.visible[..rows].iter().any(|v| v.0 < v.1) {
+                let mut wide = std::mem::take(&mut state.wide);
+                block.widen_q8(shape, &mut wide[..shape.len()]);
+                self.attend_block(state, KvBlock::F32(&wide), first);
+                state.wide = wide;
+            }
+            return;
+        }
         let mut row = 0;
         while row < rows {
             let count = self.tile_rows().min(rows - row);
@@ -231,6 +244,8 @@ impl Kernels {
                 match block {
                     KvBlock::F32(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f32),
                     KvBlock::BF16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_bf16),
+                    KvBlock::F16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f16),
+                    KvBlock::Q8(..) => unreachable!("codes were made floats"),
                 }
             }
             row += count;
@@ -370,11 +385,11 @@ pub(crate) fn sum<S: Simd>(s: S, lanes: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::*;
     use crate::Isa;
-    use crate::kv::KvBlockMut;
+    use crate::kv::{KvBlockMut, KvType};
     use crate::math;
     use crate::simd::scalar::Scalar;
 
@@ -439,37 +454,81 @@ mod tests {
         sums.iter().map(|s| s * factor).collect()
     }
 
-    /// Blocks whose unused slots hold NaN, and the rows in them.
-    fn cache<E: Copy>(
-        count: usize,
-        dim: usize,
-        nan: E,
-        view: impl Fn(&mut [E]) -> KvBlockMut<'_>,
-        stored: impl Fn(f32) -> f32,
-    ) -> (Vec<Vec<E>>, Rows) {
+    /// A block in the memory of every type.
+    struct Memory {
+        floats: Vec<f32>,
+        bf16s: Vec<bf16>,
+        f16s: Vec<f16>,
+        codes: Vec<i8>,
+        scales: Vec<f32>,
+    }
+
+    impl Memory {
+        /// Unused slots hold NaN, or what becomes it.
+        fn new(len: usize) -> Self {
+            Self {
+                floats: vec![f32::NAN; len],
+                bf16s: vec![bf16::NAN; len],
+                f16s: vec![f16::NAN; len],
+                codes: vec![1; len],
+                scales: vec![f32::NAN; 2 * BLOCK_TOKENS],
+            }
+        }
+
+        fn block(&self, kv: KvType) -> KvBlock<'_> {
+            match kv {
+                KvType::F32 => KvBlock::F32(&self.floats),
+                KvType::BF16 => KvBlock::BF16(&self.bf16s),
+                KvType::F16 => KvBlock::F16(&self.f16s),
+                KvType::Q8 => KvBlock::Q8(&self.codes, &self.scales),
+            }
+        }
+
+        fn block_mut(&mut self, kv: KvType) -> KvBlockMut<'_> {
+            match kv {
+                KvType::F32 => KvBlockMut::F32(&mut self.floats),
+                KvType::BF16 => KvBlockMut::BF16(&mut self.bf16s),
+                KvType::F16 => KvBlockMut::F16(&mut self.f16s),
+                KvType::Q8 => KvBlockMut::Q8(&mut self.codes, &mut self.scales),
+            }
+        }
+    }
+
+    /// A row as it is read back.
+    fn stored(kv: KvType, row: &[f32]) -> Vec<f32> {
+        let scale = row.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
+        let one = |&x: &f32| match kv {
+            KvType::F32 => x,
+            KvType::BF16 => bf16::from_f32(x).to_f32(),
+            KvType::F16 => f16::from_f32(x).to_f32(),
+            KvType::Q8 => (x / scale).round_ties_even() * scale,
+        };
+        row.iter().map(one).collect()
+    }
+
+    /// Blocks of so many tokens, and the rows in them.
+    fn cache(count: usize, dim: usize, kv: KvType) -> (Vec<Memory>, Rows) {
         let shape = BlockShape::Heads { head_dim: dim };
-        let mut blocks = vec![vec![nan; shape.len()]; count.div_ceil(BLOCK_TOKENS)];
+        let blocks = (0..count.div_ceil(BLOCK_TOKENS)).map(|_| Memory::new(shape.len()));
+        let mut blocks: Vec<Memory> = blocks.collect();
         let mut rows = Rows { keys: Vec::new(), values: Vec::new() };
         for t in 0..count {
             let row = |n: usize| (0..dim).map(|d| noise(t * 1000 + d * 2 + n) * 2.0).collect::<Vec<_>>();
-            let mut block = view(&mut blocks[t / BLOCK_TOKENS]);
+            let mut block = blocks[t / BLOCK_TOKENS].block_mut(kv);
             let [keys, values] = shape.parts();
             block.store_row(keys, t % BLOCK_TOKENS, &row(0));
             block.store_row(values, t % BLOCK_TOKENS, &row(1));
-            rows.keys.push(row(0).into_iter().map(&stored).collect());
-            rows.values.push(row(1).into_iter().map(&stored).collect());
+            rows.keys.push(stored(kv, &row(0)));
+            rows.values.push(stored(kv, &row(1)));
         }
         (blocks, rows)
     }
 
-    fn check(isa: Isa, shape: AttendShape, position: usize, tokens: usize, narrow: bool) {
+    fn check((isa, kv): (Isa, KvType), shape: AttendShape, position: usize, tokens: usize) {
         let kernels = Kernels::new(isa).unwrap();
         let (dim, group) = (shape.head_dim, shape.group);
         let count = position + tokens;
-        let (floats, plain) = cache(count, dim, f32::NAN, |b| KvBlockMut::F32(b), |x| x);
-        let (halves, rounded) =
-            cache(count, dim, bf16::NAN, |b| KvBlockMut::BF16(b), |x| bf16::from_f32(x).to_f32());
-        let rows = if narrow { rounded } else { plain };
+        let (blocks, rows) = cache(count, dim, kv);
         let queries: Vec<f32> = (0..tokens * group * dim).map(|i| noise(i + 77) * 3.0).collect();
         let mut state = Attention::new(tokens * group, dim);
         let rows_of_queries = Mat::new(&queries, tokens, group * dim, group * dim);
@@ -477,9 +536,8 @@ mod tests {
         let sinks: Vec<f32> = (0..group).map(|head| noise(head + 3) * 6.0).collect();
         let sinks = tokens.is_multiple_of(2).then_some(&sinks[..]);
         kernels.attend_start(&mut state, shape, Queries { rows: rows_of_queries, position, sinks });
-        for i in 0..floats.len() {
-            let block = if narrow { KvBlock::BF16(&halves[i]) } else { KvBlock::F32(&floats[i]) };
-            kernels.attend_block(&mut state, block, i * BLOCK_TOKENS);
+        for (i, block) in blocks.iter().enumerate() {
+            kernels.attend_block(&mut state, block.block(kv), i * BLOCK_TOKENS);
         }
         let mut out = vec![0.0; queries.len()];
         kernels.attend_finish(&state, &mut MatMut::new(&mut out, tokens, group * dim, group * dim));
@@ -490,7 +548,7 @@ mod tests {
             let equal = wanted.iter().zip(found).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(
                 equal,
-                "{isa:?}, {shape:?}, {tokens} tokens at {position}, row {i}: {found:?}, not {wanted:?}"
+                "{isa:?}, {kv:?}, {shape:?}, {tokens} tokens at {position}, row {i}: {found:?}, not {wanted:?}"
             );
         }
     }
@@ -503,7 +561,9 @@ mod tests {
                     let sight = Sight::Window(window);
                     let shape = AttendShape { group, head_dim, scale: 0.3, sight, softcap };
                     for (position, tokens) in [(0, 1), (0, 16), (31, 1), (30, 5), (70, 9), (95, 1)] {
-                        check(isa, shape, position, tokens, (position + tokens) % 2 == 0);
+                        for kv in [KvType::F32, KvType::BF16, KvType::F16, KvType::Q8] {
+                            check((isa, kv), shape, position, tokens);
+                        }
                     }
                 }
             }
@@ -519,7 +579,7 @@ mod tests {
                     for (position, tokens) in [(0, len.min(16)), (len / 2, len - len / 2)] {
                         let sight = Sight::Whole(position + tokens);
                         let shape = AttendShape { group, head_dim, scale: 0.3, sight, softcap: None };
-                        check(isa, shape, position, tokens, false);
+                        check((isa, KvType::F32), shape, position, tokens);
                     }
                 }
             }
@@ -530,7 +590,7 @@ mod tests {
     fn the_definition_is_attention() {
         let shape =
             AttendShape { group: 1, head_dim: 8, scale: 0.4, sight: Sight::Window(50), softcap: None };
-        let (_, rows) = cache(80, 8, 0.0, |b| KvBlockMut::F32(b), |x| x);
+        let (_, rows) = cache(80, 8, KvType::F32);
         let query: Vec<f32> = (0..8).map(|d| noise(d + 5)).collect();
         let sink = 0.7f32;
         let found = attend_plainly(&query, &rows, (79, Some(sink)), &shape);

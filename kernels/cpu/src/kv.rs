@@ -1,7 +1,7 @@
 //! How what is kept of 32 tokens lies in memory: a head's keys transposed `[head_dim][32]`, so that one vector holds a
 //! dimension of 16 tokens, then its values `[32][head_dim padded to 16]`; latent rows and shared keys by token.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::simd::LANES;
 
@@ -15,15 +15,30 @@ pub enum KvType {
     F32,
     /// 2 bytes, rounded to nearest even when stored.
     BF16,
+    /// 2 bytes, rounded to nearest even when stored; beyond 65504 infinite.
+    F16,
+    /// 1 byte: a code of -127 to 127, times the scale of its row.
+    Q8,
 }
 
 impl KvType {
-    /// Bytes of one element.
+    /// Bytes of one element, without the scales of rows.
     pub fn size_bytes(self) -> usize {
         match self {
             KvType::F32 => 4,
-            KvType::BF16 => 2,
+            KvType::BF16 | KvType::F16 => 2,
+            KvType::Q8 => 1,
         }
+    }
+
+    /// Floats of scales in a block: of each part a scale for each token.
+    fn scales_len(self) -> usize {
+        if self == KvType::Q8 { 2 * BLOCK_TOKENS } else { 0 }
+    }
+
+    /// Bytes of a block, a multiple of 64.
+    pub fn block_bytes(self, shape: BlockShape) -> usize {
+        shape.len() * self.size_bytes() + 4 * self.scales_len()
     }
 }
 
@@ -52,6 +67,8 @@ pub enum BlockShape {
 /// One row of each token, and how these lie in the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockPart {
+    /// 0 or 1.
+    index: usize,
     /// First element.
     first: usize,
     /// Elements of a row.
@@ -85,8 +102,8 @@ impl BlockShape {
             BlockShape::Heads { head_dim } => ([head_dim; 2], [Order::Transposed, Order::Rows]),
             BlockShape::Latent { latent, key } => ([latent, key], [Order::Rows; 2]),
         };
-        let first = BlockPart { first: 0, width: widths[0], order: orders[0] };
-        [first, BlockPart { first: first.len(), width: widths[1], order: orders[1] }]
+        let first = BlockPart { index: 0, first: 0, width: widths[0], order: orders[0] };
+        [first, BlockPart { index: 1, first: first.len(), width: widths[1], order: orders[1] }]
     }
 }
 
@@ -122,6 +139,10 @@ pub enum KvBlock<'a> {
     F32(&'a [f32]),
     /// bfloat16 elements.
     BF16(&'a [bf16]),
+    /// Half-precision elements.
+    F16(&'a [f16]),
+    /// Codes, and the scales of rows, `[2 parts][32]`.
+    Q8(&'a [i8], &'a [f32]),
 }
 
 /// One block for writing.
@@ -131,6 +152,10 @@ pub enum KvBlockMut<'a> {
     F32(&'a mut [f32]),
     /// bfloat16 elements.
     BF16(&'a mut [bf16]),
+    /// Half-precision elements.
+    F16(&'a mut [f16]),
+    /// Codes, and the scales of rows, `[2 parts][32]`.
+    Q8(&'a mut [i8], &'a mut [f32]),
 }
 
 /// Rounds to nearest even as `half` does, without its branch per element.
@@ -142,13 +167,68 @@ fn round(x: f32) -> bf16 {
     bf16::from_bits(if x.is_nan() { nan } else { rounded } as u16)
 }
 
+/// The largest magnitude of a row becomes the code 127.
+fn q8_scale(row: &[f32]) -> f32 {
+    row.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0
+}
+
+/// The nearest code, ties to even; 0 in a row of zeros.
+fn q8_code(x: f32, scale: f32) -> i8 {
+    (x / scale).round_ties_even() as i8
+}
+
 impl KvBlock<'_> {
     /// Elements of the block.
     pub(crate) fn len(&self) -> usize {
         match self {
             KvBlock::F32(b) => b.len(),
             KvBlock::BF16(b) => b.len(),
+            KvBlock::F16(b) => b.len(),
+            KvBlock::Q8(b, _) => b.len(),
         }
+    }
+
+    /// The codes of both parts, each times its row's scale.
+    ///
+    /// # Panics
+    /// If the block is of another type or shorter than its shape.
+    pub(crate) fn widen_q8(&self, shape: BlockShape, out: &mut [f32]) {
+        let KvBlock::Q8(codes, scales) = self else { unreachable!("{self:?} has no codes") };
+        for part in shape.parts() {
+            let range = part.first..part.first + part.len();
+            let (codes, out) = (&codes[range.clone()], &mut out[range]);
+            let scales = &scales.as_chunks::<BLOCK_TOKENS>().0[part.index];
+            match part.order {
+                Order::Transposed => {
+                    let lines = codes.as_chunks::<BLOCK_TOKENS>().0.iter();
+                    for (codes, out) in lines.zip(out.as_chunks_mut::<BLOCK_TOKENS>().0) {
+                        for ((o, code), scale) in out.iter_mut().zip(codes).zip(scales) {
+                            *o = f32::from(*code) * scale;
+                        }
+                    }
+                }
+                Order::Rows => {
+                    let width = value_width(part.width).max(1);
+                    let rows = codes.chunks_exact(width).zip(out.chunks_exact_mut(width));
+                    for ((codes, out), scale) in rows.zip(scales) {
+                        out.iter_mut().zip(codes).for_each(|(o, code)| *o = f32::from(*code) * scale);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Copies the scales of a part's rows out, `[32]` floats, little-endian; nothing where rows have none.
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub fn read_scales(&self, part: BlockPart, out: &mut [u8]) {
+        let scales = match self {
+            KvBlock::Q8(_, scales) => &scales[part.index * BLOCK_TOKENS..][..BLOCK_TOKENS],
+            _ => &[],
+        };
+        assert_eq!(out.len(), 4 * scales.len(), "bytes of scales");
+        out.as_chunks_mut::<4>().0.iter_mut().zip(scales).for_each(|(p, x)| *p = x.to_le_bytes());
     }
 
     /// Copies a part out: `[32][width]`, little-endian, as stored.
@@ -159,6 +239,8 @@ impl KvBlock<'_> {
         match self {
             KvBlock::F32(b) => read_part(b, part, out, |x| x.to_le_bytes()),
             KvBlock::BF16(b) => read_part(b, part, out, |x| x.to_le_bytes()),
+            KvBlock::F16(b) => read_part(b, part, out, |x| x.to_le_bytes()),
+            KvBlock::Q8(b, _) => read_part(b, part, out, |x| x.to_le_bytes()),
         }
     }
 }
@@ -179,7 +261,30 @@ impl KvBlockMut<'_> {
             KvBlockMut::BF16(b) => {
                 b[first..].iter_mut().step_by(step).zip(row).for_each(|(p, x)| *p = round(*x));
             }
+            KvBlockMut::F16(b) => {
+                let places = b[first..].iter_mut().step_by(step);
+                places.zip(row).for_each(|(p, x)| *p = f16::from_f32(*x));
+            }
+            KvBlockMut::Q8(b, scales) => {
+                let scale = q8_scale(row);
+                scales[part.index * BLOCK_TOKENS + token] = scale;
+                let places = b[first..].iter_mut().step_by(step);
+                places.zip(row).for_each(|(p, x)| *p = q8_code(*x, scale));
+            }
         }
+    }
+
+    /// Stores the scales of a part's rows from what [`KvBlock::read_scales`] gave.
+    ///
+    /// # Panics
+    /// If `bytes` have another length.
+    pub fn write_scales(&mut self, part: BlockPart, bytes: &[u8]) {
+        let scales = match self {
+            KvBlockMut::Q8(_, scales) => &mut scales[part.index * BLOCK_TOKENS..][..BLOCK_TOKENS],
+            _ => &mut [],
+        };
+        assert_eq!(bytes.len(), 4 * scales.len(), "bytes of scales");
+        scales.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(p, b)| *p = f32::from_le_bytes(*b));
     }
 
     /// Stores a part from what [`KvBlock::read_part`] gave.
@@ -190,6 +295,8 @@ impl KvBlockMut<'_> {
         match self {
             KvBlockMut::F32(b) => write_part(b, part, bytes, f32::from_le_bytes),
             KvBlockMut::BF16(b) => write_part(b, part, bytes, bf16::from_le_bytes),
+            KvBlockMut::F16(b) => write_part(b, part, bytes, f16::from_le_bytes),
+            KvBlockMut::Q8(b, _) => write_part(b, part, bytes, i8::from_le_bytes),
         }
     }
 }
@@ -262,6 +369,41 @@ mod tests {
         assert_eq!(round(f32::INFINITY), bf16::INFINITY);
     }
 
+    /// Codes and scales go out and come back, and are within half a step of the row.
+    fn check_q8(shape: BlockShape, row: &dyn Fn(BlockPart, usize) -> Vec<f32>) {
+        let (mut codes, mut scales) = (vec![1; shape.len()], vec![f32::NAN; 2 * BLOCK_TOKENS]);
+        let (mut codes2, mut scales2) = (vec![1; shape.len()], vec![0.0; 2 * BLOCK_TOKENS]);
+        for part in shape.parts() {
+            let mut block = KvBlockMut::Q8(&mut codes, &mut scales);
+            (0..BLOCK_TOKENS).for_each(|t| block.store_row(part, t, &row(part, t)));
+            let (mut rows, mut factors) = (vec![0; BLOCK_TOKENS * part.width()], vec![0; 4 * BLOCK_TOKENS]);
+            KvBlock::Q8(&codes, &scales).read_part(part, &mut rows);
+            KvBlock::Q8(&codes, &scales).read_scales(part, &mut factors);
+            let mut copy = KvBlockMut::Q8(&mut codes2, &mut scales2);
+            copy.write_part(part, &rows);
+            copy.write_scales(part, &factors);
+        }
+        assert_eq!((&codes, &scales), (&codes2, &scales2));
+        let mut wide = vec![0.0; shape.len()];
+        KvBlock::Q8(&codes, &scales).widen_q8(shape, &mut wide);
+        for part in shape.parts() {
+            for t in 0..BLOCK_TOKENS {
+                let ((first, step), wanted) = (part.places(t), row(part, t));
+                let step_len = wanted.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
+                for (found, wanted) in wide[first..].iter().step_by(step).zip(&wanted) {
+                    assert!((found - wanted).abs() <= step_len * 0.50001, "{found} {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_zeros_and_ties_are_coded() {
+        assert_eq!((q8_scale(&[0.0, -0.0]), q8_code(0.0, 0.0)), (0.0, 0));
+        let scale = q8_scale(&[-254.0, 3.0, 5.0]);
+        assert_eq!([-254.0, 3.0, 5.0, 254.0].map(|x| q8_code(x, scale)), [-127, 2, 2, 127]);
+    }
+
     #[test]
     fn rows_come_back() {
         let latent = |latent, key| BlockShape::Latent { latent, key };
@@ -277,6 +419,7 @@ mod tests {
                     shape.parts().iter().for_each(|&part| block.store_row(part, t, &row(part, t)));
                 }
             }
+            check_q8(shape, &row);
             let mut copies = (vec![0.0; shape.len()], vec![bf16::ZERO; shape.len()]);
             for part in shape.parts() {
                 let rows: Vec<f32> = (0..BLOCK_TOKENS).flat_map(|t| row(part, t)).collect();

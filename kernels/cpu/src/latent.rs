@@ -103,6 +103,14 @@ impl Kernels {
                 unsafe { (self.table().widen_bf16)(block.as_ptr(), &mut wide[..len]) };
                 &wide[..len]
             }
+            KvBlock::F16(block) => {
+                wide.iter_mut().zip(&block[..len]).for_each(|(w, x)| *w = x.to_f32());
+                &wide[..len]
+            }
+            KvBlock::Q8(..) => {
+                block.widen_q8(BlockShape::Latent { latent, key }, &mut wide[..len]);
+                &wide[..len]
+            }
         };
         let (latents, keys) = block.split_at(BLOCK_TOKENS * value_width(latent));
         let padded = rows.next_multiple_of(LANES);
