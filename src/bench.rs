@@ -5,7 +5,6 @@ mod sessions;
 
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
-use mainstay_backend_api::KvDType;
 use mainstay_bench::{Mix, Peaks, Shape};
 use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
