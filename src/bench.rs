@@ -4,11 +4,10 @@ mod latency;
 mod sessions;
 
 use anyhow::Result;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use mainstay_bench::{Mix, Peaks, Shape};
 use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
-use mainstay_models::weights::DType;
 use mainstay_models::{Model, Weights};
 
 use crate::options::ModelArgs;
@@ -28,32 +27,20 @@ enum BenchCommand {
     Sessions(sessions::SessionsArgs),
 }
 
-/// Types of made-up weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
-enum WeightType {
-    F32,
-    F16,
-    Bf16,
-    #[value(name = "q8_0")]
-    Q8_0,
-    #[value(name = "q4_0")]
-    Q4_0,
-    #[value(name = "q4_k_m")]
-    Q4KM,
-}
-
 /// What is measured.
 #[derive(Args, Clone, Debug)]
 struct SubjectArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Instead of a model, random weights in the shape of one: qwen3-0.6b, llama-3.2-1b.
+    /// Instead of a model, random weights in the shape of one, such as qwen3-0.6b or llama-3.1-8b.
     #[arg(long, env = "MAINSTAY_SHAPE", conflicts_with = "model")]
     shape: Option<Shape>,
-    /// Types of those weights.
-    #[arg(long, env = "MAINSTAY_WEIGHT_TYPE", value_enum, default_value = "bf16")]
-    weight_type: WeightType,
+    /// Types of those weights: a float, a block format or a mix, such as bf16, q8_0 or q4_k_m.
+    #[arg(long, env = "MAINSTAY_WEIGHT_TYPE", value_name = "TYPE", default_value = "bf16")]
+    weight_type: Mix,
+    /// Only the first layers of the shape: enough to compare types of weights.
+    #[arg(long, env = "MAINSTAY_SHAPE_LAYERS", value_name = "N", requires = "shape")]
+    layers: Option<usize>,
 }
 
 /// Runs a measurement.
@@ -68,17 +55,11 @@ impl SubjectArgs {
     /// The graph and weights to measure, with a name for people.
     fn open(&self) -> Result<(String, Graph, Weights)> {
         if let Some(shape) = self.shape {
-            let (mix, name) = match self.weight_type {
-                WeightType::F32 => (Mix::Float(DType::F32), "F32"),
-                WeightType::F16 => (Mix::Float(DType::F16), "F16"),
-                WeightType::Bf16 => (Mix::Float(DType::BF16), "BF16"),
-                WeightType::Q8_0 => (Mix::Q8_0, "Q8_0"),
-                WeightType::Q4_0 => (Mix::Q4_0, "Q4_0"),
-                WeightType::Q4KM => (Mix::Q4KM, "Q4_K_M"),
-            };
             eprintln!("making weights");
-            let (graph, weights) = shape.build(mix)?;
-            return Ok((format!("{shape} {name} (random weights)"), graph, weights));
+            let (graph, weights) = shape.build(self.weight_type, self.layers)?;
+            let (mix, layers) = (self.weight_type.name(), graph.layers.len());
+            let told = if self.layers.is_some() { format!(", {layers} layers") } else { String::new() };
+            return Ok((format!("{shape} {mix} (random weights{told})"), graph, weights));
         }
         let source = self.model.source()?;
         let name = source.name();

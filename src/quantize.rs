@@ -166,6 +166,7 @@ pub(crate) fn at_load(model: &mut Model, quant: AtLoad, threads: usize) -> Resul
                 }
                 Ok(())
             })?;
+            model.weights.release(&name);
             model.weights.replace(&name, dtype, bytes);
         }
         progress.advance(stored);

@@ -31,7 +31,7 @@ const SIDECAR: &str = ".mainstay-weights.json";
 /// Weights above this size are read from disk under a progress bar before the backend sees them.
 const BAR_BYTES_MIN: u64 = 64 << 20;
 
-/// An engine that takes requests, and what is left of its model.
+/// An engine that takes requests, and what is left of its model: all but the weights.
 pub(crate) struct Started {
     pub(crate) handle: Handle,
     pub(crate) model: Model,
@@ -148,6 +148,8 @@ pub(crate) fn engine(
         options.model = identity(&model, args.verify_weights);
         options.model.probe = mainstay_engine::probe(&mut *executor, &limits, model.graph.vocab)?;
     }
+    // The backend has what it needs of them, and unmapped files can be deleted.
+    drop(std::mem::take(&mut model.weights));
     options.store = store;
     options.restore = args.restore.into();
     options.draft = args.draft.into();

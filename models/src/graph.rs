@@ -672,19 +672,33 @@ impl Graph {
         if self.kv.len() != kept {
             return Err(wrong(format!("expected {kept} KV descriptions, found {}", self.kv.len())));
         }
-        check_weights(&self.prologue, "", weights)?;
-        check_weights(&self.epilogue, "", weights)?;
-        if let Some(pooled) = &self.pooled {
-            check_weights(&pooled.block, "", weights)?;
+        if let Some(layer) = self.layers.iter().find(|layer| layer.block >= self.blocks.len()) {
+            return Err(wrong(format!("layer {} names block {}", layer.prefix, layer.block)));
         }
-        for layer in &self.layers {
-            let block = self
-                .blocks
-                .get(layer.block)
-                .ok_or_else(|| wrong(format!("layer {} names block {}", layer.prefix, layer.block)))?;
-            check_weights(block, &layer.prefix, weights)?;
+        self.tensors().iter().try_for_each(|(name, shape)| weights.expect(name, shape))
+    }
+
+    /// Names and shapes of all tensors that the program names, each once, in its order.
+    ///
+    /// # Panics
+    /// If a layer names a block that there is not, which [`Graph::check`] rules out.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let layers = self.layers.iter().map(|layer| (&self.blocks[layer.block], &*layer.prefix));
+        let ends = std::iter::once(&self.epilogue).chain(self.pooled.as_ref().map(|pooled| &pooled.block));
+        let begin = std::iter::once((&self.prologue, ""));
+        let blocks = begin.chain(layers).chain(ends.map(|block| (block, "")));
+        let mut seen = std::collections::HashSet::new();
+        let mut found = Vec::new();
+        for (used, prefix) in blocks.flat_map(|(block, prefix)| block.weights().map(move |w| (w, prefix))) {
+            let (parts, cols) = match used {
+                WeightUse::Matrix(matrix) => (&matrix.parts, Some(matrix.cols)),
+                WeightUse::Vector(vector) => (&vector.parts, None),
+            };
+            let shape = |rows: usize| std::iter::once(rows).chain(cols).collect();
+            let named = parts.iter().map(|(name, rows)| (format!("{prefix}{name}"), shape(*rows)));
+            found.extend(named.filter(|tensor| seen.insert(tensor.clone())));
         }
-        Ok(())
+        found
     }
 
     /// What no backend needs to look out for: pooling of rows that are not all there, masks of two kinds.
@@ -744,22 +758,4 @@ impl Graph {
     pub fn weight_bytes(&self, weights: &Weights) -> u64 {
         weights.names().filter_map(|n| weights.tensor(n).ok()).map(|t| t.stored_bytes() as u64).sum()
     }
-}
-
-fn check_weights(block: &Block, prefix: &str, weights: &Weights) -> Result<(), LoadError> {
-    for used in block.weights() {
-        match used {
-            WeightUse::Matrix(m) => {
-                for (name, rows) in &m.parts {
-                    weights.expect(&format!("{prefix}{name}"), &[*rows, m.cols])?;
-                }
-            }
-            WeightUse::Vector(v) => {
-                for (name, len) in &v.parts {
-                    weights.expect(&format!("{prefix}{name}"), &[*len])?;
-                }
-            }
-        }
-    }
-    Ok(())
 }

@@ -35,8 +35,8 @@ pub use memory::MemoryTensor;
 pub use root::RootCheck;
 pub use view::TensorView;
 
-/// All tensors of a checkpoint.
-#[derive(Debug)]
+/// All tensors of a checkpoint; by default none.
+#[derive(Debug, Default)]
 pub struct Weights {
     /// The file or directory that was opened, for messages about tensors that are in no file.
     origin: PathBuf,
@@ -170,6 +170,17 @@ impl Weights {
         Err(LoadError::Shape { path, name: name.to_owned(), expected, found })
     }
 
+    /// Gives the pages of the file that hold a tensor back to the system, for whoever has read them and made something
+    /// of them: they count to this process no longer, and whoever asks for them again gets them from the file.
+    pub fn release(&self, name: &str) {
+        let Some(tensor) = self.tensors.get(name) else { return };
+        tensor.storage.map(|span| {
+            if let Bytes::File(map) = &self.files[span.file].bytes {
+                release(map, span.range.clone());
+            }
+        });
+    }
+
     /// The file or directory that was opened.
     pub fn origin(&self) -> &Path {
         &self.origin
@@ -264,3 +275,22 @@ fn map(path: &Path) -> Result<Bytes, LoadError> {
         .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
     Ok(Bytes::File(map))
 }
+
+/// The system's pages that lie in a range of a map, whole ones only.
+#[cfg(unix)]
+#[expect(unsafe_code, reason = "the crate cannot know which maps may lose what they hold")]
+fn release(map: &memmap2::Mmap, range: Range<usize>) {
+    use memmap2::UncheckedAdvice::DontNeed;
+
+    /// The largest page of the systems we know, so that no page is given back for a part of it.
+    const PAGE_BYTES: usize = 64 << 10;
+    let (start, end) = (range.start.next_multiple_of(PAGE_BYTES), range.end / PAGE_BYTES * PAGE_BYTES);
+    if start < end {
+        // SAFETY: the map is of a file and nobody writes to it, so that the next reader finds the same bytes.
+        // It is advice: whether it was taken makes no difference to anyone.
+        let _ = unsafe { map.unchecked_advise_range(DontNeed, start, end - start) };
+    }
+}
+
+#[cfg(not(unix))]
+fn release(_map: &memmap2::Mmap, _range: Range<usize>) {}

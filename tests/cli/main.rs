@@ -3,6 +3,7 @@
 mod arguments;
 mod hub;
 mod hub_server;
+mod memory;
 mod program;
 mod quantizing;
 mod serving;

@@ -110,9 +110,14 @@ impl Server {
         Some(Self { child, stdout, ready_line, address })
     }
 
+    /// The process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal by number.
     pub(crate) fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
+        let id = self.id().to_string();
         let status = Command::new("kill").args(["-s", name, &id]).status().expect("kill starts");
         assert!(status.success());
     }

@@ -1,6 +1,7 @@
 //! Parity with Hugging Face transformers: stored logits and greedy tokens of small seeded checkpoints.
 
 mod embeddings;
+mod formats;
 #[path = "../harness/mod.rs"]
 #[expect(dead_code, reason = "parity copies and moves no pages")]
 mod harness;

@@ -98,6 +98,8 @@ impl Loader<'_> {
             RowOrder::Columns { first, .. } => pack_columns(&mut packed, &source, first, self.threads),
             _ => pack_rows(&mut packed, &source, self.threads),
         }
+        // What is packed is not read again: memory holds a matrix once.
+        key.0.iter().for_each(|(name, _)| self.weights.release(name));
         let packed = Arc::new(packed);
         self.packed.insert(key, Arc::clone(&packed));
         Ok(packed)

@@ -9,6 +9,6 @@ pub mod sessions;
 mod shape;
 
 pub use latency::{Case, LatencyError, Measurement, Peaks, Phase, Plan, latency};
-pub use mix::Mix;
+pub use mix::{MIXES, Mix, UnknownMix};
 pub use report::{json, table};
-pub use shape::{Shape, UnknownShape};
+pub use shape::{SHAPES, Shape, UnknownShape};

@@ -5,64 +5,65 @@ use std::path::Path;
 use std::str::FromStr;
 
 use mainstay_models::config::Config;
-use mainstay_models::graph::{Block, Graph, Op};
+use mainstay_models::graph::Graph;
 use mainstay_models::quant::seeded_blocks;
 use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::{LoadError, Weights, families};
-use serde_json::{Value, json};
 
 use crate::mix::Mix;
 
-/// A real model's dimensions, from its published configuration.
+/// A real model's dimensions, from its published configuration, without what no op sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// Qwen3 0.6B: 28 layers, 16 heads over 8, tied embedding of 151936 rows.
-    Qwen3Small,
-    /// Llama 3.2 1B: 16 layers, 32 heads over 8, tied embedding of 128256 rows.
-    Llama32Small,
+pub struct Shape {
+    name: &'static str,
+    /// config.json
+    config: &'static str,
+}
+
+/// All shapes: one or two for each family that generates.
+pub const SHAPES: [Shape; 13] = [
+    shape("qwen3-0.6b", include_str!("../shapes/qwen3-0.6b.json")),
+    shape("llama-3.2-1b", include_str!("../shapes/llama-3.2-1b.json")),
+    shape("mistral-7b", include_str!("../shapes/mistral-7b.json")),
+    shape("qwen2.5-1.5b", include_str!("../shapes/qwen2.5-1.5b.json")),
+    shape("gemma-2-2b", include_str!("../shapes/gemma-2-2b.json")),
+    shape("gemma-3-4b", include_str!("../shapes/gemma-3-4b.json")),
+    shape("phi-3-mini", include_str!("../shapes/phi-3-mini.json")),
+    shape("olmo-2-1b", include_str!("../shapes/olmo-2-1b.json")),
+    shape("smollm3-3b", include_str!("../shapes/smollm3-3b.json")),
+    shape("qwen3-30b-a3b", include_str!("../shapes/qwen3-30b-a3b.json")),
+    shape("gpt-oss-20b", include_str!("../shapes/gpt-oss-20b.json")),
+    shape("moonlight-16b-a3b", include_str!("../shapes/moonlight-16b-a3b.json")),
+    shape("llama-3.1-8b", include_str!("../shapes/llama-3.1-8b.json")),
+];
+
+const fn shape(name: &'static str, config: &'static str) -> Shape {
+    Shape { name, config }
 }
 
 impl Shape {
-    /// All shapes.
-    pub const ALL: [Shape; 2] = [Shape::Qwen3Small, Shape::Llama32Small];
-
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Shape::Qwen3Small => "qwen3-0.6b",
-            Shape::Llama32Small => "llama-3.2-1b",
-        }
+        self.name
     }
 
-    fn config(self) -> Value {
-        match self {
-            Shape::Qwen3Small => json!({
-                "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
-                "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
-                "hidden_act": "silu", "tie_word_embeddings": true, "attention_bias": false
-            }),
-            Shape::Llama32Small => json!({
-                "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256,
-                "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
-                "rope_scaling": {
-                    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192
-                },
-                "hidden_act": "silu", "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false
-            }),
-        }
+    /// The program of all layers, or of the first few.
+    fn graph(self, layers: Option<usize>) -> Result<Graph, LoadError> {
+        let origin = Path::new(self.name);
+        let mut graph = families::graph(&Config::from_bytes(origin, self.config.as_bytes())?)?;
+        let layers = layers.unwrap_or(usize::MAX).min(graph.layers.len());
+        graph.layers.truncate(layers);
+        graph.kv.truncate(layers);
+        Ok(graph)
     }
 
-    /// The graph with seeded weights of the wanted types.
+    /// The graph, of the first `layers` layers only where they are given, with seeded weights of the wanted types.
     ///
     /// # Errors
     /// What the family or the weights' reader finds wrong; a shape that does not load is a bug.
-    pub fn build(self, mix: Mix) -> Result<(Graph, Weights), LoadError> {
-        let origin = Path::new(self.name());
-        let graph = families::graph(&Config::from_bytes(origin, self.config().to_string().as_bytes())?)?;
-        let weights = Weights::from_tensors(origin, checkpoint(&graph, mix))?;
+    pub fn build(self, mix: Mix, layers: Option<usize>) -> Result<(Graph, Weights), LoadError> {
+        let graph = self.graph(layers)?;
+        let weights = Weights::from_tensors(Path::new(self.name), checkpoint(&graph, mix))?;
         graph.check(&weights)?;
         Ok((graph, weights))
     }
@@ -80,7 +81,7 @@ pub struct UnknownShape(String);
 
 impl fmt::Display for UnknownShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known: Vec<&str> = Shape::ALL.iter().map(|s| s.name()).collect();
+        let known: Vec<&str> = SHAPES.iter().map(|s| s.name()).collect();
         write!(f, "expected one of {}, found `{}`", known.join(", "), self.0)
     }
 }
@@ -91,7 +92,7 @@ impl FromStr for Shape {
     type Err = UnknownShape;
 
     fn from_str(text: &str) -> Result<Self, UnknownShape> {
-        Shape::ALL.into_iter().find(|s| s.name() == text).ok_or_else(|| UnknownShape(text.to_owned()))
+        SHAPES.into_iter().find(|s| s.name() == text).ok_or_else(|| UnknownShape(text.to_owned()))
     }
 }
 
@@ -99,7 +100,7 @@ impl FromStr for Shape {
 pub(crate) fn checkpoint(graph: &Graph, mix: Mix) -> impl Iterator<Item = MemoryTensor> {
     let mut random = Random(1);
     let layers = graph.layers.len();
-    tensors(graph).into_iter().map(move |(name, shape)| {
+    graph.tensors().into_iter().map(move |(name, shape)| {
         let dtype = mix.of(&name, &shape, layers);
         let mut bytes = Vec::new();
         match shape[..] {
@@ -118,42 +119,6 @@ fn push(bytes: &mut Vec<u8>, value: f32, dtype: DType) {
         DType::F16 => bytes.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
         DType::BF16 => bytes.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
         _ => bytes.extend_from_slice(&value.to_le_bytes()),
-    }
-}
-
-/// Names and shapes of the graph's tensors, each once, in the order of the program.
-pub(crate) fn tensors(graph: &Graph) -> Vec<(String, Vec<usize>)> {
-    let mut found = Vec::new();
-    collect(&graph.prologue, "", &mut found);
-    for layer in &graph.layers {
-        collect(&graph.blocks[layer.block], &layer.prefix, &mut found);
-    }
-    collect(&graph.epilogue, "", &mut found);
-    if let Some(pooled) = &graph.pooled {
-        collect(&pooled.block, "", &mut found);
-    }
-    let mut seen = std::collections::HashSet::new();
-    found.retain(|(name, _)| seen.insert(name.clone()));
-    found
-}
-
-fn collect(block: &Block, prefix: &str, found: &mut Vec<(String, Vec<usize>)>) {
-    for op in &block.ops {
-        let (matrix, vectors) = match op {
-            Op::Embed { weight, .. } => (Some(weight), [None, None]),
-            Op::Linear { weight, bias, .. } => (Some(weight), [bias.as_ref(), None]),
-            Op::RmsNorm { weight, .. } => (None, [Some(weight), None]),
-            Op::LayerNorm { weight, bias, .. } => (None, [Some(weight), Some(bias)]),
-            _ => (None, [None, None]),
-        };
-        if let Some(matrix) = matrix {
-            found.extend(
-                matrix.parts.iter().map(|(n, rows)| (format!("{prefix}{n}"), vec![*rows, matrix.cols])),
-            );
-        }
-        for vector in vectors.into_iter().flatten() {
-            found.extend(vector.parts.iter().map(|(n, len)| (format!("{prefix}{n}"), vec![*len])));
-        }
     }
 }
 
@@ -180,11 +145,14 @@ impl Random {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::mix::MIXES;
 
     #[test]
     fn names_are_read_back() {
-        for shape in Shape::ALL {
+        for shape in SHAPES {
             assert_eq!(shape.name().parse(), Ok(shape));
         }
         let message = "gpt-5".parse::<Shape>().unwrap_err().to_string();
@@ -193,13 +161,21 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_real_models() {
-        for (shape, millions) in [(Shape::Qwen3Small, 596), (Shape::Llama32Small, 1235)] {
-            let config =
-                Config::from_bytes(Path::new("shape"), shape.config().to_string().as_bytes()).unwrap();
-            let graph = families::graph(&config).unwrap();
-            let count: usize = tensors(&graph).iter().map(|(_, s)| s.iter().product::<usize>()).sum();
-            assert_eq!(count / 1_000_000, millions, "{shape}");
-        }
+        let millions = |shape: Shape| {
+            let tensors = shape.graph(None).unwrap().tensors();
+            tensors.iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>() / 1_000_000
+        };
+        let found = SHAPES.map(millions);
+        let expected =
+            [596, 1235, 7248, 1543, 2614, 3880, 3821, 1484, 3075, 30_532, 20_914, 15_960, 8030];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn the_first_layers_can_stand_for_all() {
+        let few = SHAPES[0].graph(Some(3)).unwrap();
+        assert_eq!((few.layers.len(), few.kv.len()), (3, 3));
+        assert_eq!(SHAPES[0].graph(Some(100)).unwrap().layers.len(), 28);
     }
 
     #[test]
@@ -211,8 +187,7 @@ mod tests {
         });
         let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
         let graph = families::graph(&config).unwrap();
-        let floats = [DType::F32, DType::F16, DType::BF16].map(Mix::Float);
-        for mix in floats.into_iter().chain([Mix::Q8_0, Mix::Q4_0, Mix::Q4KM]) {
+        for mix in MIXES {
             let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
             graph.check(&weights).unwrap();
         }

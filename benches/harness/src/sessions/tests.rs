@@ -11,12 +11,10 @@ use mainstay_models::Weights;
 use mainstay_models::config::Config;
 use mainstay_models::families;
 use mainstay_models::graph::Graph;
-use mainstay_models::weights::DType;
 use serde_json::json;
 
 use super::*;
 use crate::latency::Peaks;
-use crate::mix::Mix;
 use crate::shape::checkpoint;
 
 fn tiny() -> (Graph, Weights) {
@@ -28,7 +26,7 @@ fn tiny() -> (Graph, Weights) {
     let config = Config::from_bytes(Path::new("tiny"), config.to_string().as_bytes()).unwrap();
     let graph = families::graph(&config).unwrap();
     let weights =
-        Weights::from_tensors(Path::new("tiny"), checkpoint(&graph, Mix::Float(DType::BF16))).unwrap();
+        Weights::from_tensors(Path::new("tiny"), checkpoint(&graph, "bf16".parse().unwrap())).unwrap();
     (graph, weights)
 }
 
