@@ -61,7 +61,7 @@ impl WeightType {
         match self {
             WeightType::F32 => LANES * cols * 4,
             WeightType::F16 | WeightType::BF16 => LANES * cols * 2,
-            WeightType::Codes(kind) => kind.layout().runs(cols).end,
+            WeightType::Codes(kind) => kind.layout().panel_bytes(cols),
         }
     }
 
