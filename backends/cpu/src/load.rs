@@ -6,7 +6,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
-use mainstay_kernels_cpu::{Integers, Kind, LANES, PackedMatrix, PanelWriter, SourceRows, WeightType};
+use mainstay_kernels_cpu::{
+    Integers, Kind, LANES, PackedMatrix, PanelWriter, Reserve, SourceRows, WeightType,
+};
 use mainstay_models::graph::Graph;
 use mainstay_models::quant::Block;
 use mainstay_models::weights::{DType, TensorView};
@@ -42,6 +44,8 @@ struct Loader<'a> {
     weights: &'a Weights,
     threads: usize,
     packed: HashMap<Key, Arc<PackedMatrix>>,
+    /// Where they lie, in the order in which a step reads them.
+    reserve: Reserve,
 }
 
 /// Packs what a plan needs, on `threads` threads.
@@ -54,7 +58,7 @@ pub(crate) fn load(
     weights: &Weights,
     threads: usize,
 ) -> Result<ModelWeights, LoadError> {
-    let mut loader = Loader { weights, threads, packed: HashMap::new() };
+    let mut loader = Loader { weights, threads, packed: HashMap::new(), reserve: Reserve::default() };
     Ok(ModelWeights {
         prologue: loader.block(&plan.prologue, "")?,
         layers: graph
@@ -88,12 +92,12 @@ impl Loader<'_> {
             RowOrder::Some { count, .. } => (count, matrix.cols),
             RowOrder::Columns { count, .. } => (matrix.cols, count),
         };
-        let mut packed =
-            PackedMatrix::mixed(&source.panel_types(rows, cols), rows, cols).ok_or_else(|| {
-                LoadError::Resources {
-                    what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
-                }
-            })?;
+        let types = source.panel_types(rows, cols);
+        let mut packed = PackedMatrix::mixed(&types, (rows, cols), &mut self.reserve).ok_or_else(|| {
+            LoadError::Resources {
+                what: format!("no memory for the {rows} x {cols} weights `{}`", key.0[0].0),
+            }
+        })?;
         match used.order {
             RowOrder::Columns { first, .. } => pack_columns(&mut packed, &source, first, self.threads),
             _ => pack_rows(&mut packed, &source, self.threads),

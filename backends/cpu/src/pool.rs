@@ -32,9 +32,14 @@ struct Shared {
     /// Whether a thread sleeps until the next region.
     asleep: Vec<AtomicBool>,
     barrier: Barrier,
-    /// Next job of even and of odd phases.
-    next: [AtomicUsize; 2],
+    /// How many of its own jobs each thread has given out, in even and in odd phases.
+    given: [Vec<Given>; 2],
 }
+
+/// On a cache line of its own, so that threads do not slow each other down.
+#[repr(align(64))]
+#[derive(Default)]
+struct Given(AtomicUsize);
 
 struct Barrier {
     arrived: AtomicUsize,
@@ -79,7 +84,7 @@ impl Pool {
                 lock: Mutex::new(()),
                 wake: Condvar::new(),
             },
-            next: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            given: [(); 2].map(|()| (0..count).map(|_| Given::default()).collect()),
         });
         let mut pool = Self { shared, threads: Vec::new(), wakers: Vec::new() };
         for index in 1..count {
@@ -101,7 +106,7 @@ impl Pool {
         // region, and this function does not return (or unwind: it aborts) before it has passed that barrier.
         let erased = unsafe { std::mem::transmute::<*mut Task<'_>, *mut Task<'static>>(&raw mut task) };
         shared.task.store(erased, Relaxed);
-        shared.next.iter().for_each(|n| n.store(0, Relaxed));
+        shared.given.iter().flatten().for_each(|given| given.0.store(0, Relaxed));
         shared.region.fetch_add(1, SeqCst);
         for (waker, asleep) in self.wakers.iter().zip(&shared.asleep[1..]) {
             if asleep.swap(false, SeqCst) {
@@ -218,25 +223,33 @@ impl Job {
 }
 
 impl Worker<'_> {
-    /// One phase: each of `jobs` jobs goes to one thread, whichever is free; returns when all are done. Every
-    /// thread of the region must call it, with the same number.
+    /// One phase: each of `jobs` jobs goes to one thread; returns when all are done. Neighbours go to the same thread,
+    /// one after the other, until a thread has none left and takes those of others. Every thread of the region must call
+    /// it, with the same number.
     pub(crate) fn each(&self, jobs: usize, mut f: impl FnMut(Job)) {
-        if self.shared.count == 1 {
+        let count = self.shared.count;
+        if count == 1 {
             (0..jobs).for_each(|job| f(Job(job)));
             return;
         }
         let phase = self.phase.get();
         self.phase.set(phase + 1);
-        let next = &self.shared.next[phase % 2];
-        loop {
-            let job = next.fetch_add(1, Relaxed);
-            if job >= jobs {
-                break;
+        let given = &self.shared.given[phase % 2];
+        let first = |thread: usize| thread * jobs / count;
+        for i in 0..count {
+            let owner = (self.index + i) % count;
+            let (start, end) = (first(owner), first(owner + 1));
+            loop {
+                let job = start + given[owner].0.fetch_add(1, Relaxed);
+                if job >= end {
+                    break;
+                }
+                f(Job(job));
             }
-            f(Job(job));
         }
-        // The other counter was last used before the previous barrier, which all threads have left.
-        self.shared.barrier.wait(self.shared.count, || self.shared.next[(phase + 1) % 2].store(0, Relaxed));
+        // The other counts were last used before the previous barrier, which all threads have left.
+        let others = &self.shared.given[(phase + 1) % 2];
+        self.shared.barrier.wait(count, || others.iter().for_each(|given| given.0.store(0, Relaxed)));
     }
 }
 

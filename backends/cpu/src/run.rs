@@ -458,9 +458,10 @@ impl Runner<'_> {
                 sinks: sinks.map(|sinks| &sinks[head * group..][..group]),
             };
             core.kernels.attend_start(attention, one, queries);
-            for run in seen {
-                let block = kv.blocks().read(kv.block(self.step, (task.chunk, run), head));
-                core.kernels.attend_block(attention, block, run * PAGE_TOKENS);
+            let block = |run| kv.blocks().read(kv.block(self.step, (task.chunk, run), head));
+            for run in seen.clone() {
+                let next = (run + 1 < seen.end).then(|| block(run + 1));
+                core.kernels.attend_block(attention, block(run), run * PAGE_TOKENS, next);
             }
             let mut out = core.arena.write(out.columns(columns), task.rows.clone(), &job);
             core.kernels.attend_finish(attention, &mut out);

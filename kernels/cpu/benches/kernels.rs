@@ -85,8 +85,15 @@ fn attention(c: &mut Criterion) {
                     let rows = Mat::new(&queries, 1, 256, 256);
                     let queries = Queries { rows, position: depth - 1, sinks: None };
                     kernels.attend_start(&mut state, shape, queries);
-                    for (i, block) in blocks.chunks(len).enumerate() {
-                        kernels.attend_block(&mut state, KvBlock::BF16(block), i * BLOCK_TOKENS);
+                    let block = |i| blocks[i * len..].get(..len).map(KvBlock::BF16);
+                    for i in 0..depth / BLOCK_TOKENS {
+                        let next = block(i + 1);
+                        kernels.attend_block(
+                            &mut state,
+                            KvBlock::BF16(&blocks[i * len..][..len]),
+                            i * BLOCK_TOKENS,
+                            next,
+                        );
                     }
                     kernels.attend_finish(&state, &mut MatMut::new(black_box(&mut out), 1, 256, 256));
                 });

@@ -155,9 +155,11 @@ impl Attention {
         }
     }
 
-    /// Adds weighted values, `[32][value width]`, to the sums of the rows of one tile.
-    pub(crate) fn mix<E: Element>(&mut self, values: &[E], rows: &Range<usize>, tile: TileFn<E>) {
+    /// Adds weighted values, `[32][value width]`, to the sums of the rows of one tile, while `next` comes closer.
+    pub(crate) fn mix<E: Element>(&mut self, values: &[E], next: &[E], rows: &Range<usize>, tile: TileFn<E>) {
         let width = value_width(self.shape.head_dim);
+        // A part of it beside each panel of values.
+        let next_panel = size_of_val(next) / (width / LANES);
         let values = &values[..BLOCK_TOKENS * width];
         let visible = &self.visible[rows.clone()];
         let weights = &self.weights[rows.start * BLOCK_TOKENS..rows.end * BLOCK_TOKENS];
@@ -175,9 +177,9 @@ impl Attention {
                 right_row: BLOCK_TOKENS,
                 right_step: 1,
                 len: tokens.len(),
-                ask: values.as_ptr().cast(),
-                ask_panel: 0,
-                ask_step: 0,
+                ask: next.as_ptr().cast(),
+                ask_panel: next_panel,
+                ask_step: next_panel / BLOCK_TOKENS,
                 sums: sums.as_mut_ptr(),
                 sums_row: width,
             };
@@ -219,11 +221,17 @@ impl Kernels {
     }
 
     /// Adds the block whose first token is at position `first`; blocks come in ascending order, and a block without
-    /// a visible token may be left out.
+    /// a visible token may be left out. Meanwhile the keys of `next` come closer, the block that is added then.
     ///
     /// # Panics
     /// If the block is shorter than its shape.
-    pub fn attend_block(&self, state: &mut Attention, block: KvBlock<'_>, first: usize) {
+    pub fn attend_block(
+        &self,
+        state: &mut Attention,
+        block: KvBlock<'_>,
+        first: usize,
+        next: Option<KvBlock<'_>>,
+    ) {
         let shape = BlockShape::Heads { head_dim: state.shape.head_dim };
         assert!(block.len() >= shape.len(), "a block of {}", block.len());
         state.look(first);
@@ -232,7 +240,7 @@ impl Kernels {
             if state.visible[..rows].iter().any(|v| v.0 < v.1) {
                 let mut wide = std::mem::take(&mut state.wide);
                 block.widen_q8(shape, &mut wide[..shape.len()]);
-                self.attend_block(state, KvBlock::F32(&wide), first);
+                self.attend_block(state, KvBlock::F32(&wide), first, None);
                 state.wide = wide;
             }
             return;
@@ -241,11 +249,23 @@ impl Kernels {
         while row < rows {
             let count = self.tile_rows().min(rows - row);
             if state.visible[row..row + count].iter().any(|v| v.0 < v.1) {
-                match block {
-                    KvBlock::F32(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f32),
-                    KvBlock::BF16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_bf16),
-                    KvBlock::F16(b) => self.attend_tile(state, b, row..row + count, self.table().tile_f16),
-                    KvBlock::Q8(..) => unreachable!("codes were made floats"),
+                let tile = row..row + count;
+                // The first tile's share of the work is enough to ask for all of it.
+                let next = next.filter(|_| row == 0);
+                match (block, next) {
+                    (KvBlock::F32(b), Some(KvBlock::F32(n))) => {
+                        self.attend_tile(state, (b, n), tile, self.table().tile_f32);
+                    }
+                    (KvBlock::BF16(b), Some(KvBlock::BF16(n))) => {
+                        self.attend_tile(state, (b, n), tile, self.table().tile_bf16);
+                    }
+                    (KvBlock::F16(b), Some(KvBlock::F16(n))) => {
+                        self.attend_tile(state, (b, n), tile, self.table().tile_f16);
+                    }
+                    (KvBlock::F32(b), _) => self.attend_tile(state, (b, &[]), tile, self.table().tile_f32),
+                    (KvBlock::BF16(b), _) => self.attend_tile(state, (b, &[]), tile, self.table().tile_bf16),
+                    (KvBlock::F16(b), _) => self.attend_tile(state, (b, &[]), tile, self.table().tile_f16),
+                    (KvBlock::Q8(..), _) => unreachable!("codes were made floats"),
                 }
             }
             row += count;
@@ -255,12 +275,13 @@ impl Kernels {
     fn attend_tile<E: Element>(
         &self,
         state: &mut Attention,
-        block: &[E],
+        (block, next): (&[E], &[E]),
         rows: Range<usize>,
         tile: TileFn<E>,
     ) {
+        let keys = BLOCK_TOKENS * state.shape.head_dim;
         self.weigh(state, block, &rows, tile);
-        state.mix(&block[BLOCK_TOKENS * state.shape.head_dim..], &rows, tile);
+        state.mix(&block[keys..], &next[..keys.min(next.len())], &rows, tile);
     }
 
     /// Scores of a block's keys, turned into weights, for the rows of one tile.
@@ -537,7 +558,8 @@ mod tests {
         let sinks = tokens.is_multiple_of(2).then_some(&sinks[..]);
         kernels.attend_start(&mut state, shape, Queries { rows: rows_of_queries, position, sinks });
         for (i, block) in blocks.iter().enumerate() {
-            kernels.attend_block(&mut state, block.block(kv), i * BLOCK_TOKENS);
+            let next = blocks.get(i + 1).map(|b| b.block(kv));
+            kernels.attend_block(&mut state, block.block(kv), i * BLOCK_TOKENS, next);
         }
         let mut out = vec![0.0; queries.len()];
         kernels.attend_finish(&state, &mut MatMut::new(&mut out, tokens, group * dim, group * dim));

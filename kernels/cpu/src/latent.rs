@@ -126,7 +126,7 @@ impl Kernels {
         unsafe { (self.table().softmax)(running.softmax_of(&(0..rows))) };
         for first in (0..rows).step_by(self.tile_rows()) {
             let tile = first..rows.min(first + self.tile_rows());
-            running.mix(latents, &tile, self.table().tile_f32);
+            running.mix(latents, &[], &tile, self.table().tile_f32);
         }
     }
 

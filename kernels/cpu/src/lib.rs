@@ -30,7 +30,7 @@ pub use low_rank::{low_rank_in, low_rank_out};
 pub use math::{Function, Gate};
 pub use matmul::{After, PART_ROWS, Part, Product, scratch_len};
 pub use matrix::{Mat, MatMut};
-pub use memory::{Aligned, LINE_BYTES};
+pub use memory::{Aligned, LINE_BYTES, Reserve};
 pub use norm::{layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place};
 pub use pack::{Form, PackedMatrix, PanelWriter, SourceRows, WeightType, pack_tile};
 pub use quantized::BLOCK;

@@ -2,6 +2,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Bytes of a cache line; also what a 512-bit vector wants.
 pub const LINE_BYTES: usize = 64;
@@ -104,9 +105,101 @@ impl std::fmt::Debug for Aligned {
     }
 }
 
+/// Bytes that a [`Reserve`] asks the system for at a time; what is not touched is not given.
+const RESERVE_BYTES: usize = 64 << 20;
+
+/// Memory that is given out piece by piece, so that what is small lies on huge pages too, one behind the other.
+#[derive(Debug, Default)]
+pub struct Reserve {
+    memory: Option<Arc<Aligned>>,
+    /// Bytes of it that were given out.
+    used: usize,
+}
+
+/// Bytes from a [`Reserve`] that begin on a cache line. The memory goes back when all of its pieces are gone.
+#[derive(Debug)]
+pub struct Piece {
+    memory: Arc<Aligned>,
+    start: usize,
+    len: usize,
+}
+
+impl Reserve {
+    /// `len` zeroed bytes that nobody else is given, or `None` where the system refuses.
+    pub fn take(&mut self, len: usize) -> Option<Piece> {
+        let room = len.checked_next_multiple_of(LINE_BYTES)?;
+        let memory = match &self.memory {
+            Some(memory) if memory.len() - self.used >= room => Arc::clone(memory),
+            _ => {
+                self.used = 0;
+                let memory = Arc::new(Aligned::zeroed(room.max(RESERVE_BYTES))?);
+                self.memory = Some(Arc::clone(&memory));
+                memory
+            }
+        };
+        let start = self.used;
+        self.used += room;
+        Some(Piece { memory, start, len })
+    }
+}
+
+impl Piece {
+    /// `len` zeroed bytes in memory of their own, or `None` where the system refuses.
+    pub fn zeroed(len: usize) -> Option<Self> {
+        Some(Self { memory: Arc::new(Aligned::zeroed(len)?), start: 0, len })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: inside the memory, whose bytes are initialised; only this piece covers them and it is borrowed.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.start), self.len) }
+    }
+
+    /// All bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in bytes, and this piece is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr().add(self.start), self.len) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_follow_each_other_and_are_apart() {
+        let mut reserve = Reserve::default();
+        let lens = [1, 0, 64, 65, 4096, RESERVE_BYTES - 1, 5, RESERVE_BYTES + 1, 7];
+        let mut pieces: Vec<Piece> = lens.iter().map(|&len| reserve.take(len).expect("memory")).collect();
+        for (i, piece) in pieces.iter_mut().enumerate() {
+            assert_eq!((piece.len(), piece.bytes().as_ptr() as usize % LINE_BYTES), (lens[i], 0));
+            assert!(piece.bytes().iter().take(4096).all(|&b| b == 0), "piece {i}");
+            piece.bytes_mut().fill(i as u8 + 1);
+        }
+        for (i, piece) in pieces.iter().enumerate() {
+            assert!(piece.bytes().iter().all(|&b| b == i as u8 + 1), "piece {i}");
+        }
+        let at = |i: usize| pieces[i].bytes().as_ptr() as usize;
+        assert_eq!((at(2) - at(0), at(4) - at(3)), (64, 128));
+    }
+
+    #[test]
+    fn an_absurd_piece_is_refused() {
+        let mut reserve = Reserve::default();
+        assert!(reserve.take(usize::MAX).is_none());
+        assert!(reserve.take(usize::MAX / 2 - 4096).is_none());
+        assert_eq!(reserve.take(3).expect("small").bytes(), [0; 3]);
+    }
 
     #[test]
     fn starts_on_a_line_and_is_zero() {

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::memory::Aligned;
+use crate::memory::{Piece, Reserve};
 use crate::quantized::kind::Kind;
 use crate::quantized::panel::{self, Integers};
 use crate::quantized::{BLOCK, input};
@@ -61,7 +61,7 @@ impl WeightType {
         match self {
             WeightType::F32 => LANES * cols * 4,
             WeightType::F16 | WeightType::BF16 => LANES * cols * 2,
-            WeightType::Codes(kind) => kind.layout().runs(cols).end,
+            WeightType::Codes(kind) => kind.layout().panel_bytes(cols),
         }
     }
 
@@ -81,7 +81,7 @@ pub struct PackedMatrix {
     panels: Vec<(WeightType, usize)>,
     rows: usize,
     cols: usize,
-    bytes: Aligned,
+    bytes: Piece,
 }
 
 /// Rows of a matrix as they lie in a checkpoint: row-major, little-endian, not necessarily aligned.
@@ -106,15 +106,23 @@ impl PackedMatrix {
     /// # Panics
     /// As [`PackedMatrix::mixed`].
     pub fn zeroed(dtype: WeightType, rows: usize, cols: usize) -> Option<Self> {
-        Self::mixed(&vec![dtype; rows.div_ceil(LANES)], rows, cols)
+        Self::new(&vec![dtype; rows.div_ceil(LANES)], (rows, cols), Piece::zeroed)
     }
 
-    /// A matrix of zeros whose panels have these types, or `None` where memory is short.
+    /// A matrix of zeros whose panels have these types, in memory of `reserve`, or `None` where it is short.
     ///
     /// # Panics
     /// If there is not one type for each panel, if floats have not all one type, or if rows of integers are not whole
     /// blocks.
-    pub fn mixed(types: &[WeightType], rows: usize, cols: usize) -> Option<Self> {
+    pub fn mixed(types: &[WeightType], (rows, cols): (usize, usize), reserve: &mut Reserve) -> Option<Self> {
+        Self::new(types, (rows, cols), |len| reserve.take(len))
+    }
+
+    fn new(
+        types: &[WeightType],
+        (rows, cols): (usize, usize),
+        memory: impl FnOnce(usize) -> Option<Piece>,
+    ) -> Option<Self> {
         assert_eq!(types.len(), rows.div_ceil(LANES), "types of the panels of {rows} rows");
         let mut panels = Vec::with_capacity(types.len() + 1);
         let mut end = 0_usize;
@@ -128,7 +136,7 @@ impl PackedMatrix {
             end = end.checked_add(dtype.panel_bytes(cols))?;
         }
         panels.push((types.last().copied().unwrap_or(WeightType::F32), end));
-        Some(Self { panels, rows, cols, bytes: Aligned::zeroed(end)? })
+        Some(Self { panels, rows, cols, bytes: memory(end)? })
     }
 
     /// How the elements of the first panel are stored; of all, if they are floats.

@@ -18,6 +18,7 @@ pub(crate) mod input;
 pub(crate) mod kind;
 pub(crate) mod panel;
 pub(crate) mod product;
+pub(crate) mod row;
 pub(crate) mod tile;
 pub(crate) mod unpack;
 
@@ -26,6 +27,9 @@ pub const BLOCK: usize = 32;
 
 /// Columns under one scale of scales.
 pub(crate) const SUPER: usize = 256;
+
+/// Blocks under them.
+pub(crate) const CHUNK: usize = SUPER / BLOCK;
 
 /// 16 rows of 4 columns: what a dot product of a whole vector takes.
 pub(crate) const GROUP_BYTES: usize = 64;

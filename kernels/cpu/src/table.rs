@@ -7,9 +7,10 @@ use crate::elementwise;
 use crate::isa::{Isa, IsaError};
 use crate::math::{Function, Gate};
 use crate::quantized::kind::Kind;
+use crate::quantized::row::{RowFn, RowOperands};
 use crate::quantized::tile::{CodeTileFn, MODES, Operands as CodeOperands};
 use crate::quantized::unpack::{Packed, UnpackFn, Unpacked};
-use crate::quantized::{input, tile as code_tile, unpack};
+use crate::quantized::{input, row, tile as code_tile, unpack};
 use crate::simd::{Bytes, Simd, scalar::Scalar};
 use crate::tile::{self, Operands, TileFn};
 
@@ -120,6 +121,8 @@ pub(crate) struct CodeTable {
     /// By kind.
     pub(crate) unpack: [UnpackFn; Kind::ALL.len()],
     /// By kind.
+    pub(crate) rows: [RowFn; Kind::ALL.len()],
+    /// By kind.
     pub(crate) tiles: [CodeTileFn; Kind::ALL.len()],
 }
 
@@ -136,6 +139,10 @@ macro_rules! code_table {
                 unpack: [
                     unpack::<0>, unpack::<1>, unpack::<2>, unpack::<3>, unpack::<4>, unpack::<5>, unpack::<6>,
                     unpack::<7>, unpack::<8>, unpack::<9>, unpack::<10>, unpack::<11>, unpack::<12>, unpack::<13>,
+                ],
+                rows: [
+                    row::<0>, row::<1>, row::<2>, row::<3>, row::<4>, row::<5>, row::<6>,
+                    row::<7>, row::<8>, row::<9>, row::<10>, row::<11>, row::<12>, row::<13>,
                 ],
                 tiles: code_tile::of_kinds(MODE_TILES, <$set>::WIDENS),
             };
@@ -154,6 +161,14 @@ macro_rules! code_table {
             unsafe fn unpack<const KIND: usize>(from: &Packed, to: &Unpacked) {
                 // SAFETY: the caller's promise.
                 unsafe { unpack::unpack::<_, KIND>($witness, from, to) }
+            }
+
+            /// # Safety
+            /// The machine has the instruction set, and what the body asks for.
+            $(#[$features])?
+            unsafe fn row<const KIND: usize>(o: &RowOperands, panels: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { row::run::<_, KIND>($witness, o, panels) }
             }
 
             /// # Safety

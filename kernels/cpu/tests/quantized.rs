@@ -4,7 +4,7 @@
 use half::f16;
 use mainstay_kernels_cpu::{
     After, BLOCK, Form, Function, Gate, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part,
-    Product, WeightType, scratch_len,
+    Product, Reserve, WeightType, scratch_len,
 };
 
 const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -263,7 +263,7 @@ fn panels_of_several_kinds_are_one_product() {
     let (rows, cols) = (5 * LANES, 512);
     let whole: Vec<Matrix> = kinds.iter().map(|kind| matrix(*kind, rows, cols)).collect();
     let types = kinds.map(WeightType::Codes);
-    let mut packed = PackedMatrix::mixed(&types, rows, cols).expect("small");
+    let mut packed = PackedMatrix::mixed(&types, (rows, cols), &mut Reserve::default()).expect("memory");
     let own: Vec<Vec<Integers>> = (0..rows).map(|r| whole[r / LANES].rows[r].clone()).collect();
     fill(&mut packed, &own, &kinds);
     for kernels in Isa::supported().map(|isa| Kernels::new(isa).expect("supported")) {

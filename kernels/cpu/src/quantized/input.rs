@@ -92,13 +92,14 @@ pub(crate) unsafe fn quantize<C: Bytes>(c: C, values: &[f32], tile: *mut u8, row
         let flaw = s.sum(s.add(s.mul(x[0], s.splat(0.0)), s.mul(x[1], s.splat(0.0))));
         let (size, inverse) =
             if greatest < LEAST { (0.0, 0.0) } else { (greatest / 127.0, 127.0 / greatest) };
-        let rounded = x.map(|x| s.add(s.mul(x, s.splat(inverse)), s.splat(ROUND)));
-        let sums = rounded.map(|x| s.sum(s.sub(x, s.splat(ROUND))));
+        // No closures here: they have not the instructions of the function that they are in.
+        let (inverse, round) = (s.splat(inverse), s.splat(ROUND));
+        let rounded = [s.add(s.mul(x[0], inverse), round), s.add(s.mul(x[1], inverse), round)];
+        let sums = [s.sum(s.sub(rounded[0], round)), s.sum(s.sub(rounded[1], round))];
         // SAFETY: the row's places in this block's record, which the caller vouches for.
         unsafe {
-            for (half, x) in rounded.into_iter().enumerate() {
-                c.write_low_bytes(record.numbers(row, half * LANES).cast_mut(), x);
-            }
+            c.write_low_bytes(record.numbers(row, 0).cast_mut(), rounded[0]);
+            c.write_low_bytes(record.numbers(row, LANES).cast_mut(), rounded[1]);
             let sums = [sums[0] + sums[1], sums[0], sums[1]];
             record.size(row).cast_mut().write(size + flaw);
             for (plane, sum) in sums.into_iter().enumerate() {

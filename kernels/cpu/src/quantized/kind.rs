@@ -1,7 +1,7 @@
 //! The kinds of packed integer weights: one line of description each, from which packing and kernels follow.
 
 use super::tile::Mode;
-use super::{BLOCK, GROUP_BYTES, SUPER};
+use super::{BLOCK, CHUNK, GROUP_BYTES, SUPER};
 use crate::simd::LANES;
 
 /// How integers of a packed matrix and their scales are stored. Codes are bits in memory, integers what they stand for.
@@ -169,13 +169,16 @@ impl Kind {
     }
 }
 
-/// Where the three runs of a panel begin and where it ends, bytes. A panel is
-/// `[columns / 256][numbers over scales]`, only where scales are nested, then `[blocks][scales, minima, zero points]`,
-/// then `[blocks][codes]`, each run on cache lines.
+/// Where the parts of a chunk begin, bytes from its first one.
+///
+/// A panel is a run of chunks of 256 columns, the last one perhaps of fewer: `[numbers over scales]`, only where scales
+/// are nested, then `[blocks][scales, minima, zero points]`, then, on a cache line, `[blocks][codes]`. So a panel is read
+/// forward, and so is a matrix.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Runs {
+pub(crate) struct Chunk {
     pub(crate) records: usize,
     pub(crate) codes: usize,
+    /// Where the next chunk begins, on a cache line.
     pub(crate) end: usize,
 }
 
@@ -220,11 +223,26 @@ impl Layout {
         self.bits * GROUP_BYTES
     }
 
-    pub(crate) fn runs(&self, cols: usize) -> Runs {
-        let records = (cols.div_ceil(SUPER) * self.super_bytes()).next_multiple_of(GROUP_BYTES);
-        let blocks = cols / BLOCK;
-        let codes = records + (blocks * self.record_bytes()).next_multiple_of(GROUP_BYTES);
-        Runs { records, codes, end: codes + blocks * self.code_bytes() }
+    /// A chunk of so many blocks, at most [`CHUNK`].
+    pub(crate) const fn chunk(&self, blocks: usize) -> Chunk {
+        let records = self.super_bytes();
+        let codes = (records + blocks * self.record_bytes()).next_multiple_of(GROUP_BYTES);
+        Chunk { records, codes, end: codes + blocks * self.code_bytes() }
+    }
+
+    /// Bytes of a panel.
+    pub(crate) const fn panel_bytes(&self, cols: usize) -> usize {
+        let (whole, rest) = (cols / SUPER, cols % SUPER / BLOCK);
+        let rest = if rest == 0 { 0 } else { self.chunk(rest).end };
+        whole * self.chunk(CHUNK).end + rest
+    }
+
+    /// The first byte and the parts of the chunk that holds column `col` of a panel of `cols` columns.
+    pub(crate) const fn chunk_of(&self, cols: usize, col: usize) -> (usize, Chunk) {
+        let first = col / SUPER;
+        let left = (cols - first * SUPER) / BLOCK;
+        let blocks = if left < CHUNK { left } else { CHUNK };
+        (first * self.chunk(CHUNK).end, self.chunk(blocks))
     }
 
     /// What is added to integers so that they are unsigned bytes.

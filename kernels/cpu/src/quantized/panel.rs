@@ -50,10 +50,11 @@ pub(crate) const fn planes(bits: usize) -> [(usize, usize); 2] {
 /// If a scale or an integer is none that the kind can hold.
 pub(crate) fn write(kind: Kind, cols: usize, panel: &mut [u8], col: usize, rows: &[Integers]) {
     let layout = kind.layout();
-    let runs = layout.runs(cols);
     assert!(rows.len() <= LANES && col.is_multiple_of(kind.block_len()), "{} rows at {col}", rows.len());
+    let (start, chunk) = layout.chunk_of(cols, col);
+    let panel = &mut panel[start..][..chunk.end];
     if layout.scales == Scales::Nested {
-        let over = &mut panel[col / SUPER * layout.super_bytes()..][..layout.super_bytes()];
+        let over = &mut panel[..layout.super_bytes()];
         for (lane, row) in rows.iter().enumerate() {
             write_f16(over, lane, row.scale);
             if layout.has_minima() {
@@ -62,18 +63,18 @@ pub(crate) fn write(kind: Kind, cols: usize, panel: &mut [u8], col: usize, rows:
         }
     }
     for at in (0..kind.block_len().min(cols - col)).step_by(BLOCK) {
-        let block = (col + at) / BLOCK;
+        let block = (col + at) % SUPER / BLOCK;
         let mut zeros = [0; LANES];
         if layout.values == Values::Zero {
             zeros = zero_points(rows);
         }
-        let record = &mut panel[runs.records + block * layout.record_bytes()..][..layout.record_bytes()];
+        let record = &mut panel[chunk.records + block * layout.record_bytes()..][..layout.record_bytes()];
         write_record(&layout, record, at / layout.sub_len, rows);
         if layout.values == Values::Zero {
             record[layout.scale_bytes()..].copy_from_slice(&zeros);
         }
         let codes = codes(&layout, rows, at, &zeros);
-        write_codes(&layout, &codes, &mut panel[runs.codes + block * layout.code_bytes()..]);
+        write_codes(&layout, &codes, &mut panel[chunk.codes + block * layout.code_bytes()..]);
     }
 }
 
@@ -158,18 +159,18 @@ fn write_codes(layout: &Layout, codes: &[[u8; GROUP_BYTES]; GROUPS], mut to: &mu
 /// Writes one lane of a panel as f32: the numbers that the kernels multiply by, less their order of operations.
 pub(crate) fn read_lane(kind: Kind, cols: usize, panel: &[u8], lane: usize, out: &mut [f32]) {
     let layout = kind.layout();
-    let runs = layout.runs(cols);
     for (i, value) in out.iter_mut().enumerate().take(cols) {
-        let (block, sub) = (i / BLOCK, i % BLOCK / layout.sub_len);
-        let record = &panel[runs.records + block * layout.record_bytes()..][..layout.record_bytes()];
-        let over = &panel[i / SUPER * layout.super_bytes()..];
+        let (start, chunk) = layout.chunk_of(cols, i);
+        let over = &panel[start..][..chunk.end];
+        let (block, sub) = (i % SUPER / BLOCK, i % BLOCK / layout.sub_len);
+        let record = &over[chunk.records + block * layout.record_bytes()..][..layout.record_bytes()];
         let (scales, rest) = record.split_at(layout.scale_bytes());
         let scale = match layout.scales {
             Scales::F16 => read_f16(scales, lane),
             Scales::F32 => f32::from_le_bytes(*scales[lane * 4..].first_chunk().unwrap_or(&[0; 4])),
             Scales::Nested => read_f16(over, lane) * f32::from(scales[sub * LANES + lane] as i8),
         };
-        let code = read_code(&layout, &panel[runs.codes + block * layout.code_bytes()..], lane, i % BLOCK);
+        let code = read_code(&layout, &over[chunk.codes + block * layout.code_bytes()..], lane, i % BLOCK);
         let integer = match layout.values {
             Values::Minimum => i16::from(code),
             Values::Less(bias) => i16::from(code) - i16::from(bias),

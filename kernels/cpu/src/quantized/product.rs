@@ -4,15 +4,13 @@ use std::ops::Range;
 
 use super::input::{self, ROW_BYTES};
 use super::kind::Kind;
+use super::row::RowOperands;
 use super::tile::Operands;
 use super::unpack::{Packed, Unpacked};
-use super::{BLOCK, GROUP_BYTES, GROUPS, SUPER};
+use super::{BLOCK, CHUNK, GROUP_BYTES, GROUPS};
 use crate::matmul::Product;
 use crate::simd::LANES;
 use crate::{Kernels, PackedMatrix};
-
-/// Blocks that are unpacked at a time: they and a tile of activations stay in the first cache.
-const CHUNK: usize = SUPER / BLOCK;
 
 /// Floats of scratch for the codes of one panel's chunk.
 const CODES_LEN: usize = CHUNK * GROUPS * GROUP_BYTES / 4;
@@ -58,11 +56,14 @@ impl Kernels {
         sums: &mut [f32],
         scratch: &mut [f32],
     ) {
+        assert_eq!(sums.len(), rows.len() * panels.len() * LANES, "sums");
+        if product.rows == 1 {
+            return self.add_row(product, panels, sums);
+        }
         // From the first float on a cache line.
         let start = scratch.as_ptr().align_offset(GROUP_BYTES);
         let scratch = &mut scratch[start..];
         assert!(scratch.len() >= panels.len() * PANEL_LEN, "scratch of {}", scratch.len());
-        assert_eq!(sums.len(), rows.len() * panels.len() * LANES, "sums");
         let blocks = product.weight.cols() / BLOCK;
         let mut first = 0;
         while first < blocks {
@@ -76,6 +77,27 @@ impl Kernels {
                 self.add_chunk(product, &run, &chunk, (rows, panels.end), place, scratch);
             }
             first = chunk.end;
+        }
+    }
+
+    /// One row: weights go straight from memory into the registers.
+    fn add_row(&self, product: &Product<'_>, panels: &Range<usize>, sums: &mut [f32]) {
+        let (weight, cols) = (product.weight, product.weight.cols());
+        assert_eq!(product.input.len(), input::len(1, cols), "a row of {cols} columns");
+        let mut start = panels.start;
+        while start < panels.end {
+            let run = run_of(weight, start..panels.end);
+            let operands = RowOperands {
+                panels: weight.panel(start).1.as_ptr(),
+                panel_bytes: run.kind.layout().panel_bytes(cols),
+                blocks: cols / BLOCK,
+                input: product.input.as_ptr().cast(),
+                sums: sums[(start - panels.start) * LANES..][..run.panels.len() * LANES].as_mut_ptr(),
+            };
+            // SAFETY: panels of one kind lie one behind the other, the row has as many blocks and the sums have place
+            // for all panels, as asserted; the table was chosen for this machine.
+            unsafe { (self.codes().rows[run.kind as usize])(&operands, run.panels.len()) };
+            start = run.panels.end;
         }
     }
 
@@ -96,8 +118,8 @@ impl Kernels {
         let next = if chunk.end < blocks { (run.panels.start, chunk.end) } else { (end, 0) };
         let known = next.0 < weight.panels() && weight.panel(next.0).0 == weight.panel(run.panels.start).0;
         let next = if known { next } else { (run.panels.start, chunk.start) };
-        operands.ask = packed(weight, run.kind, next.0, &(next.1..next.1 + 1)).codes;
-        operands.ask_panel = layout.runs(weight.cols()).end;
+        operands.ask = packed(weight, run.kind, next.0, next.1).codes;
+        operands.ask_panel = layout.panel_bytes(weight.cols());
         operands.ask_block = layout.code_bytes();
         operands.sums_row = sums_row;
         let tile_fn = self.codes().tiles[run.kind as usize];
@@ -131,7 +153,7 @@ impl Kernels {
     ) -> Operands {
         let layout = run.kind.layout();
         for (i, panel) in run.panels.clone().enumerate() {
-            let from = packed(weight, run.kind, panel, chunk);
+            let from = packed(weight, run.kind, panel, chunk.start);
             let (codes, rest) = scratch[i * PANEL_LEN..][..PANEL_LEN].split_at_mut(CODES_LEN);
             let (scales, shifts) = rest.split_at_mut(SCALES_LEN);
             let to = Unpacked {
@@ -145,8 +167,8 @@ impl Kernels {
         }
         let scratch = scratch.as_ptr();
         let (codes, codes_panel) = if layout.bits == 8 {
-            let codes = packed(weight, run.kind, run.panels.start, chunk).codes;
-            (codes, layout.runs(weight.cols()).end)
+            let codes = packed(weight, run.kind, run.panels.start, chunk.start).codes;
+            (codes, layout.panel_bytes(weight.cols()))
         } else {
             (scratch.cast(), PANEL_LEN * 4)
         };
@@ -176,17 +198,18 @@ fn run_of(weight: &PackedMatrix, panels: Range<usize>) -> Run {
     Run { kind, panels: panels.start..end }
 }
 
-/// Blocks of a panel; the first begins 256 columns.
-fn packed(weight: &PackedMatrix, kind: Kind, panel: usize, blocks: &Range<usize>) -> Packed {
-    let layout = kind.layout();
-    let runs = layout.runs(weight.cols());
+/// The chunk of a panel that block number `first` begins.
+fn packed(weight: &PackedMatrix, kind: Kind, panel: usize, first: usize) -> Packed {
+    let (layout, cols) = (kind.layout(), weight.cols());
     let bytes = weight.panel(panel).1;
-    assert!(blocks.end * BLOCK <= weight.cols() && blocks.start.is_multiple_of(CHUNK), "{blocks:?}");
-    assert_eq!(bytes.len(), runs.end, "bytes of a panel");
+    assert!(first * BLOCK < cols && first.is_multiple_of(CHUNK), "block {first} of {cols} columns");
+    assert_eq!(bytes.len(), layout.panel_bytes(cols), "bytes of a panel");
+    let (start, chunk) = layout.chunk_of(cols, first * BLOCK);
+    let bytes = &bytes[start..][..chunk.end];
     Packed {
-        over: bytes[blocks.start / CHUNK * layout.super_bytes()..].as_ptr(),
-        records: bytes[runs.records + blocks.start * layout.record_bytes()..].as_ptr(),
-        codes: bytes[runs.codes + blocks.start * layout.code_bytes()..].as_ptr(),
-        blocks: blocks.len(),
+        over: bytes.as_ptr(),
+        records: bytes[chunk.records..].as_ptr(),
+        codes: bytes[chunk.codes..].as_ptr(),
+        blocks: CHUNK.min(cols / BLOCK - first),
     }
 }

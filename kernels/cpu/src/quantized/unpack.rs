@@ -2,10 +2,10 @@
 
 use super::kind::{Kind, Layout, Scales, Values, WIDE_BIAS};
 use super::panel::planes;
-use super::{GROUP_BYTES, GROUPS, SUPER};
+use super::{GROUP_BYTES, GROUPS};
 use crate::simd::{Bytes, LANES, Simd};
 
-/// A run of blocks of a panel; the first begins 256 columns.
+/// A chunk of a panel.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed {
     /// Numbers over scales.
@@ -39,8 +39,9 @@ pub(crate) unsafe fn unpack<C: Bytes, const KIND: usize>(c: C, from: &Packed, to
     let layout = const { Kind::ALL[KIND].layout() };
     let mut codes = to.codes;
     let (mut scales, mut shifts) = (to.scales, to.shifts);
+    // SAFETY: the caller's promise.
+    let over = unsafe { over(c, &layout, from.over) };
     for block in 0..from.blocks {
-        let over = from.over.wrapping_add(block / (SUPER / super::BLOCK) * layout.super_bytes());
         let record = from.records.wrapping_add(block * layout.record_bytes());
         let packed = from.codes.wrapping_add(block * layout.code_bytes());
         // SAFETY: inside the block, which the caller vouches for.
@@ -50,7 +51,7 @@ pub(crate) unsafe fn unpack<C: Bytes, const KIND: usize>(c: C, from: &Packed, to
                 codes = codes.wrapping_add(GROUPS * GROUP_BYTES);
             }
             for sub in 0..layout.subs() {
-                let (scale, shift) = scale_and_shift(c, &layout, (over, record), sub);
+                let (scale, shift) = scale_and_shift(c, &layout, over, record, sub);
                 c.floats().write(scales, scale);
                 c.floats().write(shifts, shift);
                 scales = scales.wrapping_add(LANES);
@@ -60,29 +61,58 @@ pub(crate) unsafe fn unpack<C: Bytes, const KIND: usize>(c: C, from: &Packed, to
     }
 }
 
+/// What the scales and the minima of a chunk are multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) struct Over<C: Bytes> {
+    scales: Floats<C>,
+    minima: Floats<C>,
+}
+
+/// Reads the numbers over a chunk's scales, where there are any.
+///
+/// # Safety
+/// As [`unpack`], for one chunk.
+#[inline(always)]
+pub(crate) unsafe fn over<C: Bytes>(c: C, layout: &Layout, from: *const u8) -> Over<C> {
+    let s = c.floats();
+    let mut over = Over { scales: s.splat(0.0), minima: s.splat(0.0) };
+    // SAFETY: the numbers are there, as the caller promises.
+    unsafe {
+        if matches!(layout.scales, Scales::Nested) {
+            over.scales = s.read_f16(from.cast());
+            if layout.has_minima() {
+                over.minima = s.read_f16(from.wrapping_add(2 * LANES).cast());
+            }
+        }
+    }
+    over
+}
+
+/// A sub-block's scales, and its minima or what its bytes exceed their integers by, less 0.
+///
 /// # Safety
 /// As [`unpack`], for one block.
 #[inline(always)]
-unsafe fn scale_and_shift<C: Bytes>(
+pub(crate) unsafe fn scale_and_shift<C: Bytes>(
     c: C,
     layout: &Layout,
-    (over, record): (*const u8, *const u8),
+    over: Over<C>,
+    record: *const u8,
     sub: usize,
 ) -> (Floats<C>, Floats<C>) {
     let s = c.floats();
     let less = |x| s.sub(s.splat(0.0), x);
     let rest = record.wrapping_add(layout.scale_bytes());
-    // SAFETY: inside the block's record, and the number over it, which the caller vouches for.
+    // SAFETY: inside the block's record, which the caller vouches for.
     unsafe {
         let scale = match layout.scales {
             Scales::F16 => s.read_f16(record.cast()),
             Scales::F32 => s.read(record.cast()),
-            Scales::Nested => s.mul(s.read_f16(over.cast()), c.read_i8(record.wrapping_add(sub * LANES))),
+            Scales::Nested => s.mul(over.scales, c.read_i8(record.wrapping_add(sub * LANES))),
         };
         let shift = match layout.values {
             Values::Minimum if matches!(layout.scales, Scales::Nested) => {
-                let over = s.read_f16(over.wrapping_add(2 * LANES).cast());
-                less(s.mul(over, c.read_u8(rest.wrapping_add(sub * LANES))))
+                less(s.mul(over.minima, c.read_u8(rest.wrapping_add(sub * LANES))))
             }
             Values::Minimum => less(s.read_f16(rest.cast())),
             Values::Zero => less(c.read_u8(rest)),
@@ -94,7 +124,7 @@ unsafe fn scale_and_shift<C: Bytes>(
 }
 
 /// Sixteen f32 of a machine.
-type Floats<C> = <<C as Bytes>::Floats as Simd>::V;
+pub(crate) type Floats<C> = <<C as Bytes>::Floats as Simd>::V;
 
 /// # Safety
 /// As [`unpack`], for one block.
@@ -103,18 +133,22 @@ unsafe fn unpack_codes<C: Bytes, const KIND: usize>(c: C, from: *const u8, to: *
     macro_rules! groups {
         ($($group:literal)*) => {
             // SAFETY: the caller's promise.
-            unsafe { $(c.write_bytes(to.add($group * GROUP_BYTES), group::<C, KIND, $group>(c, from));)* }
+            unsafe { $(c.write_bytes(to.add($group * GROUP_BYTES), group::<C, KIND, $group>(c, from, C::WIDENS));)* }
         };
     }
     groups!(0 1 2 3 4 5 6 7);
 }
 
-/// The unsigned bytes of group `GROUP`.
+/// The unsigned bytes of group `GROUP`; wide ones if `widens` and the kind may be.
 ///
 /// # Safety
 /// As [`unpack`], for one block.
 #[inline(always)]
-unsafe fn group<C: Bytes, const KIND: usize, const GROUP: usize>(c: C, from: *const u8) -> C::B {
+pub(crate) unsafe fn group<C: Bytes, const KIND: usize, const GROUP: usize>(
+    c: C,
+    from: *const u8,
+    widens: bool,
+) -> C::B {
     let layout = const { Kind::ALL[KIND].layout() };
     let [(width, _), (upper, first)] = const { planes(Kind::ALL[KIND].layout().bits) };
     // SAFETY: both planes are inside the block.
@@ -130,8 +164,9 @@ unsafe fn group<C: Bytes, const KIND: usize, const GROUP: usize>(c: C, from: *co
         }
     };
     match layout.values {
-        Values::Table(_) => c.look_up(code, const { &biased(KIND, C::WIDENS) }),
-        Values::Less(bias) if C::WIDENS => c.add_bytes(code, WIDE_BIAS - bias),
+        Values::Table(_) if widens => c.look_up(code, const { &biased(KIND, true) }),
+        Values::Table(_) => c.look_up(code, const { &biased(KIND, false) }),
+        Values::Less(bias) if widens => c.add_bytes(code, WIDE_BIAS - bias),
         _ => code,
     }
 }

@@ -162,6 +162,28 @@ impl Simd for Avx2 {
     }
 }
 
+/// One register of [`Bytes::shift_and_mask`]; a closure would not have the instructions of its caller.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn half_shift_and_mask(a: __m256i, shift: i32, mask: u8) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let shifted = match shift {
+            -6 => _mm256_srli_epi16::<6>(a),
+            -5 => _mm256_srli_epi16::<5>(a),
+            -4 => _mm256_srli_epi16::<4>(a),
+            -3 => _mm256_srli_epi16::<3>(a),
+            -2 => _mm256_srli_epi16::<2>(a),
+            -1 => _mm256_srli_epi16::<1>(a),
+            0 => a,
+            n => _mm256_sll_epi16(a, _mm_cvtsi32_si128(n)),
+        };
+        _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
+    }
+}
+
 impl Bytes for Avx2 {
     type Floats = Self;
     type B = [__m256i; 2];
@@ -191,22 +213,7 @@ impl Bytes for Avx2 {
     #[inline(always)]
     fn shift_and_mask(self, a: [__m256i; 2], shift: i32, mask: u8) -> [__m256i; 2] {
         // SAFETY: self witnesses the features.
-        unsafe {
-            let mask = _mm256_set1_epi8(mask as i8);
-            a.map(|x| {
-                let shifted = match shift {
-                    -6 => _mm256_srli_epi16::<6>(x),
-                    -5 => _mm256_srli_epi16::<5>(x),
-                    -4 => _mm256_srli_epi16::<4>(x),
-                    -3 => _mm256_srli_epi16::<3>(x),
-                    -2 => _mm256_srli_epi16::<2>(x),
-                    -1 => _mm256_srli_epi16::<1>(x),
-                    0 => x,
-                    n => _mm256_sll_epi16(x, _mm_cvtsi32_si128(n)),
-                };
-                _mm256_and_si256(shifted, mask)
-            })
-        }
+        unsafe { [half_shift_and_mask(a[0], shift, mask), half_shift_and_mask(a[1], shift, mask)] }
     }
     #[inline(always)]
     fn add_bytes(self, a: [__m256i; 2], b: u8) -> [__m256i; 2] {
