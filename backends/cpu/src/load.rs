@@ -266,20 +266,24 @@ fn pack(
 fn put_integers<'a>(
     writer: &mut PanelWriter<'_>,
     panel: usize,
-    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)> + Clone,
+    rows: impl Iterator<Item = (&'a TensorView<'a>, usize)>,
     (kind, cols): (Kind, usize),
 ) {
+    let rows: Vec<_> = rows.collect();
+    let len = kind.block_len();
     let mut blocks = [Integers::ZERO; LANES];
     let mut block = Block::default();
-    for col in (0..cols).step_by(kind.block_len()) {
-        let mut count = 0;
-        for (to, (view, row)) in blocks.iter_mut().zip(rows.clone()) {
-            view.read_block(row, col / kind.block_len(), &mut block);
-            let Block { d, dmin, scales, mins, codes } = block;
-            *to = Integers { scale: d, minimum: dmin, scales, minima: mins, integers: codes };
-            count += 1;
+    for col in (0..cols).step_by(len) {
+        for (to, (view, row)) in blocks.iter_mut().zip(&rows) {
+            view.read_block(*row, col / len, &mut block);
+            (to.scale, to.minimum, to.scales, to.minima) = (block.d, block.dmin, block.scales, block.mins);
+            // Of lengths known here, so that there is no call for each of so many.
+            match (to.integers.first_chunk_mut(), block.codes.first_chunk::<32>()) {
+                (Some(to), Some(codes)) if len == 32 => *to = *codes,
+                _ => to.integers = block.codes,
+            }
         }
-        writer.put_integers(panel, col, &blocks[..count]);
+        writer.put_integers(panel, col, &blocks[..rows.len()]);
     }
 }
 

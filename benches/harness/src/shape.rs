@@ -166,8 +166,7 @@ mod tests {
             tensors.iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>() / 1_000_000
         };
         let found = SHAPES.map(millions);
-        let expected =
-            [596, 1235, 7248, 1543, 2614, 3880, 3821, 1484, 3075, 30_532, 20_914, 15_960, 8030];
+        let expected = [596, 1235, 7248, 1543, 2614, 3880, 3821, 1484, 3075, 30_532, 20_914, 15_960, 8030];
         assert_eq!(found, expected);
     }
 

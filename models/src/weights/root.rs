@@ -49,6 +49,7 @@ impl Weights {
                 let at = next.fetch_add(1, Ordering::Relaxed);
                 let Some((name, entry)) = entries.get(at) else { return leaves };
                 leaves.push((at, self.leaf(name, entry)));
+                self.release_span(&entry.span);
             }
         };
         let mut leaves: Vec<(usize, [u8; 32])> = std::thread::scope(|scope| {

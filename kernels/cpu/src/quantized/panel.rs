@@ -126,29 +126,36 @@ fn codes(layout: &Layout, rows: &[Integers], at: usize, zeros: &[u8; LANES]) -> 
     let mut codes = [[0; GROUP_BYTES]; GROUPS];
     let mut excess = 0;
     for (lane, row) in rows.iter().enumerate() {
-        for (i, &n) in row.integers[at..at + BLOCK].iter().enumerate() {
-            let code = match layout.values {
-                Values::Minimum => i16::from(n),
-                Values::Less(bias) => i16::from(n) + i16::from(bias),
-                Values::Zero => i16::from(n) + i16::from(zeros[lane]),
-                Values::Table(table) => i16::from(table.codes[usize::from(n as u8)]),
-            };
-            excess |= code >> layout.bits;
-            codes[i / 4][lane * 4 + i % 4] = code as u8;
+        let own = match layout.values {
+            Values::Minimum => own(row, at, i16::from),
+            Values::Less(bias) => own(row, at, |n| i16::from(n) + i16::from(bias)),
+            Values::Zero => own(row, at, |n| i16::from(n) + i16::from(zeros[lane])),
+            Values::Table(table) => own(row, at, |n| i16::from(table.codes[usize::from(n as u8)])),
+        };
+        excess |= own.iter().fold(0, |excess, code| excess | code >> layout.bits);
+        for (group, own) in codes.iter_mut().zip(own.as_chunks::<4>().0) {
+            group[lane * 4..][..4].copy_from_slice(&own.map(|code| code as u8));
         }
     }
     assert!(excess == 0, "expected integers of {} bits, found one that has no code", layout.bits);
     codes
 }
 
+/// The codes of a row's block.
+fn own(row: &Integers, at: usize, code: impl Fn(i8) -> i16) -> [i16; BLOCK] {
+    let mut codes = [0; BLOCK];
+    codes.iter_mut().zip(&row.integers[at..at + BLOCK]).for_each(|(to, &n)| *to = code(n));
+    codes
+}
+
 fn write_codes(layout: &Layout, codes: &[[u8; GROUP_BYTES]; GROUPS], mut to: &mut [u8]) {
     for (width, first) in planes(layout.bits) {
         let (plane, rest) = to.split_at_mut(width * GROUP_BYTES);
-        plane.fill(0);
+        let vectors = plane.as_chunks_mut::<GROUP_BYTES>().0;
+        vectors.fill([0; GROUP_BYTES]);
         let mask = ((1u16 << width) - 1) as u8;
         for (g, group) in codes.iter().enumerate().take(if width == 0 { 0 } else { GROUPS }) {
-            let vector = &mut plane[g % width * GROUP_BYTES..][..GROUP_BYTES];
-            for (place, code) in vector.iter_mut().zip(group) {
+            for (place, code) in vectors[g % width].iter_mut().zip(group) {
                 *place |= ((code >> first) & mask) << (g / width * width);
             }
         }
