@@ -1,17 +1,21 @@
 //! `mainstay bench`: measurements of this machine with a real model or the shape of one.
 
 mod latency;
+mod report;
+mod serve;
 mod sessions;
+mod shape;
 
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 use mainstay_bench::{Mix, Peaks, Shape};
 use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
-use mainstay_models::weights::DType;
+use mainstay_models::weights::{AtLoad, DType};
 use mainstay_models::{Model, Weights};
 
 use crate::options::ModelArgs;
+use crate::{quantize, start};
 
 /// Options of `mainstay bench`.
 #[derive(Args, Clone, Debug)]
@@ -26,6 +30,12 @@ enum BenchCommand {
     Latency(latency::LatencyArgs),
     /// What sessions save and cost: resumed from memory, disk, a killed process, another directory.
     Sessions(sessions::SessionsArgs),
+    /// A server under load: latencies, throughput, goodput; at several rates, for several kinds of clients.
+    Serve(Box<serve::ServeArgs>),
+    /// Results of all these as one HTML page with plots, which opens without a network.
+    Report(report::ReportArgs),
+    /// Write a model of random weights in the shape of a real one as a directory in Hugging Face layout.
+    Shape(shape::ShapeArgs),
 }
 
 /// Types of made-up weights.
@@ -41,6 +51,22 @@ enum WeightType {
     Q4_0,
     #[value(name = "q4_k_m")]
     Q4KM,
+    /// Experts only; everything else is bf16.
+    Mxfp4,
+}
+
+impl WeightType {
+    fn mix(self) -> (Mix, &'static str) {
+        match self {
+            WeightType::F32 => (Mix::Float(DType::F32), "F32"),
+            WeightType::F16 => (Mix::Float(DType::F16), "F16"),
+            WeightType::Bf16 => (Mix::Float(DType::BF16), "BF16"),
+            WeightType::Q8_0 => (Mix::Q8_0, "Q8_0"),
+            WeightType::Q4_0 => (Mix::Q4_0, "Q4_0"),
+            WeightType::Q4KM => (Mix::Q4KM, "Q4_K_M"),
+            WeightType::Mxfp4 => (Mix::Mxfp4, "MXFP4"),
+        }
+    }
 }
 
 /// What is measured.
@@ -48,7 +74,7 @@ enum WeightType {
 struct SubjectArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Instead of a model, random weights in the shape of one: qwen3-0.6b, llama-3.2-1b.
+    /// Instead of a model, random weights in the shape of one: qwen3-0.6b, llama-3.2-1b, llama-3.1-8b, gpt-oss-20b.
     #[arg(long, env = "MAINSTAY_SHAPE", conflicts_with = "model")]
     shape: Option<Shape>,
     /// Types of those weights.
@@ -61,31 +87,41 @@ pub(crate) fn run(args: BenchArgs) -> Result<()> {
     match args.command {
         BenchCommand::Latency(args) => latency::run(&args),
         BenchCommand::Sessions(args) => sessions::run(&args),
+        BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Report(args) => report::run(&args),
+        BenchCommand::Shape(args) => shape::run(&args),
     }
 }
 
 impl SubjectArgs {
     /// The graph and weights to measure, with a name for people.
     fn open(&self) -> Result<(String, Graph, Weights)> {
-        if let Some(shape) = self.shape {
-            let (mix, name) = match self.weight_type {
-                WeightType::F32 => (Mix::Float(DType::F32), "F32"),
-                WeightType::F16 => (Mix::Float(DType::F16), "F16"),
-                WeightType::Bf16 => (Mix::Float(DType::BF16), "BF16"),
-                WeightType::Q8_0 => (Mix::Q8_0, "Q8_0"),
-                WeightType::Q4_0 => (Mix::Q4_0, "Q4_0"),
-                WeightType::Q4KM => (Mix::Q4KM, "Q4_K_M"),
-            };
-            eprintln!("making weights");
-            let (graph, weights) = shape.build(mix)?;
-            return Ok((format!("{shape} {name} (random weights)"), graph, weights));
+        let (mut name, graph, mut weights) = match self.shape {
+            Some(shape) => {
+                let (mix, types) = self.weight_type.mix();
+                eprintln!("making weights");
+                let (graph, weights) = shape.build(mix)?;
+                (format!("{shape} {types} (random weights)"), graph, weights)
+            }
+            None => {
+                let source = self.model.source()?;
+                let name = source.name();
+                let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+                let Model { graph, weights, .. } = runtime.block_on(source.open())?;
+                (name, graph, weights)
+            }
+        };
+        if let Some(quant) = self.model.engine.quant.map(AtLoad::from) {
+            quantize::weights_at_load(&mut weights, quant, start::threads(&self.model.engine))?;
+            name = format!("{name}, {} at load", quant.name());
         }
-        let source = self.model.source()?;
-        let name = source.name();
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let Model { graph, weights, .. } = runtime.block_on(source.open())?;
         Ok((name, graph, weights))
     }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|n: &f64| *n > 0.0 && n.is_finite());
+    number.ok_or_else(|| format!("expected a number above 0, found `{text}`"))
 }
 
 /// Reads memory and multiplies for about a second.

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes target/peers-venv with llama-cpp-python, built from its source distribution for this processor.
-# Takes minutes of all cores, once; give it `nice`.
+# Makes target/peers-venv with llama-cpp-python, built from its source distribution for this processor. Takes minutes of
+# all cores, once; give it `nice`. With words, more peers of compare.py beside it: candle (from crates.io), transformers
+# (from PyPI, with torch for processors: 200 MB).
 set -eu
 cd "$(dirname "$0")/../.."
 venv=target/peers-venv
@@ -11,3 +12,11 @@ venv=target/peers-venv
 CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL="$(getconf _NPROCESSORS_ONLN)" \
     "$venv/bin/pip" install --no-binary llama-cpp-python llama-cpp-python==0.3.36
 "$venv/bin/python" -c 'import llama_cpp; print("llama-cpp-python", llama_cpp.__version__)'
+for peer in "$@"; do
+    case $peer in
+        candle) RUSTFLAGS="-C target-cpu=native" cargo build --release --manifest-path benches/peers/candle/Cargo.toml \
+            --target-dir benches/peers/candle/target ;;
+        transformers) "$venv/bin/pip" install --quiet transformers==5.23.0 torch ;;
+        *) echo "$0: expected candle or transformers, found $peer" >&2 && exit 2 ;;
+    esac
+done

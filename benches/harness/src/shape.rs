@@ -1,5 +1,8 @@
 //! Graphs of real models with seeded random weights, so that speed can be measured without a download.
 
+mod files;
+mod tokens;
+
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
@@ -12,6 +15,7 @@ use mainstay_models::{LoadError, Weights, families};
 use serde_json::{Value, json};
 
 use crate::mix::Mix;
+pub use files::WriteError;
 
 /// A real model's dimensions, from its published configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,17 +24,24 @@ pub enum Shape {
     Qwen3Small,
     /// Llama 3.2 1B: 16 layers, 32 heads over 8, tied embedding of 128256 rows.
     Llama32Small,
+    /// Llama 3.1 8B: 32 layers, 32 heads over 8, embedding and vocabulary product of 128256 rows each.
+    Llama31Medium,
+    /// gpt-oss 20B: 24 layers of 32 experts, of which a row has 4; every second layer sees 128 tokens.
+    GptOssSmall,
 }
 
 impl Shape {
     /// All shapes.
-    pub const ALL: [Shape; 2] = [Shape::Qwen3Small, Shape::Llama32Small];
+    pub const ALL: [Shape; 4] =
+        [Shape::Qwen3Small, Shape::Llama32Small, Shape::Llama31Medium, Shape::GptOssSmall];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Shape::Qwen3Small => "qwen3-0.6b",
             Shape::Llama32Small => "llama-3.2-1b",
+            Shape::Llama31Medium => "llama-3.1-8b",
+            Shape::GptOssSmall => "gpt-oss-20b",
         }
     }
 
@@ -52,7 +63,33 @@ impl Shape {
                 },
                 "hidden_act": "silu", "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false
             }),
+            Shape::Llama31Medium => json!({
+                "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256,
+                "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192
+                },
+                "hidden_act": "silu", "tie_word_embeddings": false, "attention_bias": false, "mlp_bias": false
+            }),
+            Shape::GptOssSmall => json!({
+                "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+                "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088,
+                "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 150_000.0,
+                "rope_scaling": {
+                    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+                    "original_max_position_embeddings": 4096
+                },
+                "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
+                "hidden_act": "silu", "tie_word_embeddings": false, "attention_bias": true
+            }),
         }
+    }
+
+    fn graph(self) -> Result<Graph, LoadError> {
+        let origin = Path::new(self.name());
+        families::graph(&Config::from_bytes(origin, self.config().to_string().as_bytes())?)
     }
 
     /// The graph with seeded weights of the wanted types.
@@ -61,7 +98,7 @@ impl Shape {
     /// What the family or the weights' reader finds wrong; a shape that does not load is a bug.
     pub fn build(self, mix: Mix) -> Result<(Graph, Weights), LoadError> {
         let origin = Path::new(self.name());
-        let graph = families::graph(&Config::from_bytes(origin, self.config().to_string().as_bytes())?)?;
+        let graph = self.graph()?;
         let weights = Weights::from_tensors(origin, checkpoint(&graph, mix))?;
         graph.check(&weights)?;
         Ok((graph, weights))
@@ -144,14 +181,20 @@ fn collect(block: &Block, prefix: &str, found: &mut Vec<(String, Vec<usize>)>) {
             Op::Linear { weight, bias, .. } => (Some(weight), [bias.as_ref(), None]),
             Op::RmsNorm { weight, .. } => (None, [Some(weight), None]),
             Op::LayerNorm { weight, bias, .. } => (None, [Some(weight), Some(bias)]),
+            Op::Attend(a) => (None, [a.sinks.as_ref(), None]),
+            Op::AttendLatent(a) => (Some(&a.expand), [None, None]),
+            Op::Experts(e) => (None, [e.routing.bias.as_ref(), None]),
             _ => (None, [None, None]),
         };
-        if let Some(matrix) = matrix {
+        let experts = if let Op::Experts(e) = op { &e.experts[..] } else { &[] };
+        let inner = experts.iter().flat_map(|expert| [&expert.up, &expert.down]);
+        for matrix in matrix.into_iter().chain(inner) {
             found.extend(
                 matrix.parts.iter().map(|(n, rows)| (format!("{prefix}{n}"), vec![*rows, matrix.cols])),
             );
         }
-        for vector in vectors.into_iter().flatten() {
+        let inner = experts.iter().flat_map(|expert| [expert.up_bias.as_ref(), expert.down_bias.as_ref()]);
+        for vector in vectors.into_iter().chain(inner).flatten() {
             found.extend(vector.parts.iter().map(|(n, len)| (format!("{prefix}{n}"), vec![*len])));
         }
     }
@@ -193,10 +236,9 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_real_models() {
-        for (shape, millions) in [(Shape::Qwen3Small, 596), (Shape::Llama32Small, 1235)] {
-            let config =
-                Config::from_bytes(Path::new("shape"), shape.config().to_string().as_bytes()).unwrap();
-            let graph = families::graph(&config).unwrap();
+        let published = [596, 1235, 8030, 20_914];
+        for (shape, millions) in Shape::ALL.into_iter().zip(published) {
+            let graph = shape.graph().unwrap();
             let count: usize = tensors(&graph).iter().map(|(_, s)| s.iter().product::<usize>()).sum();
             assert_eq!(count / 1_000_000, millions, "{shape}");
         }
@@ -204,17 +246,25 @@ mod tests {
 
     #[test]
     fn a_checkpoint_of_a_small_graph_loads() {
-        let config = json!({
+        let dense = json!({
             "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
             "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": false
         });
-        let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
-        let graph = families::graph(&config).unwrap();
-        let floats = [DType::F32, DType::F16, DType::BF16].map(Mix::Float);
-        for mix in floats.into_iter().chain([Mix::Q8_0, Mix::Q4_0, Mix::Q4KM]) {
-            let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
-            graph.check(&weights).unwrap();
+        let experts = json!({
+            "model_type": "gpt_oss", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 50,
+            "max_position_embeddings": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+            "rope_scaling": Value::Null
+        });
+        for config in [dense, experts] {
+            let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
+            let graph = families::graph(&config).unwrap();
+            let floats = [DType::F32, DType::F16, DType::BF16].map(Mix::Float);
+            for mix in floats.into_iter().chain([Mix::Q8_0, Mix::Q4_0, Mix::Q4KM, Mix::Mxfp4]) {
+                let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
+                graph.check(&weights).unwrap();
+            }
         }
     }
 }
