@@ -59,7 +59,9 @@ class Program:
     def read(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name}: expected a line of JSON, found its end (status {self.process.wait()}): "
+            status = self.process.wait()
+            hint = " (an instruction that is not there: PEERS_AMX=off benches/peers/setup.sh may help)" if status == -4 else ""
+            sys.exit(f"{self.name}: expected a line of JSON, found its end with status {status}{hint}: "
                      f"{' '.join(self.command)}")
         return json.loads(line)
 
@@ -107,7 +109,7 @@ def sizes(args):
 
 
 def ours(args, model):
-    command = [args.mainstay, "bench", "latency", str(model), "--cases", args.cells, "--turns=true", *sizes(args)]
+    command = [args.mainstay, "bench", "latency", str(model), "--cases", args.cells, "--turns", *sizes(args)]
     return Program("mainstay", command + args.mainstay_option)
 
 

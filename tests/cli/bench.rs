@@ -103,7 +103,7 @@ fn sessions_are_kept_by_the_server_and_removed() {
     let server = Server::start(&["--data-dir", &data]);
     let url = format!("http://{}", server.address);
     let load = ["--workload=chat", "--requests=6", "--turns=3", "--input=64", "--output=4", "--json", &json];
-    bench(&[&["serve", "--url", &url, "--sessions=true"], &load[..]].concat());
+    bench(&[&["serve", "--url", &url, "--sessions"], &load[..]].concat());
     let found = &results(&json)[0];
     assert_eq!(found["completed"], 6, "{found}");
     // the server's count has the whole session, though only the new message was sent
@@ -114,7 +114,7 @@ fn sessions_are_kept_by_the_server_and_removed() {
     assert!(of(2).min() > of(0).max().map(|len| 2 * len), "{turns:?} {lens:?}");
     let left = run(&["sessions", "ls", "--url", &url]);
     assert!(!left.stdout.contains("sess_"), "{}", left.stdout);
-    bench(&[&["serve", "--sessions=true"], &load[..]].concat());
+    bench(&[&["serve", "--sessions"], &load[..]].concat());
     assert_eq!(results(&json)[0]["completed"], 6);
 }
 
@@ -131,7 +131,7 @@ fn a_load_ends_at_its_limit() {
 
 #[test]
 fn cells_take_turns_with_another_program() {
-    let words = ["bench", "latency", "--cases=decode@0x1,prefill@32,decode@8x2", "--prompt=16", "--gen=4", "--turns=true"];
+    let words = ["bench", "latency", "--cases=decode@0x1,prefill@32,decode@8x2", "--prompt=16", "--gen=4", "--turns"];
     let mut child = mainstay(&words).stdin(Stdio::piped()).spawn().expect("the command starts");
     let mut stdin = child.stdin.take().expect("stdin is piped");
     stdin.write_all(b"decode@8x2\nprefill@32\ndecode@8x2\n").expect("the child reads");
