@@ -34,7 +34,7 @@ def skip(why):
 
 def build():
     """The program, built as the gate builds: without incremental compilation, which inlines otherwise."""
-    command = ["cargo", "build", "--release", "-p", "mainstay-bench", "--example", "instructions",
+    command = ["cargo", "build", "--release", "--workspace", "--example", "instructions",
                "--message-format=json-render-diagnostics"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CARGO_INCREMENTAL": "0"}, stdout=subprocess.PIPE,
                           text=True, check=True)

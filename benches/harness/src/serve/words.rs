@@ -13,6 +13,8 @@ const WORDS: [&str; 64] = [
 
 /// Words that a request for finding out how many tokens a word is has at least.
 const PROBE: usize = 64;
+/// No workload's, or it would find its beginning in the server's memory.
+const PROBE_SEED: u64 = u64::MAX;
 
 /// Makes texts, each from a seed of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,7 +29,7 @@ impl Words {
     /// Two texts, one twice as long, whose lengths as the server counts them tell what a word is.
     pub fn probes() -> [String; 2] {
         let words = Words { tokens_each: 1.0, tokens_around: 0.0 };
-        [words.text(1, PROBE), words.text(1, 2 * PROBE)]
+        [PROBE, 2 * PROBE].map(|count| words.text(PROBE_SEED, count))
     }
 
     /// What the server's counts of [`Words::probes`] say; `None` where they make no sense.
