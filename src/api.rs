@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::exit::Usage;
 
 /// One server.
+#[derive(Clone)]
 pub(crate) struct Api {
     http: reqwest::Client,
     base: String,

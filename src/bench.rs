@@ -1,16 +1,21 @@
 //! `mainstay bench`: measurements of this machine with a real model or the shape of one.
 
 mod latency;
+mod report;
+mod serve;
 mod sessions;
+mod shape;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use mainstay_bench::{Mix, Peaks, Shape};
 use mainstay_kernels_cpu::measure;
 use mainstay_models::graph::Graph;
+use mainstay_models::weights::AtLoad;
 use mainstay_models::{Model, Weights};
 
 use crate::options::ModelArgs;
+use crate::{quantize, start};
 
 /// Options of `mainstay bench`.
 #[derive(Args, Clone, Debug)]
@@ -25,6 +30,12 @@ enum BenchCommand {
     Latency(latency::LatencyArgs),
     /// What sessions save and cost: resumed from memory, disk, a killed process, another directory.
     Sessions(sessions::SessionsArgs),
+    /// A server under load: latencies, throughput, goodput; at several rates, for several kinds of clients.
+    Serve(Box<serve::ServeArgs>),
+    /// Results of all these as one HTML page with plots, which opens without a network.
+    Report(report::ReportArgs),
+    /// Write a model of random weights in the shape of a real one as a directory in Hugging Face layout.
+    Shape(shape::ShapeArgs),
 }
 
 /// What is measured.
@@ -48,25 +59,42 @@ pub(crate) fn run(args: BenchArgs) -> Result<()> {
     match args.command {
         BenchCommand::Latency(args) => latency::run(&args),
         BenchCommand::Sessions(args) => sessions::run(&args),
+        BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Report(args) => report::run(&args),
+        BenchCommand::Shape(args) => shape::run(&args),
     }
 }
 
 impl SubjectArgs {
     /// The graph and weights to measure, with a name for people.
     fn open(&self) -> Result<(String, Graph, Weights)> {
-        if let Some(shape) = self.shape {
-            eprintln!("making weights");
-            let (graph, weights) = shape.build(self.weight_type, self.layers)?;
-            let (mix, layers) = (self.weight_type.name(), graph.layers.len());
-            let told = if self.layers.is_some() { format!(", {layers} layers") } else { String::new() };
-            return Ok((format!("{shape} {mix} (random weights{told})"), graph, weights));
+        let (mut name, graph, mut weights) = match self.shape {
+            Some(shape) => {
+                eprintln!("making weights");
+                let (graph, weights) = shape.build(self.weight_type, self.layers)?;
+                let (mix, layers) = (self.weight_type.name(), graph.layers.len());
+                let told = if self.layers.is_some() { format!(", {layers} layers") } else { String::new() };
+                (format!("{shape} {mix} (random weights{told})"), graph, weights)
+            }
+            None => {
+                let source = self.model.source()?;
+                let name = source.name();
+                let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+                let Model { graph, weights, .. } = runtime.block_on(source.open())?;
+                (name, graph, weights)
+            }
+        };
+        if let Some(quant) = self.model.engine.quant.map(AtLoad::from) {
+            quantize::weights_at_load(&mut weights, quant, start::threads(&self.model.engine))?;
+            name = format!("{name}, {} at load", quant.name());
         }
-        let source = self.model.source()?;
-        let name = source.name();
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let Model { graph, weights, .. } = runtime.block_on(source.open())?;
         Ok((name, graph, weights))
     }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|n: &f64| *n > 0.0 && n.is_finite());
+    number.ok_or_else(|| format!("expected a number above 0, found `{text}`"))
 }
 
 /// Reads memory and multiplies for about a second.

@@ -146,13 +146,13 @@ impl Client {
 
 /// Puts the `data` fields of server-sent events together from pieces of any size.
 #[derive(Default)]
-struct EventReader {
+pub(crate) struct EventReader {
     pending: Vec<u8>,
 }
 
 impl EventReader {
     /// The data of the events that are complete now.
-    fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Vec<String> {
         self.pending.extend_from_slice(bytes);
         let mut found = Vec::new();
         while let Some(end) = self.pending.iter().position(|&b| b == b'\n') {

@@ -56,6 +56,40 @@ impl Drop for Progress {
     }
 }
 
+/// One piece of work counted in steps. Dropping it takes the bar away.
+pub(crate) struct Counter(Option<ProgressBar>);
+
+impl Counter {
+    /// Begins.
+    pub(crate) fn start(what: &str, total: u64) -> Self {
+        if !stderr().is_terminal() {
+            eprintln!("{what}: {total} ...");
+            return Self(None);
+        }
+        let bar = ProgressBar::new(total);
+        let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {elapsed} {eta}");
+        bar.set_style(style.expect("the template is a constant that parses").progress_chars("=> "));
+        bar.set_message(what.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Self(Some(bar))
+    }
+
+    /// So many are done.
+    pub(crate) fn set(&mut self, done: u64) {
+        if let Some(bar) = &self.0 {
+            bar.set_position(done);
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 fn bar(what: &str, total_bytes: u64) -> ProgressBar {
     let bar = if total_bytes == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total_bytes) };
     let template = match total_bytes {

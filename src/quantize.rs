@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use mainstay_models::gguf::{MIXES, Mix, Plan, Planned};
 use mainstay_models::quant::encode_row;
 use mainstay_models::weights::AtLoad;
-use mainstay_models::{LoadError, Model};
+use mainstay_models::{LoadError, Model, Weights};
 
 use crate::exit::Usage;
 use crate::options::switch;
@@ -145,12 +145,20 @@ fn spread(
 
 /// Quantizes the weights of a model in memory, as `--quant` asks.
 pub(crate) fn at_load(model: &mut Model, quant: AtLoad, threads: usize) -> Result<()> {
-    let names: Vec<String> = model.weights.names().map(str::to_owned).collect();
-    let mut progress = Progress::start("quantizing weights", model.graph.weight_bytes(&model.weights));
+    weights_at_load(&mut model.weights, quant, threads)?;
+    model.quantized_at_load(quant);
+    Ok(())
+}
+
+/// The same where there are weights only.
+pub(crate) fn weights_at_load(weights: &mut Weights, quant: AtLoad, threads: usize) -> Result<()> {
+    let names: Vec<String> = weights.names().map(str::to_owned).collect();
+    let stored = |name: &String| weights.tensor(name).map_or(0, |view| view.stored_bytes() as u64);
+    let mut progress = Progress::start("quantizing weights", names.iter().map(stored).sum());
     for name in names {
-        let view = model.weights.tensor(&name)?;
+        let view = weights.tensor(&name)?;
         let stored = view.stored_bytes() as u64;
-        if let Some(dtype) = model.weights.type_at_load(&name, quant) {
+        if let Some(dtype) = weights.type_at_load(&name, quant) {
             let row_bytes = dtype.row_bytes(view.cols()).unwrap_or_default();
             let mut bytes = vec![0; row_bytes * view.rows()];
             spread(&mut bytes, row_bytes, threads, |rows, out| {
@@ -158,7 +166,7 @@ pub(crate) fn at_load(model: &mut Model, quant: AtLoad, threads: usize) -> Resul
                 for (at, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
                     view.read_row(at, &mut row);
                     if let Some(found) = row.iter().find(|x| !x.is_finite()) {
-                        let path = model.weights.origin().to_owned();
+                        let path = weights.origin().to_owned();
                         let what = format!("tensor `{name}`: expected finite numbers, found {found}");
                         return Err(LoadError::Format { path, what });
                     }
@@ -166,11 +174,10 @@ pub(crate) fn at_load(model: &mut Model, quant: AtLoad, threads: usize) -> Resul
                 }
                 Ok(())
             })?;
-            model.weights.release(&name);
-            model.weights.replace(&name, dtype, bytes);
+            weights.release(&name);
+            weights.replace(&name, dtype, bytes);
         }
         progress.advance(stored);
     }
-    model.quantized_at_load(quant);
     Ok(())
 }

@@ -71,6 +71,11 @@ pub(crate) struct DirArgs {
 }
 
 impl DirArgs {
+    /// A directory in plain.
+    pub(crate) fn at(dir: PathBuf) -> Self {
+        Self { data_dir: Some(dir), encryption_key_file: None }
+    }
+
     /// Where files and batches are kept: not in a directory whose contents are to be encrypted, for they would not be.
     pub(crate) fn files(&self) -> Option<PathBuf> {
         match self.encryption_key_file {

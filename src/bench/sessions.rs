@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use clap::Args;
 use mainstay_bench::sessions::{CHILD_ENV, Plan, SessionsError, Subject, Task, child, json, sessions, table};
+use mainstay_models::graph::Graph;
 use serde_json::json;
 
 use super::{SubjectArgs, describe, peaks};
@@ -19,14 +20,9 @@ use crate::{data_dir, start};
 pub(super) struct SessionsArgs {
     #[command(flatten)]
     subject: SubjectArgs,
-    /// Tokens of a session before its second turn, separated by commas.
-    #[arg(
-        long,
-        env = "MAINSTAY_BENCH_CONTEXTS",
-        value_name = "TOKENS",
-        value_delimiter = ',',
-        default_value = "2048,8192,32768"
-    )]
+    /// Tokens of a session before its second turn, separated by commas [default: of 2048, 8192 and 32768 those that the
+    /// model has room for].
+    #[arg(long, env = "MAINSTAY_BENCH_CONTEXTS", value_name = "TOKENS", value_delimiter = ',')]
     contexts: Vec<usize>,
     /// Tokens of each answer.
     #[arg(long, env = "MAINSTAY_BENCH_ANSWER", value_name = "TOKENS", default_value_t = 16)]
@@ -60,11 +56,19 @@ pub(super) struct SessionsArgs {
     child: Option<Task>,
 }
 
+/// Lengths of sessions where none are given.
+const CONTEXTS: [usize; 3] = [2048, 8192, 32_768];
+
 impl SessionsArgs {
-    fn plan(&self) -> Plan {
+    fn plan(&self, graph: &Graph) -> Plan {
+        let fits = |tokens: &usize| tokens + self.new + self.answer <= graph.context;
+        let contexts = match self.contexts.is_empty() {
+            true => CONTEXTS.into_iter().filter(fits).collect(),
+            false => self.contexts.clone(),
+        };
         let above = self.dir.clone().or_else(|| data_dir::resolve(None)).unwrap_or_else(std::env::temp_dir);
         Plan {
-            contexts: self.contexts.clone(),
+            contexts,
             answer: self.answer,
             new: self.new,
             repeats: self.repeat,
@@ -86,7 +90,7 @@ pub(super) fn run(args: &SessionsArgs) -> Result<()> {
     let threads = start::threads(engine);
     let how = (kv_dtype, engine.tokens_per_step);
     let subject = Subject::new(&*backend, (&graph, &weights), how, threads);
-    let plan = args.plan();
+    let plan = args.plan(&graph);
     if let Some(task) = &args.child {
         return Ok(child(&subject, &plan, task, &mut io::stdout())?);
     }

@@ -1,6 +1,7 @@
 //! The `mainstay` command from outside: arguments, exit codes, one line on stdout, signals, HTTP, the hub.
 
 mod arguments;
+mod bench;
 mod hub;
 mod hub_server;
 mod memory;

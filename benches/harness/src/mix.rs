@@ -11,17 +11,19 @@ pub struct Mix {
     name: &'static str,
     /// What most matrices are.
     base: DType,
+    /// What everything but experts is, where that is something else.
+    rest: Option<DType>,
     /// What values and the way down are in the first and last eighth of the layers, and in every third between: as
     /// llama.cpp mixes them.
     fine: Option<DType>,
 }
 
 const fn mix(name: &'static str, base: DType) -> Mix {
-    Mix { name, base, fine: None }
+    Mix { name, base, rest: None, fine: None }
 }
 
 /// All mixes.
-pub const MIXES: [Mix; 17] = [
+pub const MIXES: [Mix; 18] = [
     mix("f32", DType::F32),
     mix("f16", DType::F16),
     mix("bf16", DType::BF16),
@@ -37,8 +39,10 @@ pub const MIXES: [Mix; 17] = [
     mix("q6_k", DType::Q6K),
     mix("iq4_nl", DType::Iq4Nl),
     mix("mxfp4", DType::Mxfp4),
-    Mix { name: "q4_k_m", base: DType::Q4K, fine: Some(DType::Q6K) },
-    Mix { name: "q5_k_m", base: DType::Q5K, fine: Some(DType::Q6K) },
+    Mix { fine: Some(DType::Q6K), ..mix("q4_k_m", DType::Q4K) },
+    Mix { fine: Some(DType::Q6K), ..mix("q5_k_m", DType::Q5K) },
+    // as gpt-oss is published
+    Mix { rest: Some(DType::BF16), ..mix("mxfp4_moe", DType::Mxfp4) },
 ];
 
 impl Mix {
@@ -47,14 +51,21 @@ impl Mix {
         self.name
     }
 
+    /// The type of all tensors, where that is a float.
+    pub fn float(self) -> Option<DType> {
+        self.base.format().is_none().then_some(self.base)
+    }
+
     /// The type of a tensor of a model of so many layers. Where the vocabulary would be of less than 6 bits it is of 6,
     /// and rows that blocks of 256 do not fill have blocks of 32.
     pub(crate) fn of(self, name: &str, shape: &[usize], layers: usize) -> DType {
-        let is_float = self.base.format().is_none();
-        let [_, cols] = *shape else { return if is_float { self.base } else { DType::F32 } };
-        if is_float {
-            return self.base;
+        if let Some(rest) = self.rest.filter(|_| !name.contains(".experts.")) {
+            return rest;
         }
+        if let Some(dtype) = self.float() {
+            return dtype;
+        }
+        let [_, cols] = *shape else { return DType::F32 };
         let vocabulary = name.contains("embed_tokens") || name.contains("lm_head");
         let fine = || name.contains("v_proj") || name.contains("kv_b_proj") || name.contains("down_proj");
         let layer = || name.split('.').find_map(|part| part.parse().ok());
@@ -127,6 +138,8 @@ mod tests {
         assert_eq!(of("bf16", "model.norm.weight", &[256]), DType::BF16);
         assert_eq!(of("q4_k", "model.layers.0.mlp.up_proj.weight", &[64, 2880]), DType::Q5_0);
         assert_eq!(of("q4_k", "model.layers.0.mlp.up_proj.weight", &[64, 100]), DType::F16);
+        assert_eq!(of("mxfp4_moe", "model.layers.0.mlp.experts.3.up_proj.weight", &[64, 256]), DType::Mxfp4);
+        assert_eq!(of("mxfp4_moe", "model.layers.0.self_attn.q_proj.weight", &[64, 256]), DType::BF16);
     }
 
     #[test]

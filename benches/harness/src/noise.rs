@@ -10,6 +10,23 @@ pub(crate) struct Ticks {
     own: u64,
 }
 
+/// Looks at the machine from now on.
+#[derive(Clone, Copy, Debug)]
+pub struct Watch(Option<Ticks>);
+
+impl Watch {
+    /// Begins.
+    pub fn start() -> Self {
+        Self(ticks())
+    }
+
+    /// The part of all processor time that other programs took since then, 0 to 1; `None` where the system does not tell
+    /// or too little time passed.
+    pub fn foreign(&self) -> Option<f64> {
+        foreign(self.0, ticks())
+    }
+}
+
 /// `None` where the system does not tell (other systems than Linux).
 pub(crate) fn ticks() -> Option<Ticks> {
     parse(&fs::read_to_string("/proc/stat").ok()?, &fs::read_to_string("/proc/self/stat").ok()?)

@@ -1,5 +1,8 @@
 //! Graphs of real models with seeded random weights, so that speed can be measured without a download.
 
+mod files;
+mod tokens;
+
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
@@ -11,6 +14,7 @@ use mainstay_models::weights::{DType, MemoryTensor};
 use mainstay_models::{LoadError, Weights, families};
 
 use crate::mix::Mix;
+pub use files::WriteError;
 
 /// A real model's dimensions, from its published configuration, without what no op sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_of_a_small_graph_loads() {
-        let config = json!({
+        let dense = json!({
             "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
             "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": false

@@ -178,6 +178,7 @@ pub fn json(figures: &Figures, peaks: &Peaks) -> Value {
         .map(|v| json!({"target": v.target, "found": v.found, "verdict": v.word(), "met": v.met}))
         .collect();
     json!({
+        "kind": "sessions",
         "read_bytes_per_s": peaks.read_bytes_per_s,
         "fma_flops_per_s": peaks.fma_flops_per_s,
         "plan": plan_json(figures),
