@@ -72,7 +72,8 @@ impl Pages {
     pub(crate) fn prepare(&self, step: &Step) {
         for chunk in &step.chunks {
             for group in 0..self.groups.len() {
-                let written = chunk.table(step, group).get(chunk.position / PAGE_TOKENS..).unwrap_or_default();
+                let written =
+                    chunk.table(step, group).get(chunk.position / PAGE_TOKENS..).unwrap_or_default();
                 let furthest = written.iter().map(|page| page.0).max();
                 furthest.into_iter().for_each(|page| self.used(group, page));
             }
