@@ -3,6 +3,7 @@
 mod arguments;
 mod hub;
 mod hub_server;
+mod identity;
 mod program;
 mod quantizing;
 mod serving;
