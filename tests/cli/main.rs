@@ -4,6 +4,7 @@ mod arguments;
 mod bench;
 mod hub;
 mod hub_server;
+mod identity;
 mod memory;
 mod program;
 mod quantizing;

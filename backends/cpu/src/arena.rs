@@ -8,6 +8,7 @@
 #![expect(unsafe_code, reason = "disjoint parts of one buffer go to several threads")]
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use mainstay_kernels_cpu::kv::{BlockShape, KvBlock, KvBlockMut, KvType};
@@ -106,7 +107,7 @@ impl Arena {
 
 /// The blocks of all pages of a group, `[page][layer][head]`, each block of equal size.
 pub(crate) struct Blocks {
-    memory: Aligned,
+    memory: Arc<Aligned>,
     dtype: KvType,
     /// Elements of a block.
     len: usize,
@@ -120,8 +121,13 @@ impl Blocks {
     /// `count` zeroed blocks of this shape, or `None` where memory is short.
     pub(crate) fn new(dtype: KvType, shape: BlockShape, count: usize) -> Option<Self> {
         let (len, block_bytes) = (shape.len(), dtype.block_bytes(shape));
-        let memory = Aligned::zeroed(block_bytes.checked_mul(count)?)?;
+        let memory = Arc::new(Aligned::zeroed(block_bytes.checked_mul(count)?)?);
         Some(Self { memory, dtype, len, block_bytes, count })
+    }
+
+    /// Where they lie, for whoever has the system give it.
+    pub(crate) fn memory(&self) -> &Arc<Aligned> {
+        &self.memory
     }
 
     /// Element type.
@@ -190,6 +196,9 @@ impl Blocks {
     pub(crate) fn copy(&mut self, from: usize, to: usize, count: usize) {
         let bytes = self.block_bytes;
         assert!(from.max(to) + count <= self.count, "{count} blocks from {from} to {to} of {}", self.count);
-        self.memory.bytes_mut().copy_within(from * bytes..(from + count) * bytes, to * bytes);
+        let memory = self.memory.as_ptr();
+        // SAFETY: both inside the memory, as just checked; nobody else reads or writes blocks while they are borrowed
+        // exclusively.
+        unsafe { std::ptr::copy(memory.add(from * bytes), memory.add(to * bytes), count * bytes) };
     }
 }

@@ -188,6 +188,7 @@ impl Executor for CpuExecutor {
         for &(from, to) in &step.copies {
             self.core.pages.copy(from, to);
         }
+        self.core.pages.prepare(step);
         self.core.prepare(step);
         if let Some(kv) = &mut self.core.step_kv {
             kv.prepare(step);

@@ -5,6 +5,7 @@
 //! outputs among themselves.
 
 mod adapter;
+mod ahead;
 mod arena;
 mod executor;
 mod experts;

@@ -53,15 +53,28 @@ fn parse_cpu_list(list: &str) -> Option<BTreeSet<usize>> {
 
 /// Memory of the machine or of the control group, whichever is less; `None` where the system does not tell.
 pub(crate) fn memory_bytes() -> Option<u64> {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_meminfo(&text));
+    let machine = fs::read_to_string("/proc/meminfo").ok();
+    let machine = machine.and_then(|text| parse_meminfo(&text, "MemTotal:"));
     let group =
         fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
     machine.into_iter().chain(group).min()
 }
 
-fn parse_meminfo(text: &str) -> Option<u64> {
-    let total = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
-    total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// Bytes that can be taken without pushing anybody out, of the machine or of the control group, whichever is less;
+/// `None` where the system does not tell.
+pub(crate) fn available_bytes() -> Option<u64> {
+    let machine = parse_meminfo(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:");
+    let group = |name: &str| {
+        let text = fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let left = || Some(group("memory.max")?.saturating_sub(group("memory.current")?));
+    machine.into_iter().chain(left()).min()
+}
+
+fn parse_meminfo(text: &str, field: &str) -> Option<u64> {
+    let found = text.lines().find_map(|l| l.strip_prefix(field))?;
+    found.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -72,7 +85,10 @@ mod tests {
     fn lists_are_read() {
         assert_eq!(parse_cpu_list("0-2,5"), Some(BTreeSet::from([0, 1, 2, 5])));
         assert_eq!(parse_cpu_list("x"), None);
-        assert_eq!(parse_meminfo("MemFree: 1 kB\nMemTotal:       24 kB\n"), Some(24 * 1024));
+        let text = "MemFree: 1 kB\nMemTotal:       24 kB\nMemAvailable: 3 kB\n";
+        assert_eq!(parse_meminfo(text, "MemTotal:"), Some(24 * 1024));
+        assert_eq!(parse_meminfo(text, "MemAvailable:"), Some(3 * 1024));
+        assert_eq!(parse_meminfo(text, "Swap:"), None);
         assert!(physical_cores() >= 1);
     }
 

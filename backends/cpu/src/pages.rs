@@ -1,10 +1,13 @@
 //! The bytes of keys and values: `[page][layer][head]` blocks per group, and their way to and from the payload order.
 
+use std::sync::Arc;
+
 use mainstay_backend_api::kv::{Group, PAGE_TOKENS, Part};
-use mainstay_backend_api::{KvDType, KvLayout, Limits, PageBytes, PageRef, StepError};
+use mainstay_backend_api::{KvDType, KvLayout, Limits, PageBytes, PageRef, Step, StepError};
 use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, BlockPart, BlockShape, KvType};
 use mainstay_models::LoadError;
 
+use crate::ahead::Ahead;
 use crate::arena::Blocks;
 use crate::machine;
 use crate::pool::{Job, Pool};
@@ -16,6 +19,8 @@ pub(crate) struct Pages {
     groups: Vec<GroupPages>,
     /// Group of each layer, and its place in the group.
     homes: Vec<(usize, usize)>,
+    /// Keeps memory ready.
+    ahead: Ahead,
 }
 
 struct GroupPages {
@@ -29,7 +34,7 @@ struct GroupPages {
 }
 
 impl Pages {
-    /// Zeroed pages as many as the limits say; the system gives memory only when a page is first used.
+    /// Zeroed pages as many as the limits say; the system gives memory for some of them ahead of their use.
     ///
     /// # Errors
     /// [`LoadError::Resources`] if there are more than the machine's memory, or the system refuses.
@@ -59,7 +64,25 @@ impl Pages {
                 homes[layer] = (group, index);
             }
         }
-        Ok(Self { groups, homes })
+        let memories: Vec<_> = groups.iter().map(|group| Arc::clone(group.blocks.memory())).collect();
+        Ok(Self { groups, homes, ahead: Ahead::start(&memories) })
+    }
+
+    /// The pages that a step writes are in use.
+    pub(crate) fn prepare(&self, step: &Step) {
+        for chunk in &step.chunks {
+            for group in 0..self.groups.len() {
+                let written =
+                    chunk.table(step, group).get(chunk.position / PAGE_TOKENS..).unwrap_or_default();
+                let furthest = written.iter().map(|page| page.0).max();
+                furthest.into_iter().for_each(|page| self.used(group, page));
+            }
+        }
+    }
+
+    fn used(&self, group: usize, page: u32) {
+        let bytes = self.groups[group].memory_bytes();
+        self.ahead.used(group, (page as usize + 1) * bytes);
     }
 
     /// The blocks that hold a layer, and its group.
@@ -135,6 +158,7 @@ impl Pages {
             }
         };
         pool.run(&|worker| worker.each(group.layers, |job| write_layer(&job)));
+        self.used(page.group as usize, page.page.0);
         Ok(())
     }
 }
@@ -151,6 +175,11 @@ impl GroupPages {
         let count = pages.checked_mul(layers)?.checked_mul(heads)?;
         let blocks = Blocks::new(dtype, shape, count)?;
         Some(Self { blocks, layers, heads, shape, pages, page_bytes: group.page_bytes() })
+    }
+
+    /// Bytes of a page as it lies in memory, where rows may be padded.
+    fn memory_bytes(&self) -> usize {
+        self.blocks.memory().len() / self.pages.max(1)
     }
 
     /// Bytes of one head's part in a payload.

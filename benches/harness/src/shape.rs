@@ -188,11 +188,19 @@ mod tests {
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64,
             "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": false
         });
-        let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
-        let graph = families::graph(&config).unwrap();
-        for mix in MIXES {
-            let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
-            graph.check(&weights).unwrap();
+        let experts = json!({
+            "model_type": "gpt_oss", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 50,
+            "max_position_embeddings": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+            "rope_scaling": null
+        });
+        for config in [dense, experts] {
+            let config = Config::from_bytes(Path::new("small"), config.to_string().as_bytes()).unwrap();
+            let graph = families::graph(&config).unwrap();
+            for mix in MIXES {
+                let weights = Weights::from_tensors(Path::new("small"), checkpoint(&graph, mix)).unwrap();
+                graph.check(&weights).unwrap();
+            }
         }
     }
 }

@@ -12,12 +12,13 @@ use crate::scheduler::{Load, Spill};
 use crate::sequence::LoadId;
 use crate::tier::{self, Loaded, PageOut};
 
-/// Bytes of a batch of pages that are read together.
-const BATCH_BYTES: usize = 8 << 20;
-/// Batches of one load that are read at the same time: enough to keep a disk busy.
-const BATCHES_AHEAD: usize = 6;
+/// Bytes of a batch of pages that are read together. Nothing is copied before the first has come, and nothing is read
+/// while the last is copied: the smaller they are, the less of a restore is spent so.
+const BATCH_BYTES: usize = 4 << 20;
+/// Batches of one load that are read at the same time: enough to keep a disk busy, also while the engine's thread copies.
+const BATCHES_AHEAD: usize = 12;
 /// Batches of all loads that are read at the same time: bounds the memory.
-const BATCHES_ASKED_MAX: usize = 16;
+const BATCHES_ASKED_MAX: usize = 32;
 
 /// The books of all copies.
 #[derive(Default)]

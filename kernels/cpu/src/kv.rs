@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 
 use crate::simd::LANES;
+use crate::transpose::transpose;
 
 /// Tokens in a block.
 pub const BLOCK_TOKENS: usize = 32;
@@ -292,11 +293,14 @@ impl KvBlockMut<'_> {
     /// # Panics
     /// If the block is shorter than its shape, or `bytes` have another length.
     pub fn write_part(&mut self, part: BlockPart, bytes: &[u8]) {
-        match self {
-            KvBlockMut::F32(b) => write_part(b, part, bytes, f32::from_le_bytes),
-            KvBlockMut::BF16(b) => write_part(b, part, bytes, bf16::from_le_bytes),
-            KvBlockMut::F16(b) => write_part(b, part, bytes, f16::from_le_bytes),
-            KvBlockMut::Q8(b, _) => write_part(b, part, bytes, i8::from_le_bytes),
+        // SAFETY: every pattern of bits is a number of these types.
+        unsafe {
+            match self {
+                KvBlockMut::F32(b) => write_part::<4>(bytes_mut(b), part, bytes),
+                KvBlockMut::BF16(b) => write_part::<2>(bytes_mut(b), part, bytes),
+                KvBlockMut::F16(b) => write_part::<2>(bytes_mut(b), part, bytes),
+                KvBlockMut::Q8(b, _) => write_part::<1>(bytes_mut(b), part, bytes),
+            }
         }
     }
 }
@@ -325,32 +329,31 @@ fn read_part<E: Copy, const BYTES: usize>(
     }
 }
 
-fn write_part<E, const BYTES: usize>(
-    block: &mut [E],
-    part: BlockPart,
-    payload: &[u8],
-    element: impl Fn([u8; BYTES]) -> E,
-) {
+/// `block` and `payload` are elements of `BYTES` bytes, little-endian.
+fn write_part<const BYTES: usize>(block: &mut [u8], part: BlockPart, payload: &[u8]) {
     let width = part.width;
     assert_eq!(payload.len(), BLOCK_TOKENS * width * BYTES, "bytes of 32 rows of {width}");
-    let block = &mut block[part.first..part.first + part.len()];
-    let elements = payload.as_chunks::<BYTES>().0;
+    let block = &mut block[part.first * BYTES..(part.first + part.len()) * BYTES];
     match part.order {
-        Order::Transposed => {
-            // Whole lines are written, one after the other: the payload of a block fits the first cache, and a write
-            // to every line for every token would not.
-            for (dim, line) in block.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().enumerate() {
-                let column = elements[dim..].iter().step_by(width);
-                line.iter_mut().zip(column).for_each(|(p, e)| *p = element(*e));
-            }
-        }
+        Order::Transposed => transpose::<BYTES>(payload, width, block),
+        Order::Rows if block.len() == payload.len() => block.copy_from_slice(payload),
         Order::Rows => {
-            let lines = block.chunks_exact_mut(value_width(width).max(1));
-            for (row, line) in elements.chunks_exact(width.max(1)).zip(lines) {
-                row.iter().zip(line).for_each(|(e, p)| *p = element(*e));
+            let lines = block.chunks_exact_mut(value_width(width).max(1) * BYTES);
+            for (row, line) in payload.chunks_exact(width.max(1) * BYTES).zip(lines) {
+                line[..row.len()].copy_from_slice(row);
             }
         }
     }
+}
+
+/// The bytes of elements, as a payload has them.
+///
+/// # Safety
+/// Every pattern of bits is an `E`.
+unsafe fn bytes_mut<E>(elements: &mut [E]) -> &mut [u8] {
+    const { assert!(cfg!(target_endian = "little"), "payloads are little-endian, and so must the machine be") }
+    // SAFETY: the same bytes, borrowed for as long; whatever is written to them is elements again.
+    unsafe { std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), size_of_val(elements)) }
 }
 
 #[cfg(test)]

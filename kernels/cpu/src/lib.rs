@@ -24,6 +24,7 @@ pub mod route;
 mod simd;
 mod table;
 mod tile;
+mod transpose;
 
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use low_rank::{low_rank_in, low_rank_out};

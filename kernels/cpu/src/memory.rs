@@ -1,6 +1,7 @@
 //! Large zeroed memory on cache-line borders, given by the system only when it is touched.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -9,6 +10,11 @@ pub const LINE_BYTES: usize = 64;
 
 /// Above this size the memory asks for huge pages: a sweep over gigabytes is else bound by the TLB.
 const HUGE_BYTES: usize = 4 << 20;
+
+/// Bytes of the smallest pages of memory. A system with larger ones refuses to give memory at such a border, and gives
+/// it when it is touched.
+#[cfg(target_os = "linux")]
+const PAGE_BYTES: usize = 4096;
 
 /// Zeroed bytes that begin on a cache line.
 pub struct Aligned {
@@ -51,6 +57,45 @@ impl Aligned {
 
     #[cfg(not(target_os = "linux"))]
     fn ask_for_huge_pages(&self) {}
+
+    /// Has the system give memory for a range of bytes, as a first write to each of its pages would, which costs more
+    /// than many writes after it. No byte changes, so others may use them meanwhile. `false` where the system cannot
+    /// (Linux before 5.14, other systems) or has no memory; it then comes when it is touched.
+    ///
+    /// # Panics
+    /// If the range is outside.
+    pub fn populate(&self, range: Range<usize>) -> bool {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} bytes", self.len);
+        self.ask_for_memory(range)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn ask_for_memory(&self, range: Range<usize>) -> bool {
+        // SAFETY: inside the memory, as just checked.
+        let first = unsafe { self.start.as_ptr().add(range.start) };
+        // The call wants the start of a page.
+        let before = first.addr() % PAGE_BYTES;
+        let first = first.wrapping_sub(before).cast();
+        // SAFETY: pages that hold bytes of this memory are mapped; the call changes no contents.
+        unsafe { libc::madvise(first, before + range.len(), libc::MADV_POPULATE_WRITE) == 0 }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn ask_for_memory(&self, _range: Range<usize>) -> bool {
+        false
+    }
+
+    /// Bytes of whole pages that the system has given; `None` where it does not tell.
+    #[cfg(target_os = "linux")]
+    pub fn resident_bytes(&self) -> Option<usize> {
+        let before = self.start.as_ptr().addr().next_multiple_of(PAGE_BYTES) - self.start.as_ptr().addr();
+        let pages = self.len.saturating_sub(before) / PAGE_BYTES;
+        let mut found = vec![0u8; pages];
+        let first = self.start.as_ptr().wrapping_add(before).cast();
+        // SAFETY: the pages lie inside the memory, and the call writes a byte for each.
+        let told = unsafe { libc::mincore(first, pages * PAGE_BYTES, found.as_mut_ptr()) } == 0;
+        told.then(|| found.iter().filter(|&&page| page & 1 == 1).count() * PAGE_BYTES)
+    }
 
     /// Length in bytes.
     pub fn len(&self) -> usize {
@@ -209,6 +254,26 @@ mod tests {
             assert!(memory.bytes().iter().all(|&b| b == 0));
             assert_eq!(memory.len(), len);
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_is_given_before_it_is_touched_and_keeps_its_bytes() {
+        let mut memory = Aligned::zeroed(64 << 20).expect("small");
+        memory.bytes_mut()[5 << 20] = 7;
+        let touched = memory.resident_bytes().expect("Linux tells");
+        assert!((PAGE_BYTES..=4 << 20).contains(&touched), "{touched} bytes");
+        if memory.populate((4 << 20) + 9..(36 << 20) + 100) {
+            let given = memory.resident_bytes().expect("Linux tells");
+            assert!((32 << 20..=36 << 20).contains(&given), "{given} bytes");
+        }
+        assert_eq!(memory.bytes().iter().map(|&b| usize::from(b)).sum::<usize>(), 7);
+    }
+
+    #[test]
+    #[should_panic(expected = "of 64 bytes")]
+    fn memory_of_others_is_not_asked_for() {
+        Aligned::zeroed(64).expect("small").populate(0..65);
     }
 
     #[test]

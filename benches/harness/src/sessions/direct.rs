@@ -6,52 +6,65 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use mainstay_engine::store::RealDisk;
 use mainstay_engine::store::aligned::AlignedBytes;
 use mainstay_engine::store::disk::{Access, Disk, File};
+use mainstay_engine::store::{Options, RealDisk};
 
-/// Bytes of one read.
+/// Bytes of one large read.
 const CHUNK_BYTES: usize = 4 << 20;
 /// More says no more about the rate.
 const BYTES_MAX: u64 = 4 << 30;
 
-/// Bytes per second, by threads that read.
+/// Bytes per second of plain reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DirectRate {
-    /// One thread.
+    /// One thread, 4 MiB at a time.
     pub one: f64,
-    /// Four threads.
+    /// Four threads, 4 MiB at a time.
     pub four: f64,
+    /// A page at a time, by as many threads as a store reads with.
+    pub pages: f64,
 }
 
 impl DirectRate {
-    /// The better one.
+    /// The best one.
     pub fn best(&self) -> f64 {
-        self.one.max(self.four)
+        self.one.max(self.four).max(self.pages)
     }
 }
 
-/// Reads the segments of the store in `dir`, which must be closed, once with one thread and once with four.
-pub(crate) fn direct_rate(dir: &Path) -> io::Result<DirectRate> {
+/// Reads the segments of the store in `dir`, which must be closed, in these three ways.
+pub(crate) fn direct_rate(dir: &Path, record_bytes: usize) -> io::Result<DirectRate> {
+    let threads = Options::default().reader_threads;
+    Ok(DirectRate {
+        one: rate(dir, CHUNK_BYTES, 1)?,
+        four: rate(dir, CHUNK_BYTES, 4)?,
+        pages: rate(dir, record_bytes, threads)?,
+    })
+}
+
+/// The reads that make up the segments, whole ones but for a file that is shorter.
+fn chunks(dir: &Path, chunk_bytes: usize) -> io::Result<Vec<(Arc<dyn File>, u64)>> {
     let disk = RealDisk::new(dir)?;
     let mut chunks = Vec::new();
     let mut bytes = 0;
     for tenant in disk.list("seg")? {
         for name in disk.list(&format!("seg/{tenant}"))? {
             let file = disk.open(&format!("seg/{tenant}/{name}"), Access::Direct)?;
-            let whole = file.size()? / CHUNK_BYTES as u64;
+            let whole = file.size()? / chunk_bytes as u64;
             for i in 0..whole.max(1) {
                 if bytes < BYTES_MAX {
-                    chunks.push((Arc::clone(&file), i * CHUNK_BYTES as u64));
-                    bytes += CHUNK_BYTES as u64;
+                    chunks.push((Arc::clone(&file), i * chunk_bytes as u64));
+                    bytes += chunk_bytes as u64;
                 }
             }
         }
     }
-    Ok(DirectRate { one: rate(&chunks, 1)?, four: rate(&chunks, 4)? })
+    Ok(chunks)
 }
 
-fn rate(chunks: &[(Arc<dyn File>, u64)], threads: usize) -> io::Result<f64> {
+fn rate(dir: &Path, chunk_bytes: usize, threads: usize) -> io::Result<f64> {
+    let chunks = chunks(dir, chunk_bytes)?;
     let next = AtomicUsize::new(0);
     let work = |mut buffer: AlignedBytes| -> io::Result<usize> {
         let mut bytes = 0;
@@ -63,7 +76,7 @@ fn rate(chunks: &[(Arc<dyn File>, u64)], threads: usize) -> io::Result<f64> {
     // Memory that was never touched would be paid for by the first reads.
     let buffers: Vec<AlignedBytes> = (0..threads)
         .map(|_| {
-            let mut buffer = AlignedBytes::new(CHUNK_BYTES);
+            let mut buffer = AlignedBytes::new(chunk_bytes);
             buffer.fill(1);
             buffer
         })

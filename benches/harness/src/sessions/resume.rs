@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use mainstay_backend_api::{PAGE_TOKENS, oldest_page};
@@ -17,8 +18,11 @@ use super::world::{Answer, Ask, Subject, TENANT, World, ms};
 use super::{Bench, SessionsError};
 
 /// Bytes of pages that are read together, as the engine does.
-const BATCH_BYTES: usize = 8 << 20;
+const BATCH_BYTES: usize = 4 << 20;
 const READ_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a server has been up when a session is read from disk: it has memory for pages by then. After a kill, a
+/// session is read at once.
+const UP: Duration = Duration::from_secs(2);
 
 /// How a session came to its second turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,6 +207,7 @@ impl Length<'_, '_> {
 
         tell("from disk");
         let world = self.open(&self.dir, RestorePolicy::Always)?;
+        thread::sleep(UP);
         let resume = self.resume(&world, Case::Disk, &prompt)?;
         let read_ms = read_alone(self.bench.subject, &world, &history)?;
         world.close()?;
@@ -263,7 +268,7 @@ impl Length<'_, '_> {
             restore_ms: resume.restore_ms,
             copy_ms: resume.copy_ms,
             read_ms,
-            direct: direct_rate(&self.dir)?,
+            direct: direct_rate(&self.dir, self.bench.subject.record_bytes())?,
         })
     }
 
@@ -311,7 +316,11 @@ fn read_in(world: &World, bundle: &Path) -> Result<(SessionId, f64), SessionsErr
 }
 
 /// Reads the pages that a session needs to go on through the store's own threads, and does nothing with them.
-fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f64, SessionsError> {
+pub(crate) fn read_alone(
+    subject: &Subject<'_>,
+    world: &World,
+    history: &[u32],
+) -> Result<f64, SessionsError> {
     let wanted = headers(subject, world, history)?;
     let groups = usize::from(world.handle.export_pages(history.len()).groups);
     let batch = (BATCH_BYTES / subject.page_bytes().max(1)).max(1) * groups;
@@ -333,7 +342,11 @@ fn read_alone(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<f
 }
 
 /// What names the pages that a session needs, its tail included: its last token has no keys and values yet.
-fn headers(subject: &Subject<'_>, world: &World, history: &[u32]) -> Result<Vec<PageHeader>, SessionsError> {
+pub(crate) fn headers(
+    subject: &Subject<'_>,
+    world: &World,
+    history: &[u32],
+) -> Result<Vec<PageHeader>, SessionsError> {
     let export = world.handle.export_pages(history.len());
     let tenant = &world.tenant;
     let root = world.handle.root(TENANT, (None, b""), history.len())?;

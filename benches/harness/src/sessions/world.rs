@@ -10,6 +10,7 @@ use mainstay_backend_api::{
     Backend, CopyDone, Executor, KvDType, KvLayout, Limits, NumericClass, PAGE_TOKENS, PageRead, PageRef,
     Step, StepError, StepOutput, StoredPage, Ticket, oldest_page,
 };
+use mainstay_engine::store::aligned::BLOCK;
 use mainstay_engine::store::{Append, Durability, Options, SessionId, Settings, Store, Tenant};
 use mainstay_engine::{
     EngineOptions, Event, Handle, Keep, KvReport, ModelIdentity, Request, RestorePolicy, SamplingRequest,
@@ -58,6 +59,13 @@ impl<'a> Subject<'a> {
     /// Bytes of a page in all groups.
     pub(crate) fn page_bytes(&self) -> usize {
         KvLayout::of(self.graph, self.kv_dtype).groups.iter().map(|group| group.page_bytes()).sum()
+    }
+
+    /// Bytes of the largest page on disk, its header included.
+    pub(crate) fn record_bytes(&self) -> usize {
+        let groups = KvLayout::of(self.graph, self.kv_dtype).groups;
+        let largest = groups.iter().map(|group| group.page_bytes()).max().unwrap_or(0);
+        BLOCK + largest.next_multiple_of(BLOCK)
     }
 
     /// The windows of the groups of pages.
