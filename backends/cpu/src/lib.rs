@@ -6,6 +6,7 @@
 
 mod adapter;
 mod arena;
+mod attend;
 mod executor;
 mod experts;
 mod latent;
