@@ -58,7 +58,7 @@ pub(crate) unsafe fn run<C: Bytes, const KIND: usize>(c: C, o: &RowOperands, pan
 unsafe fn in_flight<C: Bytes, const KIND: usize, const P: usize>(c: C, o: &RowOperands, first: usize) {
     let layout = const { Kind::ALL[KIND].layout() };
     // Lines of the next chunk that are asked for with each block of this one.
-    let lines = const { Kind::ALL[KIND].layout().chunk(CHUNK).end.div_ceil(CHUNK * GROUP_BYTES) };
+    let lines = const { Kind::ALL[KIND].layout().lines() };
     let s = c.floats();
     // SAFETY: all reads stay inside what the caller vouches for; any address may be asked for.
     unsafe {
