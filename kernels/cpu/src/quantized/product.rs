@@ -57,8 +57,8 @@ impl Kernels {
         scratch: &mut [f32],
     ) {
         assert_eq!(sums.len(), rows.len() * panels.len() * LANES, "sums");
-        if product.rows == 1 {
-            return self.add_row(product, panels, sums);
+        if product.rows <= self.codes().rows_max {
+            return self.add_few(product, panels, rows.len(), sums);
         }
         // From the first float on a cache line.
         let start = scratch.as_ptr().align_offset(GROUP_BYTES);
@@ -80,10 +80,11 @@ impl Kernels {
         }
     }
 
-    /// One row: weights go straight from memory into the registers.
-    fn add_row(&self, product: &Product<'_>, panels: &Range<usize>, sums: &mut [f32]) {
+    /// Few rows, of one tile: weights go straight from memory into the registers.
+    fn add_few(&self, product: &Product<'_>, panels: &Range<usize>, rows: usize, sums: &mut [f32]) {
         let (weight, cols) = (product.weight, product.weight.cols());
-        assert_eq!(product.input.len(), input::len(1, cols), "a row of {cols} columns");
+        assert!(rows <= product.rows, "{rows} of {} rows", product.rows);
+        let sums_row = panels.len() * LANES;
         let mut start = panels.start;
         while start < panels.end {
             let run = run_of(weight, start..panels.end);
@@ -92,11 +93,13 @@ impl Kernels {
                 panel_bytes: run.kind.layout().panel_bytes(cols),
                 blocks: cols / BLOCK,
                 input: product.input.as_ptr().cast(),
-                sums: sums[(start - panels.start) * LANES..][..run.panels.len() * LANES].as_mut_ptr(),
+                input_rows: product.rows,
+                sums: sums[(start - panels.start) * LANES..].as_mut_ptr(),
+                sums_row,
             };
-            // SAFETY: panels of one kind lie one behind the other, the row has as many blocks and the sums have place
-            // for all panels, as asserted; the table was chosen for this machine.
-            unsafe { (self.codes().rows[run.kind as usize])(&operands, run.panels.len()) };
+            // SAFETY: panels of one kind lie one behind the other, the rows have as many blocks and the sums have place
+            // for all rows and panels, as asserted; the table was chosen for this machine.
+            unsafe { (self.codes().rows[run.kind as usize])(&operands, run.panels.len(), rows) };
             start = run.panels.end;
         }
     }
