@@ -149,8 +149,11 @@ fn draw(logits: &[f32], max: f32, what: &Draw, scratch: &mut SampleScratch) -> R
     // An unusable temperature is greedy too: NaN fails this comparison.
     let at_random = s.temperature > 0.0 && s.top_k != 1;
     if !at_random {
-        let first = logits.iter().position(|&l| l == max).expect("the largest logit is one of them");
-        return Ok(first as u32);
+        // A chunk is searched without a branch for each logit.
+        let here = |chunk: &[f32]| chunk.iter().fold(false, |found, &l| found | (l == max));
+        let chunk = logits.chunks(64).position(here).expect("the largest logit is one of them");
+        let first = logits[chunk * 64..].iter().take_while(|&&l| l != max).count();
+        return Ok((chunk * 64 + first) as u32);
     }
     let random = uniform(s.seed, s.choice, what.row.position, 0);
     if s.top_k == 0 && s.top_p >= 1.0 {
@@ -275,7 +278,14 @@ impl LogSoftmax {
 
 fn largest_finite(logits: &[f32]) -> Result<f32, StepError> {
     // A comparison with NaN is false, so NaN never wins.
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m });
+    let larger = |m: f32, l: f32| if l > m { l } else { m };
+    // In lanes, so that a comparison does not wait for the one before.
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    let (chunks, rest) = logits.as_chunks::<32>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(m, &l)| *m = larger(*m, l));
+    }
+    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &l| larger(m, l));
     if max.is_finite() {
         Ok(max)
     } else {

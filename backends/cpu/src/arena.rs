@@ -3,7 +3,7 @@
 //! The compiler cannot see that jobs write disjoint places, so this is where that is vouched for. Two facts carry
 //! every SAFETY comment here: a [`Job`] exists once, and a phase (of run.rs, or a page's write in pages.rs) writes, for
 //! a job, only the rows, columns and blocks that it derives from the job's number, and reads only slots that it does not
-//! write (plan.rs gives values that live at the same time disjoint slots).
+//! write, or what the same job wrote before (plan.rs gives values that live at the same time disjoint slots).
 
 #![expect(unsafe_code, reason = "disjoint parts of one buffer go to several threads")]
 

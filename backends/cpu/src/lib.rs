@@ -7,6 +7,7 @@
 mod adapter;
 mod ahead;
 mod arena;
+mod attend;
 mod executor;
 mod experts;
 mod latent;

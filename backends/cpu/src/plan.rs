@@ -12,6 +12,7 @@ use crate::arena::Slot;
 use crate::experts::{Mixture, RouteShape};
 use crate::latent::LatentHeads;
 use crate::place::{Draft, Places};
+use crate::products::independent;
 
 /// Index into the matrices or the vectors of a block.
 pub(crate) type WeightIndex = usize;
@@ -137,12 +138,14 @@ pub(crate) enum Call<P> {
         input: P,
         out: P,
     },
-    /// Norm and rotation of queries into `queries`, of keys into the pages, with the values.
+    /// Norm and rotation of queries into `queries`, of keys into the pages, with the values. None of them is where
+    /// [`Call::Attend`] writes, so that both can be one phase.
     Append {
         q: HeadPath<P>,
         k: HeadPath<P>,
         v: P,
         queries: P,
+        out: P,
         shape: Heads,
     },
     Attend {
@@ -324,12 +327,15 @@ impl Plan {
         let whole_heads = shapes().filter(|h| h.mask == Mask::Full).map(|h| h.kv_heads).max().unwrap_or(0);
         let calls = || blocks.iter().flat_map(|b| &b.calls);
         let most = |of: fn(&Call<Slot>) -> usize| calls().map(of).max().unwrap_or(0);
+        let programs = blocks.iter().chain([&prologue, &epilogue, &pooled]);
+        let starts = programs.flat_map(|p| (0..p.calls.len()).map(|first| &p.calls[first..]));
+        let side_by_side = starts.map(independent).max().unwrap_or(0);
         let experts = most(|call| call.mixture().map_or(0, |m| m.count));
         Ok(Self {
             latent: (most(|c| c.latent().map_or(0, |l| l.latent)), most(|c| c.latent().map_or(0, |l| l.key))),
             experts,
             top_k: most(|call| call.mixture().map_or(0, |m| m.top_k)),
-            products: most(|call| call.latent().map_or(1, |l| l.heads)).max(experts),
+            products: most(|call| call.latent().map_or(1, |l| l.heads)).max(experts).max(side_by_side),
             arena_len: places.len(),
             prologue,
             blocks,
@@ -397,11 +403,12 @@ impl<P: Copy> Call<P> {
             Call::Gate { f: function, input, out } => {
                 Call::Gate { f: function, input: f(input, Read), out: f(out, Write) }
             }
-            Call::Append { q, k, v, queries, shape } => Call::Append {
+            Call::Append { q, k, v, queries, out, shape } => Call::Append {
                 q: HeadPath { input: f(q.input, Read), norm: q.norm, rope: q.rope },
                 k: HeadPath { input: f(k.input, Read), norm: k.norm, rope: k.rope },
                 v: f(v, Read),
                 queries: f(queries, Write),
+                out: f(out, Write),
                 shape,
             },
             Call::Attend { queries, out, shape } => {
@@ -727,7 +734,7 @@ impl<'a> Fuse<'a> {
         };
         let (q, k) = (self.head(a.q), self.head(a.k));
         let queries = self.draft.extra(a.heads * a.head_dim);
-        self.draft.calls.push(Call::Append { q, k, v: a.v, queries, shape });
+        self.draft.calls.push(Call::Append { q, k, v: a.v, queries, out: v, shape });
         Call::Attend { queries, out: v, shape }
     }
 }

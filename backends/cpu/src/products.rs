@@ -1,9 +1,12 @@
 //! Products of a phase: rows with packed weights, one matrix or many side by side.
 
+use std::ops::Range;
+
 use mainstay_kernels_cpu::{After, Form, LANES, PART_ROWS, Part, Product, pack_tile};
 
 use crate::arena::Slot;
-use crate::plan::WeightIndex;
+use crate::plan::{Call, WeightIndex};
+use crate::pool::Job;
 use crate::run::Runner;
 
 /// Rows that one job of a product has at most, the last tile included.
@@ -90,15 +93,36 @@ fn item_of(items: &[Item], job: usize, first: impl Fn(&Item) -> usize) -> &Item 
 }
 
 /// One row of floats is read where it lies.
-fn lies_ready(form: Form, rows: usize) -> bool {
+pub(crate) fn lies_ready(form: Form, rows: usize) -> bool {
     form == Form::Floats && rows == 1
+}
+
+/// How many of the products that these calls begin with can be computed side by side: what becomes of their sums is the
+/// same, and none writes what another reads or writes.
+pub(crate) fn independent(calls: &[Call<Slot>]) -> usize {
+    let goes_with = |a: &Call<Slot>, b: &Call<Slot>| match (a, b) {
+        (
+            Call::Linear { input, after, out, .. },
+            Call::Linear { input: other, after: same, out: place, .. },
+        ) => after == same && !out.meets(*other) && !place.meets(*input) && !out.meets(*place),
+        _ => false,
+    };
+    let is_first = |call: &Call<Slot>| matches!(call, Call::Linear { .. });
+    let joins = |i: usize| is_first(&calls[i]) && calls[..i].iter().all(|call| goes_with(call, &calls[i]));
+    (0..calls.len()).find(|i| !joins(*i)).unwrap_or(calls.len())
 }
 
 impl Runner<'_> {
     /// Computes all products that the scratch lists. Their outputs do not overlap, padding to whole panels included.
     pub(crate) fn products(&mut self, after: After) {
+        self.products_of(after, |_, _, _| ());
+    }
+
+    /// The same, where `make` makes the rows of the first product's input before they are packed. It is called for each
+    /// row once if all products take the same rows packed in the same form, and none is packed yet.
+    pub(crate) fn products_of(&mut self, after: After, make: impl Fn(&Self, Range<usize>, &Job)) {
         let phase = self.lay_out();
-        self.pack(&phase);
+        self.pack(&phase, make);
         self.multiply(&phase, after);
     }
 
@@ -136,7 +160,7 @@ impl Runner<'_> {
         phase
     }
 
-    fn pack(&self, phase: &Phase) {
+    fn pack(&self, phase: &Phase, make: impl Fn(&Self, Range<usize>, &Job)) {
         if phase.tiles == 0 {
             return;
         }
@@ -148,6 +172,7 @@ impl Runner<'_> {
             let (form, cols) = (weight.form(), weight.cols());
             let first = (job.index() - item.first_tile) * tile;
             let rows = first..(first + tile).min(item.rows.count());
+            make(self, rows.clone(), &job);
             let [start, end] = [rows.start, rows.end].map(|row| item.packed + form.input_len(row, cols));
             let place = core.arena.write_flat(core.plan.packed, start..end, &job);
             let input = core.arena.read(item.input, 0..item.input.rows);
@@ -189,13 +214,5 @@ impl Runner<'_> {
             let out_rows = item.out_row + part.rows.start..item.out_row + part.rows.end;
             core.kernels.matmul(&product, &part, &mut core.arena.write(place, out_rows, &job), floats);
         });
-    }
-
-    /// One product of all rows of the block.
-    pub(crate) fn linear(&mut self, weight: (usize, Option<usize>), input: Slot, after: After, out: Slot) {
-        self.scratch.items.clear();
-        let rows = Rows::Run { first: 0, count: self.rows };
-        self.scratch.items.push(Item::new(weight, (input, rows), (out, 0)));
-        self.products(after);
     }
 }

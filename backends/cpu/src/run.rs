@@ -5,11 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_backend_api::kv::PAGE_TOKENS;
 use mainstay_backend_api::sample::sample;
-use mainstay_backend_api::{AdapterId, Limits, Step, oldest_page};
-use mainstay_kernels_cpu::attend::{AttendShape, Queries, Sight};
-use mainstay_kernels_cpu::kv::BlockShape;
+use mainstay_backend_api::{AdapterId, Limits, Step};
 use mainstay_kernels_cpu::{
-    Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_add, rms_norm_in_place, rope, rope_angles,
+    After, Kernels, layer_norm, mean, normalize, rms_norm, rms_norm_add, rope, rope_angles,
 };
 use mainstay_models::graph::{Ids, Mask, PoolKind};
 
@@ -18,9 +16,9 @@ use crate::arena::{Arena, Slot};
 use crate::executor::{RowResult, Scratch};
 use crate::load::BlockWeights;
 use crate::pages::Pages;
-use crate::plan::{Call, HeadPath, Heads, Map, Plan, Program, pairing};
+use crate::plan::{Call, Map, Plan, Program, pairing};
 use crate::pool::{Job, Worker};
-use crate::products::Packed;
+use crate::products::{Item, Packed, Rows, independent, lies_ready};
 use crate::whole::{Kv, StepKv};
 
 /// Consecutive tokens of a chunk whose attention is one job: they share loads of keys and values.
@@ -61,6 +59,13 @@ pub(crate) struct Work {
     pub(crate) adapted: Vec<(usize, AdapterId)>,
     /// The highest rank of these.
     pub(crate) rank: usize,
+}
+
+impl Work {
+    /// Whether all tokens lie in one page and their attention is one job for a head.
+    fn is_one_piece(&self) -> bool {
+        self.runs.len() == 1 && self.tasks.len() == 1
+    }
 }
 
 /// Consecutive tokens of one chunk.
@@ -209,66 +214,140 @@ impl Core {
 impl Runner<'_> {
     fn program(&mut self, program: &Program) {
         self.in_packed = None;
-        for call in &program.calls {
+        let mut calls = &program.calls[..];
+        while let Some(call) = calls.first() {
             if !matches!(call, Call::Linear { .. }) {
                 self.in_packed = None;
             }
-            match *call {
-                Call::Embed { ids, weight, out } => self.embed(ids, weight, out),
-                Call::Select { input, out } => self.select(input, out),
-                Call::Pool { kind, input, out } => self.pool(kind, input, out),
-                Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
-                Call::Linear { weight, bias, input, after, out } => {
-                    self.linear((weight, bias), input, after, out);
-                    if self.is_layer && !self.core.work.adapted.is_empty() {
-                        self.adapt(weight, input, out);
-                    }
+            calls = &calls[self.calls(program, calls)..];
+        }
+    }
+
+    /// Runs the first of these calls, with those behind it that can share its phases, and says how many it ran.
+    fn calls(&mut self, program: &Program, calls: &[Call<Slot>]) -> usize {
+        let (call, rest) = (&calls[0], &calls[1..]);
+        match call {
+            Call::Linear { .. } => {
+                let count = independent(calls);
+                self.linears(program, &calls[..count], None);
+                return count;
+            }
+            Call::Norm { out, .. } | Call::LayerNorm { out, .. } if self.take_packed(rest, *out) => {
+                let count = independent(rest);
+                self.linears(program, &rest[..count], Some(call));
+                return 1 + count;
+            }
+            Call::Append { q, k, v, queries, out, shape } if self.core.work.is_one_piece() => {
+                self.append_and_attend(program, (*q, *k, *v), (*queries, *out), *shape);
+                return 2;
+            }
+            _ => {}
+        }
+        self.call(program, call);
+        1
+    }
+
+    fn call(&mut self, program: &Program, call: &Call<Slot>) {
+        match *call {
+            Call::Embed { ids, weight, out } => self.embed(ids, weight, out),
+            Call::Select { input, out } => self.select(input, out),
+            Call::Pool { kind, input, out } => self.pool(kind, input, out),
+            Call::Copy { input, out } => self.row_wise(input, out, |x, o| o.copy_from_slice(x)),
+            Call::Linear { .. } => self.linears(program, std::slice::from_ref(call), None),
+            Call::Norm { .. } | Call::LayerNorm { .. } => {
+                self.in_rows(|run, rows, job| run.norm(program, call, rows, job));
+            }
+            Call::NormAdd { weight, eps, input, out } => {
+                let width = self.vector_width(program, weight);
+                let weight = &self.weights.vectors[weight][..width];
+                self.row_wise(input, out, |x, o| rms_norm_add(x, weight, eps, o));
+            }
+            Call::Normalize { input, out } => self.row_wise(input, out, normalize),
+            Call::Add { a, b, out } => self.add(a, b, out),
+            Call::Map { f, out } => self.map(f, out),
+            Call::Rope { rope, head_dim, out } => self.rope(rope, head_dim, out),
+            Call::Gate { f, input, out } => self.in_rows(|run, rows, job| {
+                let input = run.core.arena.read(input, rows.clone());
+                run.core.kernels.gate(f, input, &mut run.core.arena.write(out, rows, job));
+            }),
+            Call::Append { q, k, v, queries, shape, .. } => self.append(program, (q, k, v), queries, shape),
+            Call::Attend { queries, out, shape } => self.attend(queries, out, shape),
+            Call::Route { shape, scores, out } => self.route(shape, scores, out),
+            Call::ExpertUp { mixture, routes, input, out } => {
+                self.expert_up(mixture, routes, input, out);
+            }
+            Call::ExpertDown { mixture, input, out } => self.expert_down(mixture, input, out),
+            Call::ExpertSum { mixture, routes, input, out } => {
+                self.expert_sum(mixture, routes, input, out);
+            }
+            Call::HeadProducts { weight, heads, input, input_step, out, out_step } => {
+                self.head_products((weight, heads), (input, input_step), (out, out_step));
+            }
+            Call::AppendLatent { q, key, latent, queries, shape } => {
+                self.append_latent(program, (q, key), (latent, queries), shape);
+            }
+            Call::AttendLatent { queries, out, shape } => self.attend_latent(queries, out, shape),
+        }
+    }
+
+    /// Some rows of a norm that is not added to what is there.
+    fn norm(&self, program: &Program, call: &Call<Slot>, rows: Range<usize>, job: &Job) {
+        let vector = |index: usize| &self.weights.vectors[index][..self.vector_width(program, index)];
+        let own = |input: Slot, out: Slot, f: &dyn Fn(&[f32], &mut [f32])| {
+            let (input, mut out) =
+                (self.core.arena.read(input, rows.clone()), self.core.arena.write(out, rows.clone(), job));
+            (0..input.rows()).for_each(|r| f(input.row(r), out.row(r)));
+        };
+        match *call {
+            Call::Norm { weight, eps, input, out } => {
+                own(input, out, &|x, o| rms_norm(x, vector(weight), eps, o));
+            }
+            Call::LayerNorm { weight, bias, eps, input, out } => {
+                own(input, out, &|x, o| layer_norm(x, (vector(weight), vector(bias)), eps, o));
+            }
+            _ => unreachable!("{call:?} is no norm"),
+        }
+    }
+
+    /// Whether the products that these calls begin with take a value packed, all of them in the same form.
+    fn take_packed(&self, calls: &[Call<Slot>], value: Slot) -> bool {
+        let mut forms = calls[..independent(calls)].iter().map(|call| match *call {
+            Call::Linear { weight, input, .. } if input == value => {
+                Some(self.weights.matrices[weight].form())
+            }
+            _ => None,
+        });
+        let Some(Some(form)) = forms.next() else { return false };
+        !lies_ready(form, self.rows) && forms.all(|other| other == Some(form))
+    }
+
+    /// Products that do not depend on each other, of rows that `norm` makes if it is given.
+    fn linears(&mut self, program: &Program, calls: &[Call<Slot>], norm: Option<&Call<Slot>>) {
+        let rows = Rows::Run { first: 0, count: self.rows };
+        self.scratch.items.clear();
+        let mut last = After::Store;
+        for call in calls {
+            let Call::Linear { weight, bias, input, after, out } = *call else {
+                unreachable!("{call:?} is no product")
+            };
+            self.scratch.items.push(Item::new((weight, bias), (input, rows), (out, 0)));
+            last = after;
+        }
+        self.products_of(last, |run, rows, job| {
+            if let Some(norm) = norm {
+                run.norm(program, norm, rows, job);
+            }
+        });
+        if self.is_layer && !self.core.work.adapted.is_empty() {
+            for call in calls {
+                if let Call::Linear { weight, input, out, .. } = *call {
+                    self.adapt(weight, input, out);
                 }
-                Call::Norm { weight, eps, input, out } => {
-                    let width = self.vector_width(program, weight);
-                    let weight = &self.weights.vectors[weight][..width];
-                    self.row_wise(input, out, |x, o| rms_norm(x, weight, eps, o));
-                }
-                Call::NormAdd { weight, eps, input, out } => {
-                    let width = self.vector_width(program, weight);
-                    let weight = &self.weights.vectors[weight][..width];
-                    self.row_wise(input, out, |x, o| rms_norm_add(x, weight, eps, o));
-                }
-                Call::LayerNorm { weight, bias, eps, input, out } => {
-                    let width = self.vector_width(program, weight);
-                    let [weight, bias] = [weight, bias].map(|index| &self.weights.vectors[index][..width]);
-                    self.row_wise(input, out, |x, o| layer_norm(x, (weight, bias), eps, o));
-                }
-                Call::Normalize { input, out } => self.row_wise(input, out, normalize),
-                Call::Add { a, b, out } => self.add(a, b, out),
-                Call::Map { f, out } => self.map(f, out),
-                Call::Rope { rope, head_dim, out } => self.rope(rope, head_dim, out),
-                Call::Gate { f, input, out } => self.in_rows(|run, rows, job| {
-                    let input = run.core.arena.read(input, rows.clone());
-                    run.core.kernels.gate(f, input, &mut run.core.arena.write(out, rows, job));
-                }),
-                Call::Append { q, k, v, queries, shape } => self.append(program, (q, k, v), queries, shape),
-                Call::Attend { queries, out, shape } => self.attend(queries, out, shape),
-                Call::Route { shape, scores, out } => self.route(shape, scores, out),
-                Call::ExpertUp { mixture, routes, input, out } => {
-                    self.expert_up(mixture, routes, input, out);
-                }
-                Call::ExpertDown { mixture, input, out } => self.expert_down(mixture, input, out),
-                Call::ExpertSum { mixture, routes, input, out } => {
-                    self.expert_sum(mixture, routes, input, out);
-                }
-                Call::HeadProducts { weight, heads, input, input_step, out, out_step } => {
-                    self.head_products((weight, heads), (input, input_step), (out, out_step));
-                }
-                Call::AppendLatent { q, key, latent, queries, shape } => {
-                    self.append_latent(program, (q, key), (latent, queries), shape);
-                }
-                Call::AttendLatent { queries, out, shape } => self.attend_latent(queries, out, shape),
             }
         }
     }
 
-    fn vector_width(&self, program: &Program, index: usize) -> usize {
+    pub(crate) fn vector_width(&self, program: &Program, index: usize) -> usize {
         program.vectors[index].vector.width()
     }
 
@@ -382,92 +461,6 @@ impl Runner<'_> {
         });
     }
 
-    /// Norm and rotation, on one head of one token, or on what is left of it behind its first `skipped` elements.
-    pub(crate) fn turn(
-        &self,
-        program: &Program,
-        path: &HeadPath<Slot>,
-        row: usize,
-        (head, skipped): (&mut [f32], usize),
-    ) {
-        if let Some((weight, eps)) = path.norm {
-            let width = self.vector_width(program, weight);
-            rms_norm_in_place(head, &self.weights.vectors[weight][..width], eps);
-        }
-        if let Some(index) = path.rope {
-            let plan = &self.core.plan;
-            let angles = self.core.arena.read(plan.angles[index], row..row + 1);
-            let turn = &plan.ropes[index];
-            rope(&mut head[turn.first - skipped..], angles.row(0), pairing(turn.layout));
-        }
-    }
-
-    fn append(
-        &mut self,
-        program: &Program,
-        (q, k, v): (HeadPath<Slot>, HeadPath<Slot>, Slot),
-        queries: Slot,
-        shape: Heads,
-    ) {
-        let core = self.core;
-        let Heads { kv_heads, head_dim: dim, .. } = shape;
-        let group = shape.heads / kv_heads;
-        let kv = core.kv(self.layer, shape.mask);
-        let mut floats = std::mem::take(&mut self.scratch.floats);
-        let row_of_head = &mut floats[..dim];
-        let [keys, values] = BlockShape::Heads { head_dim: dim }.parts();
-        self.worker.each(core.work.runs.len() * kv_heads, |job| {
-            let (run, head) = (&core.work.runs[job.index() / kv_heads], job.index() % kv_heads);
-            let block = kv.block(self.step, (run.chunk, run.position / PAGE_TOKENS), head);
-            let mut block = kv.blocks().write(block, &job);
-            let own = queries.columns(head * group * dim..(head + 1) * group * dim);
-            let mut turned = core.arena.write(own, run.rows.clone(), &job);
-            for (i, row) in run.rows.clone().enumerate() {
-                let token = run.position % PAGE_TOKENS + i;
-                let read = |slot: Slot| core.arena.read(slot, row..row + 1).row(0);
-                row_of_head.copy_from_slice(&read(k.input)[head * dim..][..dim]);
-                self.turn(program, &k, row, (row_of_head, 0));
-                block.store_row(keys, token, row_of_head);
-                block.store_row(values, token, &read(v)[head * dim..][..dim]);
-                let source = &read(q.input)[head * group * dim..][..group * dim];
-                turned.row(i).copy_from_slice(source);
-                let queries = turned.row(i).chunks_exact_mut(dim);
-                queries.for_each(|query| self.turn(program, &q, row, (query, 0)));
-            }
-        });
-        self.scratch.floats = floats;
-    }
-
-    fn attend(&mut self, queries: Slot, out: Slot, shape: Heads) {
-        let core = self.core;
-        let Heads { kv_heads, head_dim: dim, .. } = shape;
-        let group = shape.heads / kv_heads;
-        let kv = core.kv(self.layer, shape.mask);
-        let sinks = shape.sinks.map(|sinks| &self.weights.vectors[sinks][..shape.heads]);
-        let attention = &mut self.scratch.attention;
-        let tasks = &core.work.tasks;
-        self.worker.each(tasks.len() * kv_heads, |job| {
-            // The last tokens of a prompt see most and come first, so that no thread is left with a long job.
-            let (task, head) = (&tasks[tasks.len() - 1 - job.index() / kv_heads], job.index() % kv_heads);
-            let (sight, seen) = sight(shape.mask, task, self.step);
-            let one = AttendShape { group, head_dim: dim, scale: shape.scale, sight, softcap: shape.softcap };
-            let columns = head * group * dim..(head + 1) * group * dim;
-            let queries = Queries {
-                rows: core.arena.read(queries.columns(columns.clone()), task.rows.clone()),
-                position: task.position,
-                sinks: sinks.map(|sinks| &sinks[head * group..][..group]),
-            };
-            core.kernels.attend_start(attention, one, queries);
-            let block = |run| kv.blocks().read(kv.block(self.step, (task.chunk, run), head));
-            for run in seen.clone() {
-                let next = (run + 1 < seen.end).then(|| block(run + 1));
-                core.kernels.attend_block(attention, block(run), run * PAGE_TOKENS, next);
-            }
-            let mut out = core.arena.write(out.columns(columns), task.rows.clone(), &job);
-            core.kernels.attend_finish(attention, &mut out);
-        });
-    }
-
     fn sample(&mut self) {
         let core = self.core;
         let sampling = &mut self.scratch.sampling;
@@ -478,20 +471,5 @@ impl Runner<'_> {
             let RowResult { drawn, top } = &mut *result;
             *drawn = Some(sample(logits.row(0), &self.step.outputs[row], self.step, sampling, top));
         });
-    }
-}
-
-/// What the rows of a task see, and the runs of 32 tokens that hold it.
-fn sight(mask: Mask, task: &Piece, step: &Step) -> (Sight, Range<usize>) {
-    match mask {
-        Mask::Causal { window } => {
-            let oldest = oldest_page(window, task.position);
-            let newest = (task.position + task.rows.len() - 1) / PAGE_TOKENS;
-            (Sight::Window(window.unwrap_or(usize::MAX)), oldest..newest + 1)
-        }
-        Mask::Full => {
-            let len = step.chunks[task.chunk].tokens.len();
-            (Sight::Whole(len), 0..len.div_ceil(PAGE_TOKENS))
-        }
     }
 }

@@ -7,8 +7,8 @@ use half::bf16;
 use mainstay_kernels_cpu::attend::{AttendShape, Attention, Queries, Sight};
 use mainstay_kernels_cpu::kv::{BLOCK_TOKENS, BlockShape, KvBlock};
 use mainstay_kernels_cpu::{
-    After, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, WeightType, rms_norm,
-    scratch_len,
+    After, Integers, Isa, Kernels, Kind, LANES, Mat, MatMut, PackedMatrix, Part, Product, SourceRows,
+    WeightType, rms_norm, scratch_len,
 };
 
 /// One product on one thread, in parts as a backend would cut it.
@@ -30,6 +30,25 @@ fn product(kernels: &Kernels, weight: &PackedMatrix, rows: usize, out: &mut [f32
     }
 }
 
+/// Weights in memory of their own: pages that were never written are all one page, and lie in a cache.
+fn weights(dtype: WeightType, n: usize, k: usize) -> PackedMatrix {
+    let mut weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
+    let line = vec![0x3c; k * 4];
+    let blocks = [Integers { scale: 0.5, integers: [1; 256], ..Integers::ZERO }; LANES];
+    for mut writer in weight.panels_mut(1) {
+        match dtype {
+            WeightType::Codes(kind) => {
+                (0..k).step_by(kind.block_len()).for_each(|col| writer.put_integers(0, col, &blocks));
+            }
+            _ => {
+                let source = SourceRows { dtype, bytes: &line };
+                (0..LANES).for_each(|row| writer.put(row, source, 0, 0..k));
+            }
+        }
+    }
+    weight
+}
+
 fn products(c: &mut Criterion) {
     for isa in Isa::supported().filter(|isa| *isa != Isa::Scalar) {
         let kernels = Kernels::new(isa).expect("supported");
@@ -37,7 +56,7 @@ fn products(c: &mut Criterion) {
         for dtype in [WeightType::F32, WeightType::BF16].into_iter().chain(integers) {
             // Larger than the caches: 1024 inputs, 128 MiB of weights.
             let (n, k) = ((128 << 20) / (dtype.panel_bytes(1024) / LANES), 1024);
-            let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
+            let weight = weights(dtype, n, k);
             let mut group = c.benchmark_group(format!("few rows/{}/{dtype:?}", isa.name()));
             group.sample_size(10).throughput(Throughput::Bytes(weight.size_bytes() as u64));
             for rows in [1, 4, 12] {
@@ -49,7 +68,7 @@ fn products(c: &mut Criterion) {
             }
             group.finish();
             let (n, rows) = (1024, 512);
-            let weight = PackedMatrix::zeroed(dtype, n, k).expect("memory");
+            let weight = weights(dtype, n, k);
             let mut group = c.benchmark_group(format!("many rows/{}/{dtype:?}", isa.name()));
             group.sample_size(10).throughput(Throughput::Elements(2 * (n * k * rows) as u64));
             let (mut out, mut scratch) =

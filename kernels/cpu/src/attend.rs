@@ -82,6 +82,13 @@ pub struct Attention {
     position: usize,
 }
 
+/// Memory for no rows.
+impl Default for Attention {
+    fn default() -> Self {
+        Self::sized(0, 0, 0)
+    }
+}
+
 impl Attention {
     /// Memory for `rows` rows.
     pub fn new(rows: usize, head_dim: usize) -> Self {

@@ -95,7 +95,7 @@ impl Kernels {
         assert!(!gated || whole, "{part:?} cuts a pair");
         let few = product.rows <= self.tile_rows();
         let group = match (few, form) {
-            (true, Form::Integers) if product.rows == 1 => STREAMS,
+            (true, Form::Integers) if product.rows <= self.codes().rows_max => STREAMS,
             (true, Form::Floats) => STREAMS,
             (true, Form::Integers) => product::STREAMS,
             (false, _) => PAIR,

@@ -120,6 +120,8 @@ pub(crate) struct CodeTable {
     pub(crate) quantize: unsafe fn(&[f32], *mut u8, usize, usize),
     /// By kind.
     pub(crate) unpack: [UnpackFn; Kind::ALL.len()],
+    /// Rows that [`CodeTable::rows`] are for, at most.
+    pub(crate) rows_max: usize,
     /// By kind.
     pub(crate) rows: [RowFn; Kind::ALL.len()],
     /// By kind.
@@ -140,6 +142,7 @@ macro_rules! code_table {
                     unpack::<0>, unpack::<1>, unpack::<2>, unpack::<3>, unpack::<4>, unpack::<5>, unpack::<6>,
                     unpack::<7>, unpack::<8>, unpack::<9>, unpack::<10>, unpack::<11>, unpack::<12>, unpack::<13>,
                 ],
+                rows_max: row::rows_max::<$set>(),
                 rows: [
                     row::<0>, row::<1>, row::<2>, row::<3>, row::<4>, row::<5>, row::<6>,
                     row::<7>, row::<8>, row::<9>, row::<10>, row::<11>, row::<12>, row::<13>,
@@ -166,9 +169,9 @@ macro_rules! code_table {
             /// # Safety
             /// The machine has the instruction set, and what the body asks for.
             $(#[$features])?
-            unsafe fn row<const KIND: usize>(o: &RowOperands, panels: usize) {
+            unsafe fn row<const KIND: usize>(o: &RowOperands, panels: usize, rows: usize) {
                 // SAFETY: the caller's promise.
-                unsafe { row::run::<_, KIND>($witness, o, panels) }
+                unsafe { row::run::<_, KIND>($witness, o, panels, rows) }
             }
 
             /// # Safety

@@ -149,6 +149,18 @@ fn greedy_takes_the_largest_logit_and_the_lowest_id_among_equals() {
 }
 
 #[test]
+fn greedy_finds_the_first_of_the_largest_wherever_it_is() {
+    for len in [1, 31, 64, 200] {
+        for place in 0..len {
+            let mut logits: Vec<f32> = (0..len).map(|i| if i % 5 == 0 { f32::NAN } else { -2.0 }).collect();
+            logits[place] = -1.0;
+            logits[(place + 70).min(len - 1)] = -1.0;
+            assert_eq!(token(&logits, Sampling::greedy()) as usize, place, "{place} of {len}");
+        }
+    }
+}
+
+#[test]
 fn a_tiny_temperature_is_greedy_and_a_huge_one_uniform() {
     let logits = [1.0, 3.0, 2.0, f32::NEG_INFINITY];
     for seed in 0..200 {

@@ -230,6 +230,16 @@ impl Layout {
         Chunk { records, codes, end: codes + blocks * self.code_bytes() }
     }
 
+    /// Cache lines of the next chunk to ask for beside each block of a whole one.
+    pub(crate) const fn lines(&self) -> usize {
+        self.chunk(CHUNK).end.div_ceil(CHUNK * GROUP_BYTES)
+    }
+
+    /// How many of them while codes are unpacked; the others are asked for while they are multiplied.
+    pub(crate) const fn lines_of_unpacking(&self) -> usize {
+        if self.bits < 8 { self.lines() / 2 } else { 0 }
+    }
+
     /// Bytes of a panel.
     pub(crate) const fn panel_bytes(&self, cols: usize) -> usize {
         let (whole, rest) = (cols / SUPER, cols % SUPER / BLOCK);

@@ -57,8 +57,8 @@ impl Kernels {
         scratch: &mut [f32],
     ) {
         assert_eq!(sums.len(), rows.len() * panels.len() * LANES, "sums");
-        if product.rows == 1 {
-            return self.add_row(product, panels, sums);
+        if product.rows <= self.codes().rows_max {
+            return self.add_few(product, panels, rows.len(), sums);
         }
         // From the first float on a cache line.
         let start = scratch.as_ptr().align_offset(GROUP_BYTES);
@@ -74,16 +74,17 @@ impl Kernels {
                 let at = (start - panels.start) * LANES;
                 start = run.panels.end;
                 let place = (&mut sums[at..], panels.len() * LANES);
-                self.add_chunk(product, &run, &chunk, (rows, panels.end), place, scratch);
+                self.add_chunk(product, &run, &chunk, rows, place, scratch);
             }
             first = chunk.end;
         }
     }
 
-    /// One row: weights go straight from memory into the registers.
-    fn add_row(&self, product: &Product<'_>, panels: &Range<usize>, sums: &mut [f32]) {
+    /// Few rows, of one tile: weights go straight from memory into the registers.
+    fn add_few(&self, product: &Product<'_>, panels: &Range<usize>, rows: usize, sums: &mut [f32]) {
         let (weight, cols) = (product.weight, product.weight.cols());
-        assert_eq!(product.input.len(), input::len(1, cols), "a row of {cols} columns");
+        assert!(rows <= product.rows, "{rows} of {} rows", product.rows);
+        let sums_row = panels.len() * LANES;
         let mut start = panels.start;
         while start < panels.end {
             let run = run_of(weight, start..panels.end);
@@ -92,11 +93,13 @@ impl Kernels {
                 panel_bytes: run.kind.layout().panel_bytes(cols),
                 blocks: cols / BLOCK,
                 input: product.input.as_ptr().cast(),
-                sums: sums[(start - panels.start) * LANES..][..run.panels.len() * LANES].as_mut_ptr(),
+                input_rows: product.rows,
+                sums: sums[(start - panels.start) * LANES..].as_mut_ptr(),
+                sums_row,
             };
-            // SAFETY: panels of one kind lie one behind the other, the row has as many blocks and the sums have place
-            // for all panels, as asserted; the table was chosen for this machine.
-            unsafe { (self.codes().rows[run.kind as usize])(&operands, run.panels.len()) };
+            // SAFETY: panels of one kind lie one behind the other, the rows have as many blocks and the sums have place
+            // for all rows and panels, as asserted; the table was chosen for this machine.
+            unsafe { (self.codes().rows[run.kind as usize])(&operands, run.panels.len(), rows) };
             start = run.panels.end;
         }
     }
@@ -107,20 +110,19 @@ impl Kernels {
         product: &Product<'_>,
         run: &Run,
         chunk: &Range<usize>,
-        (rows, end): (&Range<usize>, usize),
+        rows: &Range<usize>,
         (sums, sums_row): (&mut [f32], usize),
         scratch: &mut [f32],
     ) {
         let weight = product.weight;
         let layout = run.kind.layout();
         let mut operands = self.unpacked(weight, run, chunk, scratch);
-        let blocks = weight.cols() / BLOCK;
-        let next = if chunk.end < blocks { (run.panels.start, chunk.end) } else { (end, 0) };
-        let known = next.0 < weight.panels() && weight.panel(next.0).0 == weight.panel(run.panels.start).0;
-        let next = if known { next } else { (run.panels.start, chunk.start) };
-        operands.ask = packed(weight, run.kind, next.0, next.1).codes;
+        // The lines that unpacking has not asked for.
+        let unpacking = layout.lines_of_unpacking();
+        let next = next_chunk(weight, run, run.panels.start, chunk);
+        operands.ask = next.wrapping_add(CHUNK * unpacking * GROUP_BYTES);
         operands.ask_panel = layout.panel_bytes(weight.cols());
-        operands.ask_block = layout.code_bytes();
+        operands.ask_block = (layout.lines() - unpacking) * GROUP_BYTES;
         operands.sums_row = sums_row;
         let tile_fn = self.codes().tiles[run.kind as usize];
         let mut row = rows.start;
@@ -153,7 +155,10 @@ impl Kernels {
     ) -> Operands {
         let layout = run.kind.layout();
         for (i, panel) in run.panels.clone().enumerate() {
-            let from = packed(weight, run.kind, panel, chunk.start);
+            let from = Packed {
+                ask: next_chunk(weight, run, panel, chunk),
+                ..packed(weight, run.kind, panel, chunk.start)
+            };
             let (codes, rest) = scratch[i * PANEL_LEN..][..PANEL_LEN].split_at_mut(CODES_LEN);
             let (scales, shifts) = rest.split_at_mut(SCALES_LEN);
             let to = Unpacked {
@@ -198,6 +203,16 @@ fn run_of(weight: &PackedMatrix, panels: Range<usize>) -> Run {
     Run { kind, panels: panels.start..end }
 }
 
+/// What is read after a chunk of a panel: the chunk behind it, or the first one of the panel that follows those of the run;
+/// perhaps beyond the matrix, and never read here.
+fn next_chunk(weight: &PackedMatrix, run: &Run, panel: usize, chunk: &Range<usize>) -> *const u8 {
+    let (layout, cols) = (run.kind.layout(), weight.cols());
+    let (bytes, col) = (weight.panel(panel).1, chunk.end * BLOCK);
+    let distance =
+        if col < cols { layout.chunk_of(cols, col).0 } else { run.panels.len() * layout.panel_bytes(cols) };
+    bytes.as_ptr().wrapping_add(distance)
+}
+
 /// The chunk of a panel that block number `first` begins.
 fn packed(weight: &PackedMatrix, kind: Kind, panel: usize, first: usize) -> Packed {
     let (layout, cols) = (kind.layout(), weight.cols());
@@ -211,5 +226,6 @@ fn packed(weight: &PackedMatrix, kind: Kind, panel: usize, first: usize) -> Pack
         records: bytes[chunk.records..].as_ptr(),
         codes: bytes[chunk.codes..].as_ptr(),
         blocks: CHUNK.min(cols / BLOCK - first),
+        ask: bytes.as_ptr(),
     }
 }

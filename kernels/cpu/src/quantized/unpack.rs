@@ -14,6 +14,8 @@ pub(crate) struct Packed {
     pub(crate) records: *const u8,
     pub(crate) codes: *const u8,
     pub(crate) blocks: usize,
+    /// What is asked into the cache meanwhile: the first [`Layout::lines_of_unpacking`] lines for each block.
+    pub(crate) ask: *const u8,
 }
 
 /// Where unpacked blocks go.
@@ -41,7 +43,12 @@ pub(crate) unsafe fn unpack<C: Bytes, const KIND: usize>(c: C, from: &Packed, to
     let (mut scales, mut shifts) = (to.scales, to.shifts);
     // SAFETY: the caller's promise.
     let over = unsafe { over(c, &layout, from.over) };
+    let mut ask = from.ask;
     for block in 0..from.blocks {
+        for _ in 0..const { Kind::ALL[KIND].layout().lines_of_unpacking() } {
+            c.floats().prefetch(ask);
+            ask = ask.wrapping_add(GROUP_BYTES);
+        }
         let record = from.records.wrapping_add(block * layout.record_bytes());
         let packed = from.codes.wrapping_add(block * layout.code_bytes());
         // SAFETY: inside the block, which the caller vouches for.
