@@ -233,7 +233,7 @@ fn what_cannot_be_meant_is_told() {
         (vec!["serve", "--trace=/no/such/file"], "--trace /no/such/file"),
         (vec!["latency", "--cases=load@0"], "expected prefill@DEPTH"),
         (vec!["report", "/no/such/file"], "/no/such/file"),
-        (vec!["shape", "gpt-oss-20b", "/tmp/mainstay-no-such-shape"], "without experts"),
+        (vec!["shape", "gpt-oss-20b", "/tmp/mainstay-no-such-shape"], "llama and qwen3"),
         (vec!["shape", "gpt-5", "/tmp/mainstay-no-such-shape"], "expected one of qwen3-0.6b"),
     ] {
         let ended = run(&[&["bench"], &words[..]].concat());
