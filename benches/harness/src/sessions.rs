@@ -7,6 +7,8 @@ mod direct;
 mod fork;
 mod recovery;
 mod report;
+#[cfg(test)]
+mod restoring;
 mod resume;
 mod stats;
 #[cfg(test)]
