@@ -273,7 +273,7 @@ mod tests {
         let mut pages = Pages::new(&layout, &limits(KvDType::Q8)).unwrap();
         let slot = Slot { layer: 2, part: PartIndex::Second, table: &[PageId(1)] };
         pages.append(&slot, 5, &[254.0, 3.0, -5.0, 0.0, 0.0, 0.0]);
-        let found = pages.gather(&slot, 6);
+        let found = pages.gather(&slot, 0..6);
         assert_eq!((&found[15..18], &found[33..36]), (&[254.0, 4.0, -4.0][..], &[0.0; 3][..]));
         // [layer 1 of 2], behind k and v of both heads the scales of k, then of v: [head 0 of 2][token 5 of 32].
         let layer_bytes = 2 * 2 * 32 * (3 + 4);
