@@ -16,6 +16,7 @@ use mainstay_bench::serve::{
 use mainstay_bench::{Energy, Watch, page};
 use serde_json::Value;
 
+use super::positive;
 use crate::client::RemoteArgs;
 use crate::exit::Usage;
 use crate::local::Connection;
@@ -23,7 +24,6 @@ use crate::options::{ModelArgs, switch};
 use crate::progress::Counter;
 use crate::sessions;
 use crate::store::DirArgs;
-use super::positive;
 use target::Server;
 
 /// Kinds of load.
@@ -141,15 +141,17 @@ const CLIENTS: usize = 8;
 pub(super) fn run(args: &ServeArgs) -> Result<()> {
     let counts = [args.load.requests, args.load.input, args.load.output, args.load.prefix, args.load.turns];
     if counts.contains(&0) || args.load.clients == Some(0) || args.load.groups == 0 {
-        let what = "requests, clients, input, output, prefix, groups, turns: expected at least 1 each, found 0";
+        let what =
+            "requests, clients, input, output, prefix, groups, turns: expected at least 1 each, found 0";
         return Err(Usage(what.into()).into());
     }
     if args.load.pause_s.is_some_and(|s| !(0.0..=3600.0).contains(&s)) {
         return Err(Usage("--pause-s: expected 0 to 3600 seconds".into()).into());
     }
-    let trace = args.load.trace.as_deref().map(|path| {
-        fs::read_to_string(path).map_err(|e| Usage(format!("--trace {}: {e}", path.display())))
-    });
+    let trace =
+        args.load.trace.as_deref().map(|path| {
+            fs::read_to_string(path).map_err(|e| Usage(format!("--trace {}: {e}", path.display())))
+        });
     let trace = trace.transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let kept = (args.sessions && args.remote.url.is_none()).then(Scratch::new).transpose()?;

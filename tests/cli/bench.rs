@@ -36,8 +36,14 @@ fn serve_measures_its_own_server_at_several_rates() {
     let scratch = Scratch::new();
     let file = |name: &str| scratch.0.join(name).display().to_string();
     let (json, svg, html) = (file("serve.json"), file("serve.svg"), file("page.html"));
-    let words =
-        ["serve", "--requests=6", "--input=64", "--output=8", "--rate=20,50", "--goodput=ttft:60000,e2el:60000"];
+    let words = [
+        "serve",
+        "--requests=6",
+        "--input=64",
+        "--output=8",
+        "--rate=20,50",
+        "--goodput=ttft:60000,e2el:60000",
+    ];
     let shown = bench(&[&words[..], &["--price-per-hour=2", "--json", &json, "--plot", &svg]].concat());
     assert!(shown.contains("20/s Poisson") && shown.contains("50/s Poisson"), "{shown}");
     let found = results(&json);
@@ -51,7 +57,10 @@ fn serve_measures_its_own_server_at_several_rates() {
         assert!(missing.is_empty(), "{missing:?}");
         let unknown: Vec<_> = keys.iter().filter(|key| !names.contains(key)).collect();
         assert!(unknown.is_empty(), "{unknown:?}");
-        assert_eq!((&result["completed"], &result["failed"], &result["unsent"]), (&6.into(), &0.into(), &0.into()));
+        assert_eq!(
+            (&result["completed"], &result["failed"], &result["unsent"]),
+            (&6.into(), &0.into(), &0.into())
+        );
         assert_eq!(result["total_output_tokens"], 48, "answers are as long as was asked for");
         let lens = result["input_lens"].as_array().expect("a list");
         assert!(lens.iter().all(|len| (48..=80).contains(&len.as_u64().unwrap())), "{lens:?}");
@@ -70,7 +79,15 @@ fn serve_measures_another_server_with_every_workload() {
     let url = format!("http://{}", server.address);
     let scratch = Scratch::new();
     let json = scratch.0.join("serve.json").display().to_string();
-    let sizes = ["--requests=4", "--clients=2", "--input=40", "--output=4", "--prefix=200", "--turns=2", "--groups=2"];
+    let sizes = [
+        "--requests=4",
+        "--clients=2",
+        "--input=40",
+        "--output=4",
+        "--prefix=200",
+        "--turns=2",
+        "--groups=2",
+    ];
     for workload in ["fixed", "random", "prefix", "chat", "documents", "agent"] {
         let words = ["serve", "--url", &url, "--workload", workload, "--pause-s=0.01", "--json", &json];
         bench(&[&words[..], &sizes].concat());
@@ -85,7 +102,10 @@ fn serve_measures_another_server_with_every_workload() {
     }
     let trace = scratch.0.join("trace.jsonl");
     let lines = (0..4).map(|i| {
-        format!("{{\"timestamp\": {}, \"input_length\": 1024, \"output_length\": 8, \"hash_ids\": [0, {i}]}}\n", 20 * i)
+        format!(
+            "{{\"timestamp\": {}, \"input_length\": 1024, \"output_length\": 8, \"hash_ids\": [0, {i}]}}\n",
+            20 * i
+        )
     });
     fs::write(&trace, lines.collect::<String>()).unwrap();
     let trace = trace.display().to_string();
@@ -109,7 +129,11 @@ fn sessions_are_kept_by_the_server_and_removed() {
     // the server's count has the whole session, though only the new message was sent
     let (turns, lens) = (found["turns"].as_array().unwrap(), found["input_lens"].as_array().unwrap());
     let of = |turn: u64| {
-        turns.iter().zip(lens).filter(move |(t, _)| t.as_u64() == Some(turn)).map(|(_, len)| len.as_u64().unwrap())
+        turns
+            .iter()
+            .zip(lens)
+            .filter(move |(t, _)| t.as_u64() == Some(turn))
+            .map(|(_, len)| len.as_u64().unwrap())
     };
     assert!(of(2).min() > of(0).max().map(|len| 2 * len), "{turns:?} {lens:?}");
     let left = run(&["sessions", "ls", "--url", &url]);
@@ -123,7 +147,16 @@ fn a_load_ends_at_its_limit() {
     let scratch = Scratch::new();
     let json = scratch.0.join("serve.json").display().to_string();
     let begun = std::time::Instant::now();
-    bench(&["serve", "--requests=100", "--rate=2", "--input=16", "--output=2", "--limit-s=1.5", "--json", &json]);
+    bench(&[
+        "serve",
+        "--requests=100",
+        "--rate=2",
+        "--input=16",
+        "--output=2",
+        "--limit-s=1.5",
+        "--json",
+        &json,
+    ]);
     assert!(begun.elapsed().as_secs() < 30);
     let found = &results(&json)[0];
     assert!(found["unsent"].as_u64() > Some(50) && found["completed"].as_u64() > Some(0), "{found}");
@@ -131,7 +164,8 @@ fn a_load_ends_at_its_limit() {
 
 #[test]
 fn cells_take_turns_with_another_program() {
-    let words = ["bench", "latency", "--cases=decode@0x1,prefill@32,decode@8x2", "--prompt=16", "--gen=4", "--turns"];
+    let words =
+        ["bench", "latency", "--cases=decode@0x1,prefill@32,decode@8x2", "--prompt=16", "--gen=4", "--turns"];
     let mut child = mainstay(&words).stdin(Stdio::piped()).spawn().expect("the command starts");
     let mut stdin = child.stdin.take().expect("stdin is piped");
     stdin.write_all(b"decode@8x2\nprefill@32\ndecode@8x2\n").expect("the child reads");
@@ -151,11 +185,26 @@ fn cells_take_turns_with_another_program() {
 fn latency_writes_every_run() {
     let scratch = Scratch::new();
     let json = scratch.0.join("latency.json").display().to_string();
-    let words = ["latency", "--prompt=32", "--depth=0,64", "--batch=1,2", "--gen=4", "--repeat=2", "--price-per-hour=1"];
+    let words = [
+        "latency",
+        "--prompt=32",
+        "--depth=0,64",
+        "--batch=1,2",
+        "--gen=4",
+        "--repeat=2",
+        "--price-per-hour=1",
+    ];
     bench(&[&words[..], &["--json", &json]].concat());
     let found: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     let expected = [
-        "kind", "read_bytes_per_s", "fma_flops_per_s", "measurements", "model", "device", "kv_type", "version",
+        "kind",
+        "read_bytes_per_s",
+        "fma_flops_per_s",
+        "measurements",
+        "model",
+        "device",
+        "kv_type",
+        "version",
     ];
     assert_eq!(keys(&found), HashSet::from(expected));
     let rows = found["measurements"].as_array().unwrap();
@@ -165,7 +214,11 @@ fn latency_writes_every_run() {
         for key in ["tokens_per_s_median", "bytes_per_token", "flops_per_token", "cost_per_million_tokens"] {
             assert!(row[key].as_f64() > Some(0.0), "{key}: {row}");
         }
-        assert!(row["bandwidth_share"].is_f64() && row["fma_share"].is_f64() && row["foreign_cpu_share"].is_array());
+        assert!(
+            row["bandwidth_share"].is_f64()
+                && row["fma_share"].is_f64()
+                && row["foreign_cpu_share"].is_array()
+        );
     }
     let html = scratch.0.join("page.html").display().to_string();
     assert!(bench(&["report", &json, "--html", &html]).contains("2 plots"));

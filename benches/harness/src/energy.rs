@@ -69,7 +69,8 @@ mod tests {
             fs::create_dir_all(above.join(zone)).unwrap();
             fs::write(above.join(zone).join(file), format!("{text}\n")).unwrap();
         };
-        for (zone, name) in [("intel-rapl:0", "package-0"), ("intel-rapl:1", "package-1"), ("intel-rapl:0:0", "core")]
+        for (zone, name) in
+            [("intel-rapl:0", "package-0"), ("intel-rapl:1", "package-1"), ("intel-rapl:0:0", "core")]
         {
             put(zone, "name", name);
             put(zone, "energy_uj", "9000000");

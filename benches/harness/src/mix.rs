@@ -27,10 +27,10 @@ impl Mix {
             Mix::Mxfp4 if shape.len() == 2 && name.contains(".experts.") => DType::Mxfp4,
             Mix::Mxfp4 => DType::BF16,
             // rows that no block of 256 fills
-            Mix::Q4KM if shape.len() == 2 && shape[1] % 256 != 0 => DType::Q8_0,
+            Mix::Q4KM if shape.len() == 2 && !shape[1].is_multiple_of(256) => DType::Q8_0,
             _ if shape.len() < 2 => DType::F32,
             Mix::Q8_0 => DType::Q8_0,
-            Mix::Q4_0 if vocabulary && shape[1] % 256 != 0 => DType::Q8_0,
+            Mix::Q4_0 if vocabulary && !shape[1].is_multiple_of(256) => DType::Q8_0,
             Mix::Q4_0 | Mix::Q4KM if vocabulary => DType::Q6K,
             Mix::Q4_0 => DType::Q4_0,
             Mix::Q4KM => {
@@ -67,7 +67,10 @@ mod tests {
         assert_eq!(Mix::Q4KM.of("model.embed_tokens.weight", &[64, 256], 28), DType::Q6K);
         assert_eq!(Mix::Q4KM.of("model.norm.weight", &[256], 28), DType::F32);
         assert_eq!(Mix::Q4KM.of("model.layers.0.mlp.up_proj.weight", &[64, 2880], 28), DType::Q8_0);
-        assert_eq!(Mix::Mxfp4.of("model.layers.0.mlp.experts.3.up_proj.weight", &[64, 256], 28), DType::Mxfp4);
+        assert_eq!(
+            Mix::Mxfp4.of("model.layers.0.mlp.experts.3.up_proj.weight", &[64, 256], 28),
+            DType::Mxfp4
+        );
         assert_eq!(Mix::Mxfp4.of("model.layers.0.mlp.experts.3.up_proj.bias", &[64], 28), DType::BF16);
     }
 }

@@ -6,8 +6,8 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
-pub use plot::{Plot, PlotError};
 use plot::Series;
+pub use plot::{Plot, PlotError};
 
 /// The plot of a run: latency against the rate where there are several, else the time to the first token against length.
 pub fn main_plot(results: &[Value]) -> Option<Plot> {
@@ -30,7 +30,10 @@ pub fn plots(results: &[Value]) -> Vec<Plot> {
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().map(|list| list.iter().map(|n| n.as_f64().unwrap_or(f64::NAN)).collect()).unwrap_or_default()
+    value
+        .as_array()
+        .map(|list| list.iter().map(|n| n.as_f64().unwrap_or(f64::NAN)).collect())
+        .unwrap_or_default()
 }
 
 fn against_rate(served: &[&Value], name: &str, title: &str) -> Option<Plot> {
@@ -169,8 +172,13 @@ fn served_table(served: &[&Value]) -> String {
             Some(rate) => format!("{rate}/s"),
             None => format!("{} clients", run["max_concurrency"]),
         };
-        let _ =
-            write!(text, "<tr><td>{}, {} on {}: {rate}</td>", word("workload"), word("model_id"), word("label"));
+        let _ = write!(
+            text,
+            "<tr><td>{}, {} on {}: {rate}</td>",
+            word("workload"),
+            word("model_id"),
+            word("label")
+        );
         for (_, key) in COLUMNS {
             let shown = match (run[key].as_u64(), run[key].as_f64()) {
                 (Some(count), _) => count.to_string(),
@@ -232,7 +240,9 @@ mod tests {
         let results = [served(json!(1.0)), served(json!(2.0)), latency, sessions];
         let page = html("Bench \"here\"", &results).unwrap();
         assert_eq!(page.matches("<svg").count(), 6);
-        assert!(page.contains("Bench &quot;here&quot;") && page.contains("&lt;m&gt;") && !page.contains("<m>"));
+        assert!(
+            page.contains("Bench &quot;here&quot;") && page.contains("&lt;m&gt;") && !page.contains("<m>")
+        );
         let outside = ["href=", "src=", "@import", "<script"];
         assert!(outside.iter().all(|word| !page.contains(word)), "{page}");
         assert_eq!(plots(&results)[5].series[0].points, [(0.0, 40.0), (4096.0, 20.0)]);

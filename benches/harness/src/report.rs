@@ -121,7 +121,10 @@ mod tests {
         let line: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().rev().take(2).collect();
         assert_eq!(line, ["50.00", "0.750"]);
         let found = row(&told, &peaks, Some(3.6));
-        assert_eq!((&found["joules_per_token"], &found["cost_per_million_tokens"]), (&json!(0.75), &json!(50.0)));
+        assert_eq!(
+            (&found["joules_per_token"], &found["cost_per_million_tokens"]),
+            (&json!(0.75), &json!(50.0))
+        );
     }
 
     #[test]

@@ -39,7 +39,9 @@ impl Server {
         }
         match Words::counted(counts[0], counts[1]) {
             Some(words) => Ok(words),
-            None => bail!("expected `usage` in the server's answers, found {counts:?} tokens for one and two texts"),
+            None => bail!(
+                "expected `usage` in the server's answers, found {counts:?} tokens for one and two texts"
+            ),
         }
     }
 
@@ -85,7 +87,8 @@ impl Server {
     /// Sends a request and notes the pieces of its answer as they come.
     async fn ask(&self, body: Map<String, Value>, outcome: &mut Outcome) -> Result<()> {
         let request = self.api.request(Method::POST, "/v1/chat/completions");
-        let request = request.header("content-type", "application/json").body(Value::Object(body).to_string());
+        let request =
+            request.header("content-type", "application/json").body(Value::Object(body).to_string());
         let begun = Instant::now();
         let mut last_s = 0.0;
         let mut reply = self.api.send(request).await?;

@@ -86,7 +86,10 @@ mod tests {
     #[test]
     fn a_grid_has_each_prefill_once() {
         let names: Vec<String> = Case::grid(&[0, 50], &[1, 3]).iter().map(Case::to_string).collect();
-        assert_eq!(names, ["prefill@0", "prefill@50", "decode@0x1", "decode@0x3", "decode@50x1", "decode@50x3"]);
+        assert_eq!(
+            names,
+            ["prefill@0", "prefill@50", "decode@0x1", "decode@0x3", "decode@50x1", "decode@50x3"]
+        );
     }
 
     #[test]
@@ -97,7 +100,10 @@ mod tests {
         assert_eq!("decode@7".parse(), Ok(Case { phase: Phase::Decode, depth: 7, batch: 1 }));
         for wrong in ["", "decode", "decode@x8", "decode@0x0", "prefill@0x2", "load@0"] {
             let message = wrong.parse::<Case>().unwrap_err().to_string();
-            assert!(message.contains("decode@4096x8") && message.ends_with(&format!("`{wrong}`")), "{message}");
+            assert!(
+                message.contains("decode@4096x8") && message.ends_with(&format!("`{wrong}`")),
+                "{message}"
+            );
         }
     }
 }

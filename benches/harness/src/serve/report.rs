@@ -113,7 +113,8 @@ fn details(about: &About<'_>, loaded: &Loaded, s: &Summary) -> String {
         let _ = writeln!(text, "{cost:.4} per million tokens of output at the given price");
     }
     if loaded.unsent > 0 {
-        let _ = writeln!(text, "{} requests were not sent: the time was up, or one before failed", loaded.unsent);
+        let _ =
+            writeln!(text, "{} requests were not sent: the time was up, or one before failed", loaded.unsent);
     }
     let first = loaded.records.iter().find_map(|record| record.outcome.error.as_deref());
     if let Some(error) = first {
@@ -132,8 +133,14 @@ pub fn json(about: &About<'_>, loaded: &Loaded) -> Value {
     let s = summary(about, loaded);
     let mut fields = head(about, &s, loaded.unsent);
     for (name, d) in named(&s) {
-        let values =
-            [("mean", d.mean), ("median", d.p50), ("std", d.std), ("p50", d.p50), ("p90", d.p90), ("p99", d.p99)];
+        let values = [
+            ("mean", d.mean),
+            ("median", d.p50),
+            ("std", d.std),
+            ("p50", d.p50),
+            ("p90", d.p90),
+            ("p99", d.p99),
+        ];
         for (word, value) in values {
             fields.insert(format!("{word}_{name}_ms"), json!(value));
         }

@@ -95,11 +95,7 @@ pub async fn run<T: Target>(target: Arc<T>, load: Load, mut tell: impl FnMut(usi
     Loaded { unsent: requests - records.len(), records, duration_s: end_s }
 }
 
-fn record(
-    (conversation, turn): (usize, usize),
-    (start_s, queue_s): (f64, f64),
-    outcome: Outcome,
-) -> Record {
+fn record((conversation, turn): (usize, usize), (start_s, queue_s): (f64, f64), outcome: Outcome) -> Record {
     Record { conversation, turn, start_s, queue_s, outcome }
 }
 

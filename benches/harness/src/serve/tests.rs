@@ -100,12 +100,8 @@ async fn open_arrivals_do_not_wait_and_bounded_ones_queue() {
 #[tokio::test(start_paused = true)]
 async fn turns_follow_answers_and_pauses_and_carry_what_was_said() {
     let target = Arc::new(Clock::default());
-    let loaded = run(
-        target.clone(),
-        load(Workload::Agent, 3, 3, Arrivals::Closed { clients: 1 }),
-        |_| (),
-    )
-    .await;
+    let loaded =
+        run(target.clone(), load(Workload::Agent, 3, 3, Arrivals::Closed { clients: 1 }), |_| ()).await;
     near(loaded.duration_s, 3.0 * 0.2 + 2.0);
     let seen = target.seen.lock().unwrap();
     let roles: Vec<&str> = seen[2].messages.iter().map(|(role, _)| role.name()).collect();
@@ -126,8 +122,7 @@ async fn a_server_that_keeps_conversations_hears_only_what_is_new() {
 #[tokio::test(start_paused = true)]
 async fn a_failure_ends_its_conversation_alone() {
     let target = Arc::new(Clock { fails: Some(0), ..Clock::default() });
-    let loaded =
-        run(target, load(Workload::Chat, 6, 3, Arrivals::Closed { clients: 1 }), |_| ()).await;
+    let loaded = run(target, load(Workload::Chat, 6, 3, Arrivals::Closed { clients: 1 }), |_| ()).await;
     assert_eq!((loaded.records.len(), loaded.unsent), (4, 2));
     let summary = Summary::of(&loaded.records, loaded.duration_s, &[]);
     assert_eq!((summary.completed, summary.failed), (3, 1));
@@ -179,9 +174,11 @@ async fn a_result_has_the_fields_that_other_tools_read() {
         };
         assert!(fits, "{name}: expected {kind}, found {value}");
     }
-    let known = schema.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(' ').next());
+    let known =
+        schema.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(' ').next());
     let known: Vec<&str> = known.collect();
-    let more: Vec<&String> = found.as_object().unwrap().keys().filter(|key| !known.contains(&key.as_str())).collect();
+    let more: Vec<&String> =
+        found.as_object().unwrap().keys().filter(|key| !known.contains(&key.as_str())).collect();
     assert!(more.is_empty(), "fields that fields.txt lacks: {more:?}");
     assert_eq!((&found["completed"], &found["request_rate"]), (&20.into(), &10.0.into()));
     assert_eq!(found["joules_per_output_token"], 50.0 / found["total_output_tokens"].as_f64().unwrap());

@@ -36,8 +36,9 @@ pub fn read(
     for (at, line) in lines.take(most) {
         let line_number = at + 1;
         let wrong = |expected, found: String| TraceError { line: line_number, expected, found };
-        let value: Value = serde_json::from_str(line)
-            .map_err(|e| wrong("a JSON object with timestamp, input_length, output_length, hash_ids", e.to_string()))?;
+        let value: Value = serde_json::from_str(line).map_err(|e| {
+            wrong("a JSON object with timestamp, input_length, output_length, hash_ids", e.to_string())
+        })?;
         let length = |key: &str, expected| {
             let found = value[key].as_u64().filter(|n| (1..=TOKENS_MAX).contains(n));
             let scaled = found.map(|n| ((n as f64 * scale).round() as usize).max(1));

@@ -165,16 +165,7 @@ mod tests {
     const WORDS: Words = Words { tokens_each: 1.0, tokens_around: 0.0 };
 
     fn sizes() -> Sizes {
-        Sizes {
-            requests: 22,
-            input: 40,
-            output: 8,
-            prefix: 100,
-            groups: 3,
-            turns: 4,
-            pause_s: 0.5,
-            seed: 9,
-        }
+        Sizes { requests: 22, input: 40, output: 8, prefix: 100, groups: 3, turns: 4, pause_s: 0.5, seed: 9 }
     }
 
     fn len(text: &str) -> usize {

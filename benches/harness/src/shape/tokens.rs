@@ -31,7 +31,8 @@ pub(super) fn tokenizer(vocab: usize) -> Value {
             "normalized": false, "special": true
         })
     });
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0", "truncation": Value::Null, "padding": Value::Null, "normalizer": Value::Null,
         "added_tokens": added.collect::<Vec<_>>(),
