@@ -12,8 +12,8 @@ const WORDS: [&str; 64] = [
     "hour", "game", "line", "end", "member", "law", "car",
 ];
 
-/// Words that a request for finding out how many tokens a word is has at least.
-const PROBE: usize = 64;
+/// Words that a request for finding out how many tokens a word is has at least; of fewer, the average is off.
+const PROBE: usize = 192;
 /// No workload's, or it would find its beginning in the server's memory.
 const PROBE_SEED: u64 = u64::MAX;
 
