@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes target/peers-venv with llama-cpp-python, built from its source distribution for this processor. Takes minutes of
 # all cores, once; give it `nice`. With words, more peers of compare.py beside it: candle (from crates.io), transformers
-# (from PyPI, with torch for processors: 200 MB).
+# (from PyPI, with torch: gigabytes).
 #
 # PEERS_AMX=off leaves AMX out: some virtual machines show it and end the program that uses it (SIGILL). Where it works,
 # it is part of what the peer can do.

@@ -40,6 +40,6 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
     }
     let text = page::html(&args.title, &results)?;
     fs::write(&args.html, text).with_context(|| args.html.display().to_string())?;
-    println!("{}: {count} plots", args.html.display());
+    println!("{}: {count} {}", args.html.display(), if count == 1 { "plot" } else { "plots" });
     Ok(())
 }

@@ -225,6 +225,54 @@ fn latency_writes_every_run() {
 }
 
 #[test]
+fn sessions_are_measured_on_the_built_in_model() {
+    let scratch = Scratch::new();
+    let file = |name: &str| scratch.0.join(name).display().to_string();
+    let (json, html, dir) = (file("sessions.json"), file("page.html"), file("stores"));
+    fs::create_dir(&dir).expect("a directory");
+    let sizes = [
+        "--contexts=128",
+        "--answer=4",
+        "--new=8",
+        "--repeat=1",
+        "--decode=16",
+        "--pairs=1",
+        "--sessions=20",
+    ];
+    let shown = bench(&[&["sessions", "--dir", &dir, "--json", &json], &sizes[..]].concat());
+    assert!(shown.contains("after kill -9"), "{shown}");
+    let found: Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    let expected = [
+        "kind",
+        "read_bytes_per_s",
+        "fma_flops_per_s",
+        "plan",
+        "first_turns",
+        "resumes",
+        "restores",
+        "moves",
+        "forks",
+        "write_behind",
+        "recovery",
+        "verdicts",
+        "model",
+        "device",
+        "kv_type",
+        "version",
+    ];
+    assert_eq!(keys(&found), HashSet::from(expected));
+    let resumes = found["resumes"].as_array().unwrap();
+    let cases: HashSet<&str> = resumes.iter().filter_map(|run| run["case"].as_str()).collect();
+    assert_eq!(cases, HashSet::from(["cold", "memory", "disk", "after kill -9", "after move"]));
+    for run in resumes {
+        assert_eq!((&run["context"], &run["same_tokens"]), (&128.into(), &true.into()), "{run}");
+        assert!(run["ttft_ms"].as_f64() > Some(0.0) && run["penalty"].as_f64() > Some(0.0), "{run}");
+    }
+    assert!(bench(&["report", &json, "--html", &html]).contains("1 plot\n"));
+    assert_eq!(fs::read_dir(&dir).expect("the directory stays").count(), 0, "what was made in it is removed");
+}
+
+#[test]
 fn what_cannot_be_meant_is_told() {
     for (words, expected) in [
         (vec!["serve", "--clients=0"], "expected at least 1 each"),

@@ -79,7 +79,7 @@ fn checkpoint(dir: &Path) -> u64 {
 
 /// The most that was resident, and what is now.
 fn resident(words: &[&str]) -> [u64; 2] {
-    let server = Server::start(&[words, &["--kv-memory=64M", "--threads=2"]].concat());
+    let server = Server::start(&[words, &["--kv-memory=3M", "--context=128", "--threads=2"]].concat());
     let status = fs::read_to_string(format!("/proc/{}/status", server.id())).expect("a process");
     ["VmHWM:", "VmRSS:"].map(|name| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("memory is counted");

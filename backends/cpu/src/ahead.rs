@@ -10,9 +10,9 @@ use mainstay_kernels_cpu::Aligned;
 use crate::machine;
 
 /// The most bytes that are had before they are used, of all groups together,
-const AHEAD_BYTES_MAX: usize = 2 << 30;
+const AHEAD_BYTES_MAX: usize = 1 << 30;
 /// where this part of the machine's memory is no less. The same part is left to everybody else.
-const AHEAD_SHARE: u64 = 8;
+const AHEAD_SHARE: u64 = 16;
 /// Bytes that are asked for at a time.
 const PIECE_BYTES: usize = 32 << 20;
 /// Memory of fewer bytes is not worth a thread.

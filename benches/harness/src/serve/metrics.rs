@@ -262,20 +262,24 @@ mod tests {
         failed.outcome.error = Some("no".into());
         // 5 tokens in 4 pieces: time for a token is not time between pieces
         let records = [
-            record(0.0, 0.1, &[0.2, 0.2, 0.4], 5),
+            record(0.4, 0.1, &[0.2, 0.2, 0.4], 5),
             record(0.5, 0.3, &[], 1),
             record(0.9, 0.1, &[0.2], 2),
             failed,
         ];
-        let slos = [Slo::Ttft(250.0), Slo::Tpot(201.0)];
+        let slos = [Slo::Ttft(350.0), Slo::Tpot(201.0)];
         let found = Summary::of(&records, 2.0, &slos);
-        assert_eq!((found.completed, found.failed, found.good), (3, 1, Some(2)));
+        assert_eq!(
+            (found.completed, found.failed, found.good),
+            (3, 1, Some(3)),
+            "one token has no time between tokens"
+        );
         assert_eq!((found.input_tokens, found.output_tokens), (30, 8));
         assert!((found.tpot.mean - 200.0).abs() < 1e-9, "{:?}", found.tpot);
         assert!((found.itl.mean - 250.0).abs() < 1e-9, "{:?}", found.itl);
         assert!((found.ttft.mean - 500.0 / 3.0).abs() < 1e-9, "{:?}", found.ttft);
         assert_eq!(found.concurrent_max, 2, "the second ends before the third begins");
-        assert_eq!(found.output_tokens_per_s_max, 5, "all pieces of the first two");
+        assert_eq!(found.output_tokens_per_s_max, 4, "all pieces of the first two but the last");
         assert_eq!(found.per_s(8), 4.0);
         assert_eq!(Summary::of(&records, 2.0, &[]).good, None);
         assert_eq!(Summary::of(&records, 2.0, &[Slo::E2el(450.0)]).good, Some(2));

@@ -12,11 +12,6 @@ const WORDS: [&str; 64] = [
     "hour", "game", "line", "end", "member", "law", "car",
 ];
 
-/// Words that a request for finding out how many tokens a word is has at least.
-const PROBE: usize = 64;
-/// No workload's, or it would find its beginning in the server's memory.
-const PROBE_SEED: u64 = u64::MAX;
-
 /// Makes texts, each from a seed of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Words {
@@ -27,16 +22,17 @@ pub struct Words {
 }
 
 impl Words {
-    /// Two texts, one twice as long, whose lengths as the server counts them tell what a word is.
+    /// Every word once, and every word twice: their lengths as the server counts them tell what a word is on average, and
+    /// what stands around a text.
     pub fn probes() -> [String; 2] {
-        let words = Words { tokens_each: 1.0, tokens_around: 0.0 };
-        [PROBE, 2 * PROBE].map(|count| words.text(PROBE_SEED, count))
+        let once = WORDS.join(" ");
+        [once.clone(), format!("{once} {once}")]
     }
 
     /// What the server's counts of [`Words::probes`] say; `None` where they make no sense.
     pub fn counted(short: usize, long: usize) -> Option<Self> {
-        let tokens_each = (long.checked_sub(short)? as f64) / PROBE as f64;
-        let tokens_around = (short as f64 - tokens_each * PROBE as f64).max(0.0);
+        let tokens_each = (long.checked_sub(short)? as f64) / WORDS.len() as f64;
+        let tokens_around = (short as f64 - tokens_each * WORDS.len() as f64).max(0.0);
         (tokens_each > 0.0).then_some(Self { tokens_each, tokens_around })
     }
 

@@ -21,7 +21,29 @@ pub fn table(figures: &Figures) -> String {
     for verdict in verdicts(figures) {
         let _ = writeln!(text, "{:<12} {}: {}", verdict.word(), verdict.target, verdict.found);
     }
-    text
+    folded(&text)
+}
+
+/// Columns of a terminal that is not wide.
+const COLUMNS: usize = 100;
+
+/// Lines that are longer go on, indented, in the next.
+fn folded(text: &str) -> String {
+    const INDENT: &str = "    ";
+    let mut found = String::with_capacity(text.len());
+    for line in text.lines() {
+        let mut rest = line.to_owned();
+        while rest.chars().count() > COLUMNS {
+            let end = rest.char_indices().nth(COLUMNS + 1).map_or(rest.len(), |(at, _)| at);
+            let Some(space) = rest[..end].rfind(' ').filter(|&at| at > INDENT.len()) else { break };
+            found.push_str(rest[..space].trim_end());
+            found.push('\n');
+            rest = format!("{INDENT}{}", rest[space..].trim_start());
+        }
+        found.push_str(&rest);
+        found.push('\n');
+    }
+    found
 }
 
 type Written = std::fmt::Result;
@@ -295,4 +317,20 @@ fn decode_json(run: &Decode) -> Value {
         "copy_ms": run.copy_ms,
         "foreign_cpu_share": run.foreign,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lines_go_on_at_a_space() {
+        let words = ["word"; 60].join(" ");
+        let text = folded(&format!("short  line\n{words}\n{}\n", "x".repeat(120)));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!((lines[0], lines[1].len(), lines.len()), ("short  line", 99, 6));
+        assert!(lines[2].starts_with("    word") && lines[2].len() <= 100, "{text}");
+        assert_eq!(lines[1..5].join(" ").split_whitespace().count(), 60);
+        assert_eq!(lines[5].len(), 120, "what has no space stays");
+    }
 }
