@@ -12,14 +12,12 @@ use mainstay_engine::store::{Durability, Handed};
 use mainstay_models::Weights;
 use mainstay_models::config::Config;
 use mainstay_models::families;
-use mainstay_models::weights::DType;
 use serde_json::json;
 
 use super::direct::direct_rate;
 use super::resume::{headers, read_alone};
 use super::stats::median;
 use super::world::{Ask, Subject, World};
-use crate::mix::Mix;
 use crate::shape::{Random, checkpoint};
 
 const TOKENS: usize = 8192;
@@ -57,7 +55,7 @@ fn a_restore_beside_the_disk() {
     });
     let origin = Path::new("restoring");
     let graph = families::graph(&Config::from_bytes(origin, config.to_string().as_bytes()).unwrap()).unwrap();
-    let weights = Weights::from_tensors(origin, checkpoint(&graph, Mix::Float(DType::BF16))).unwrap();
+    let weights = Weights::from_tensors(origin, checkpoint(&graph, "bf16".parse().unwrap())).unwrap();
     let backend = CpuBackend::new(CpuOptions::default()).unwrap();
     let subject = Subject::new(&backend, (&graph, &weights), (KvDType::BF16, 512), 2);
     let dir = std::env::temp_dir().join(format!("mainstay-restoring-{}", std::process::id()));
