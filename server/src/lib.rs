@@ -25,6 +25,7 @@ mod openai;
 mod openapi;
 mod output;
 mod pooling;
+mod prefill;
 mod prompt;
 mod random;
 mod registry;

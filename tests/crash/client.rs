@@ -15,14 +15,20 @@ pub(crate) fn call(address: &str, method: &str, path: &str, body: Option<&Value>
 }
 
 /// The events of a stream that arrived whole, `[DONE]` included.
-pub(crate) fn events(address: &str, method: &str, path: &str, body: Option<&Value>) -> Option<Vec<Value>> {
-    let (status, text) = text(address, method, path, body)?;
-    if status != 200 {
-        return None;
-    }
+///
+/// # Errors
+/// What arrived instead.
+pub(crate) fn events(
+    address: &str,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Vec<Value>, String> {
+    let (status, text) = text(address, method, path, body).ok_or("no whole answer")?;
     let data: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
-    let (last, events) = data.split_last()?;
-    (*last == "[DONE]").then(|| events.iter().map(|e| serde_json::from_str(e).ok()).collect())?
+    let whole = data.split_last().filter(|(last, _)| status == 200 && **last == "[DONE]");
+    let events = whole.and_then(|(_, events)| events.iter().map(|e| serde_json::from_str(e).ok()).collect());
+    events.ok_or_else(|| format!("status {status}: {text}"))
 }
 
 fn text(address: &str, method: &str, path: &str, body: Option<&Value>) -> Option<(u16, String)> {

@@ -56,7 +56,7 @@ impl Client {
         body["expected_turn"] = json!(turn);
         let tokens = if streams {
             body["stream"] = json!(true);
-            let events = client::events(address, "POST", "/v1/chat/completions", Some(&body))?;
+            let events = client::events(address, "POST", "/v1/chat/completions", Some(&body)).ok()?;
             events.iter().flat_map(|event| ids(&event["choices"][0]["token_ids"])).collect()
         } else {
             let (status, reply) = client::call(address, "POST", "/v1/chat/completions", Some(&body))?;
@@ -76,7 +76,8 @@ impl Client {
             return false;
         }
         let path = format!("{path}/stream?after=0");
-        let events = client::events(address, "GET", &path, None).expect("the answer goes on");
+        let events = client::events(address, "GET", &path, None)
+            .unwrap_or_else(|found| panic!("{}: expected the rest of the answer, found {found}", self.name));
         let tokens = events.iter().flat_map(|event| ids(&event["choices"][0]["token_ids"])).collect();
         self.acknowledged.push(tokens);
         self.known += 1;

@@ -24,6 +24,7 @@ use crate::kv::{self, Reused};
 use crate::openai::options::ShowStop;
 use crate::openai::usage::Usage;
 use crate::output::Message;
+use crate::prefill::prefill;
 use crate::reply::finish_reason;
 
 /// How long a turn of level `full` waits for its pages to be handed to the store.
@@ -78,6 +79,8 @@ pub(crate) struct Turn {
     journal: Arc<Journal>,
     interval: Option<Duration>,
     extended_at: Instant,
+    /// It was interrupted, and goes on.
+    is_resumed: bool,
 }
 
 /// Writes the tokens of an answer in flight.
@@ -92,11 +95,13 @@ impl Turn {
     pub(crate) fn new(claimed: Claimed, plan: Plan, live: Arc<Live>, interval: Option<Duration>) -> Self {
         claimed.claim.show(&live);
         let journal = Arc::new(Journal { written: Mutex::new(None), is_writing: AtomicBool::new(false) });
-        Self { claimed: Some(claimed), plan, live, journal, interval, extended_at: Instant::now() }
+        let (claimed, extended_at) = (Some(claimed), Instant::now());
+        Self { claimed, plan, live, journal, interval, extended_at, is_resumed: false }
     }
 
     /// Goes on with an answer of which so many tokens are written.
-    pub(crate) fn resumed(self, written: usize) -> Self {
+    pub(crate) fn resumed(mut self, written: usize) -> Self {
+        self.is_resumed = true;
         *self.journal.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
         self
     }
@@ -175,6 +180,17 @@ impl Turn {
         end
     }
 
+    /// Has the pages computed of an answer that was interrupted: where all of it was drawn before, nobody else does.
+    async fn compute(&self, job: &Job) -> Result<(), ApiError> {
+        let mut tokens = [&job.prompts[0].tokens[..], &self.live.drawn(0)].concat();
+        // What follows the last token is no part of the turn.
+        tokens.pop();
+        if !tokens.is_empty() {
+            prefill(&job.model, &job.tenant, tokens, job.keep.clone()).await?;
+        }
+        Ok(())
+    }
+
     async fn append(
         &mut self,
         job: &Job,
@@ -186,6 +202,9 @@ impl Turn {
             (own, asked) => asked.unwrap_or(own).max(Durability::Async),
         };
         if level == Durability::Full {
+            if self.is_resumed {
+                self.compute(job).await?;
+            }
             kv::settle_within(&job.model, &job.keep, FULL_PATIENCE).await;
         } else {
             kv::settle(&job.model, &job.keep).await;

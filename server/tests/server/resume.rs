@@ -235,6 +235,33 @@ async fn an_answer_that_was_whole_but_for_its_end_needs_no_engine() {
     }
 }
 
+#[tokio::test]
+async fn pages_of_an_answer_that_was_whole_are_computed_where_the_turn_has_to_have_them() {
+    let strict = || Settings { durability: Durability::Full, ..Settings::default() };
+    // Pages of 32 tokens: some lie in the answer alone.
+    let body = |session: &str| random(session, 4, json!({"max_tokens": 80, "ignore_eos": true}));
+    let (expected, tokens) = unbroken(body).await;
+    let all = all_drawn(body("another")).await;
+    let directory = Directory::new();
+    let (server, gate) = gated(&directory, Some(Duration::from_secs(3600)), 2).await;
+    let session = server.session(strict());
+    let mut stream = server.stream(CHAT, &body(&session)).await;
+    next(&mut stream).await.unwrap();
+    drop(stream);
+    free(&server, &session).await;
+    drop(gate);
+    server.idle().await;
+    let (tenant, id) = server.id(&session);
+    let written = in_flight(&server, &session).unwrap();
+    server.store.as_deref().unwrap().extend_answer(tenant, id, &all[written..]).unwrap();
+    server.stop().await;
+
+    let server = start(with_store(&directory)).await;
+    assert_eq!(rest(read(&server, &session, 0).await).await, expected);
+    assert_eq!(server.turns(&session).concat(), tokens);
+    server.stop().await;
+}
+
 /// All tokens of an answer, those of its stop string too.
 async fn all_drawn(mut body: Value) -> Vec<u32> {
     let directory = Directory::new();

@@ -5,12 +5,13 @@ use std::time::Duration;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::Response;
-use mainstay_engine::store::{SessionInfo, Store};
-use mainstay_engine::{Event, Generation, Keep, KvReport, KvState, Request, SamplingRequest, StopRule};
+use mainstay_engine::store::Store;
+use mainstay_engine::{Keep, KvReport, KvState};
 use serde_json::{Value, json};
 
 use super::Target;
 use crate::error::ApiError;
+use crate::prefill::prefill;
 use crate::sessions::shown;
 
 pub(super) async fn pin(target: Target) -> Result<Response, ApiError> {
@@ -45,11 +46,11 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
     }
     if found > 0 {
         target.set_root(&info, &model).await?;
-        let request = Request { adapter: model.adapter.clone(), ..request(&target, &info, tokens) };
-        let generation = model.served.engine.submit(request)?;
+        let keep = Keep { durability: info.settings.durability, ..Keep::default() };
         let limit = app.options.request_timeout.unwrap_or(Duration::MAX);
-        let ended = tokio::time::timeout(limit, wait(generation, &mut report)).await;
-        ended.map_err(|_| ApiError::timeout(limit.as_secs_f64()))??;
+        let computed = prefill(&model, &target.owner.name, tokens, keep);
+        let ended = tokio::time::timeout(limit, computed).await;
+        report = ended.map_err(|_| ApiError::timeout(limit.as_secs_f64()))??;
     }
     Ok(Json(json!({
         "object": "session.prefetch",
@@ -63,33 +64,4 @@ pub(super) async fn prefetch(target: Target) -> Result<Json<Value>, ApiError> {
             "restore_ms": report.restore_ms,
         },
     })))
-}
-
-fn request(target: &Target, info: &SessionInfo, tokens: Vec<u32>) -> Request {
-    Request {
-        tenant: target.owner.name.clone(),
-        prompt: tokens,
-        drawn: Vec::new(),
-        choices: 1,
-        sampling: SamplingRequest::greedy(),
-        stop: StopRule::default(),
-        logprobs: None,
-        prompt_logprobs: None,
-        keep: Keep { durability: info.settings.durability, ..Keep::default() },
-        priority: 0,
-        adapter: None,
-        grammar: None,
-    }
-}
-
-async fn wait(mut generation: Generation, report: &mut KvReport) -> Result<(), ApiError> {
-    while let Some(event) = generation.events.recv().await {
-        match event {
-            Event::Started { kv } => *report = kv,
-            Event::Finished { .. } => return Ok(()),
-            Event::Failed(error) => return Err(error.into()),
-            Event::Prompt(_) | Event::Pooled(_) | Event::Token { .. } => {}
-        }
-    }
-    Err(ApiError::internal("the engine ended the request without a result"))
 }
