@@ -30,7 +30,6 @@ TYPES = "q4_k_m,q8_0,bf16"
 PEERS = {
     "llama.cpp": ([sys.executable, str(HERE / "llama_cpp_cells.py")], "gguf"),
     "transformers": ([sys.executable, str(HERE / "transformers_cells.py")], "directory"),
-    "candle": ([str(HERE / "candle/target/release/candle-cells")], "gguf"),
 }
 
 
@@ -51,9 +50,9 @@ def ticks(pids):
 class Program:
     """A program that says in one line what it is, and answers each line that names a cell with one of JSON."""
 
-    def __init__(self, name, command, env=None):
+    def __init__(self, name, command):
         self.name, self.command = name, command
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self.read()
 
     def read(self):
@@ -116,9 +115,7 @@ def ours(args, model):
 def peer(args, gguf, directory):
     command, reads = PEERS[args.peer]
     model = gguf if reads == "gguf" else directory
-    # What candle's threads are set by.
-    env = {**os.environ, "RAYON_NUM_THREADS": str(args.threads)}
-    return Program(args.peer, [*command, str(model), "--cells", args.cells, *sizes(args)], env)
+    return Program(args.peer, [*command, str(model), "--cells", args.cells, *sizes(args)])
 
 
 def measure(args, kind, gguf, directory):

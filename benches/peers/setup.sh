@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes target/peers-venv with llama-cpp-python, built from its source distribution for this processor. Takes minutes of
-# all cores, once; give it `nice`. With words, more peers of compare.py beside it: candle (from crates.io), transformers
-# (from PyPI, with torch: gigabytes).
+# all cores, once; give it `nice`. With the word transformers, that peer of compare.py
+# beside it (from PyPI, with torch: gigabytes).
 #
 # PEERS_AMX=off leaves AMX out: some virtual machines show it and end the program that uses it (SIGILL). Where it works,
 # it is part of what the peer can do.
@@ -27,9 +27,7 @@ CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PAR
 "$venv/bin/python" -c 'import llama_cpp; print("llama-cpp-python", llama_cpp.__version__)'
 for peer in "$@"; do
     case $peer in
-        candle) RUSTFLAGS="-C target-cpu=native" cargo build --release --manifest-path benches/peers/candle/Cargo.toml \
-            --target-dir benches/peers/candle/target ;;
         transformers) "$venv/bin/pip" install --quiet transformers==5.23.0 torch ;;
-        *) echo "$0: expected candle or transformers, found $peer" >&2 && exit 2 ;;
+        *) echo "$0: expected transformers, found $peer" >&2 && exit 2 ;;
     esac
 done
