@@ -71,12 +71,15 @@ fn apart(found: &[Rows], expected: &[Rows]) -> f64 {
     (error / spread).sqrt()
 }
 
+/// Prints what docs/models.md says of each format.
 #[test]
+#[expect(clippy::print_stdout, reason = "what was measured is shown with --nocapture")]
 fn blocks_are_close_to_their_numbers() {
     for case in DType::BLOCKS.into_iter().flat_map(cases) {
         let expected = case.alone(&mut case.rig(&CandleBackend::cpu()));
         let found = case.alone(&mut case.rig(&*cpu(Isa::best(), 2).backend));
         let apart = apart(&found, &expected);
+        println!("{}: {apart:.4} apart", case.name);
         // Random latent rows go through a softmax that stretches errors as trained ones do not.
         let most = if case.name.starts_with("latent rows") { 1.5 * APART_MAX } else { APART_MAX };
         // Not the same numbers either: the integers were used.
