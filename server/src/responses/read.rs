@@ -42,6 +42,8 @@ impl Found {
         if let Some(record) = found.filter(|record| !record.is_partial()) {
             return Ok(record.clone());
         }
+        // Asked first: whoever takes it up in the meantime shows it as live before this ends.
+        let may_go_on = self.sessions.may_go_on(self.past.info.id);
         if let Some(live) = self.sessions.live(self.past.info.id).filter(|live| live.envelope.id() == self.id)
         {
             return ResponseRecord::read(&live.response).ok_or_else(missing);
@@ -53,7 +55,7 @@ impl Found {
             let past = past::of_response(&self.sessions, &self.tenant, &self.id).await?;
             return past.response(&self.id).cloned().ok_or_else(missing);
         };
-        if record.is_background() && self.sessions.may_go_on(self.past.info.id) {
+        if record.is_background() && may_go_on {
             return Ok(record);
         }
         // Nobody makes it any longer.
