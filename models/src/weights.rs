@@ -203,7 +203,15 @@ impl Weights {
         if let Some(tensor) = self.tensors.get(name) {
             let Tensor { dtype, shape, storage, rows } = tensor;
             let storage = storage.map(|span| self.bytes(span));
-            return Ok(TensorView { dtype: *dtype, shape, storage, rows: *rows });
+            let view = TensorView { dtype: *dtype, shape, storage, rows: *rows };
+            // A vector is read element by element.
+            if matches!(storage, Storage::Rows(_)) && dtype.row_bytes(view.cols()).is_none() {
+                let what = format!(
+                    "tensor `{name}`: expected floats or rows of whole blocks, found {shape:?} of {dtype:?}"
+                );
+                return Err(LoadError::format(self.origin_of(name), what));
+            }
+            return Ok(view);
         }
         let Some(entry) = self.stored.get(name) else {
             let (path, name, expected) = (self.origin.clone(), name.to_owned(), expected.to_vec());
